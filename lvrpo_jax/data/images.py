@@ -1,0 +1,132 @@
+"""Images between files, bytes and the numbers that the model reads.
+
+A byte image is `image_YXC`, uint8, RGB; a pixel image is float32 in [-1, 1] of the same layout.
+"""
+
+import io
+import os
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 14 * 14 * 9 * 1024
+
+
+class ResizeRule(NamedTuple):
+  """The arguments of `resize_rule` after the size, in its order."""
+
+  max_side: int
+  min_side: int
+  stride: int
+  max_pixels: int = MAX_PIXELS
+  img_num: int = 1
+
+
+def resize_rule(
+    w: int,
+    h: int,
+    max_side: int,
+    min_side: int,
+    stride: int,
+    max_pixels: int = MAX_PIXELS,
+    img_num: int = 1,
+) -> tuple[int, int]:
+  """Size to which the BAGEL release resizes an image, so that both sides are multiples of a stride.
+
+  The sides are brought between `min_side` and `max_side`, each rounded on its own to the stride. An
+  area above `max_pixels / img_num` shrinks the sides by the ratio of the areas, which is more than
+  needed, and `max_side` wins over `min_side`; both are the behaviour of the release.
+
+  Args:
+    w: width in pixels.
+    h: height in pixels.
+    max_side: largest length of the longer side, pixels.
+    min_side: smallest length of the shorter side, pixels.
+    stride: pixels of which both sides become multiples.
+    max_pixels: largest area of all images of a sample together, pixels.
+    img_num: number of images of the sample.
+
+  Returns:
+    (width, height) in pixels.
+
+  Raises:
+    ValueError: a side is not positive.
+  """
+  if w < 1 or h < 1:
+    raise ValueError(f'an image of {w} x {h} pixels cannot be resized')
+
+  def scaled(w: int, h: int, scale: float) -> tuple[int, int]:
+    w, h = (max(stride, round(round(side * scale) / stride) * stride) for side in (w, h))
+    return w, h
+
+  w, h = scaled(w, h, max(min(max_side / max(w, h), 1.0), min_side / min(w, h)))
+  if w * h > max_pixels / img_num:
+    w, h = scaled(w, h, max_pixels / img_num / (w * h))
+  if max(w, h) > max_side:
+    w, h = scaled(w, h, max_side / max(w, h))
+  return w, h
+
+
+def load_image(source: str | os.PathLike | bytes) -> np.ndarray:
+  """Reads an image file, or the bytes of one, as RGB; transparent parts become white.
+
+  Returns:
+    Byte image, shape (Y, X, 3).
+
+  Raises:
+    ValueError: the file is missing, cut short or no image; the message names it.
+  """
+  in_memory = isinstance(source, bytes)
+  name = f'{len(source)} bytes in memory' if in_memory else os.fspath(source)
+  try:
+    with Image.open(io.BytesIO(source) if in_memory else source) as image:
+      return np.asarray(_to_rgb(image))
+  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise ValueError(f'cannot read image {name}: {error}') from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+  if not image.has_transparency_data:
+    return image.convert('RGB')
+  rgba = image.convert('RGBA')
+  white = Image.new('RGB', image.size, (255, 255, 255))
+  white.paste(rgba, mask=rgba.getchannel('A'))
+  return white
+
+
+def resize(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+  """Resizes a byte image to the size that `rule` gives: bicubic, antialiased, rounded to bytes."""
+  size = resize_rule(image_YXC.shape[1], image_YXC.shape[0], *rule)
+  return np.asarray(Image.fromarray(image_YXC).resize(size, Image.Resampling.BICUBIC))
+
+
+def transform(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+  """Resizes a byte image and maps its values to [-1, 1].
+
+  Args:
+    image_YXC: byte image, shape (Y, X, 3).
+    rule: the target size, see `resize_rule`.
+
+  Returns:
+    Pixel image of the new size, float32.
+  """
+  unit_YXC = resize(image_YXC, rule).astype(np.float32) / np.float32(255)
+  return (unit_YXC - np.float32(0.5)) / np.float32(0.5)
+
+
+def to_bytes(image_YXC: np.ndarray) -> np.ndarray:
+  """Maps [-1, 1] to 0..255, clipped; fractions are cut off, as in the BAGEL release."""
+  unit_YXC = (np.asarray(image_YXC, np.float32) * np.float32(0.5) + np.float32(0.5)).clip(0, 1)
+  return (unit_YXC * np.float32(255)).astype(np.uint8)
+
+
+def save_png(path: str | os.PathLike, image_YXC: np.ndarray) -> None:
+  """Writes a byte image (Y, X, 3) as a PNG file.
+
+  Raises:
+    ValueError: the image is not uint8; `to_bytes` makes it so.
+  """
+  if image_YXC.dtype != np.uint8:
+    raise ValueError(f'a PNG takes uint8 values, not {image_YXC.dtype}')
+  Image.fromarray(image_YXC).save(path, format='PNG')

@@ -1,0 +1,163 @@
+"""From items of a world to static arrays, and grain iterators over them.
+
+Every task has one row template, so a batch has one shape. In memory a row is
+`[text | ViT | latents]`; the logical order is in the layouts:
+
+  generate     bos caption eos                                             -> image
+  understand   [soi ViT eoi] bos question eos                              -> bos answer eos
+  edit         [soi latents eoi] [soi ViT eoi] bos instruction eos         -> image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from lvrpo_jax import types
+from lvrpo_jax.data import tokenizer as tokenizer_lib
+
+GENERATE, UNDERSTAND, EDIT = 'generate', 'understand', 'edit'
+TASKS = (GENERATE, UNDERSTAND, EDIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """Static lengths of the rows: words of a prompt, words of an answer, tokens of an image."""
+  prompt_words: int
+  answer_words: int
+  vit_tokens: int
+  latent_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """What one row is made of. Images are uint8 (Y, X, 3); `answer` is text."""
+  index: int
+  prompt: str
+  source: np.ndarray | None = None
+  target: np.ndarray | None = None
+  answer: str | None = None
+  drop_text: bool = False
+  drop_vit: bool = False
+  drop_latents: bool = False
+
+
+class Encoder:
+  """Turns examples of one task into `types.Batch` of NumPy arrays."""
+
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer, template: Template):
+    self.tokenizer = tokenizer
+    self.template = template
+
+  def __call__(self, task: str, examples: Sequence[Example]) -> types.Batch:
+    """Encodes a batch.
+
+    Raises:
+      ValueError: a text is longer than the template; nothing is truncated.
+    """
+    images = {GENERATE: (), UNDERSTAND: ('vit',), EDIT: ('latents', 'vit')}[task]
+    stack = lambda pictures, used: (
+        np.stack(pictures) if used else np.zeros((len(examples), 0, 0, 3), np.uint8))
+    answers, mask = self._answers([e.answer for e in examples] if task == UNDERSTAND else [])
+    return types.Batch(
+        prompts=self._prompts(examples, images, stack([e.source for e in examples], images)),
+        target_BYXC=stack([e.target for e in examples], task != UNDERSTAND),
+        answer_BL=answers if len(answers) else np.zeros((len(examples), 0), np.int32),
+        answer_mask_BL=mask if len(mask) else np.zeros((len(examples), 0), bool))
+
+  def _frame(self, texts: Sequence[str], words: int) -> tuple[np.ndarray, np.ndarray]:
+    """`[bos] ids [eos]` padded to words + 2, and the number of ids of every row."""
+    t = self.tokenizer
+    out = np.full((len(texts), words + 2), t.eos, np.int32)
+    lengths = np.zeros(len(texts), np.int32)
+    for row, text in enumerate(texts):
+      ids = t.encode(text)
+      if len(ids) > words:
+        raise ValueError(f'{text!r} has {len(ids)} tokens; data.prompt_words or '
+                         f'data.answer_words allows {words}')
+      out[row, 0] = t.bos
+      out[row, 1:1 + len(ids)] = ids
+      lengths[row] = len(ids)
+    return out, lengths
+
+  def _answers(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    ids, lengths = self._frame(texts, self.template.answer_words)
+    return ids, np.arange(ids.shape[1] - 1) <= lengths[:, None]
+
+  def _prompts(self, examples: Sequence[Example], images: tuple[str, ...], source: np.ndarray
+               ) -> types.Prompts:
+    t = self.tokenizer
+    text_ids, lengths = self._frame([e.prompt for e in examples], self.template.prompt_words)
+    B, L = text_ids.shape
+    dropped = {'text': [e.drop_text for e in examples], 'vit': [e.drop_vit for e in examples],
+               'latents': [e.drop_latents for e in examples]}
+    dropped = {kind: np.array(rows, bool)[:, None] for kind, rows in dropped.items()}
+    sizes = {'vit': self.template.vit_tokens, 'latents': self.template.latent_tokens}
+    order, pieces = 0, {'text': [], 'vit': [], 'latents': []}
+
+    def layout(size, place, split, mode, position, drop):
+      ones = np.ones((B, size), np.int32)
+      return types.Layout(np.where(drop, types.PADDING, 0 * ones), place * ones, split * ones,
+                          mode * ones, position * ones)
+
+    for split, kind in enumerate(images):
+      span = sizes[kind]
+      args = (split, types.FULL, split, dropped[kind])
+      pieces['text'].append(layout(2, np.array([order, order + span + 1]), *args))
+      pieces[kind].append(layout(span, order + 1 + np.arange(span), *args))
+      order += span + 2
+    place = np.arange(L)
+    padding = place > lengths[:, None] + 1
+    pieces['text'].append(layout(L, order + place, len(images), types.CAUSAL,
+                                 len(images) + place, dropped['text'] | padding))
+    frame = np.tile([t.start_of_image, t.end_of_image], (B, len(images))).astype(np.int32)
+    next_position = len(images) + np.where(dropped['text'][:, 0], 0, lengths + 2)
+    joined = {kind: _join(parts, B) for kind, parts in pieces.items()}
+    return types.Prompts(
+        ids_BL=np.concatenate([frame, text_ids], axis=1), text=joined['text'], vit=joined['vit'],
+        gen=joined['latents'], next_position_B=next_position.astype(np.int32), source_BYXC=source,
+        index_B=np.array([e.index for e in examples], np.int32))
+
+
+def _join(parts: list[types.Layout], rows: int) -> types.Layout:
+  empty = np.zeros((rows, 0), np.int32)
+  fields = [f.name for f in dataclasses.fields(types.Layout)]
+  return types.Layout(*(
+      np.concatenate([empty, *(part.__dict__[name] for part in parts)], axis=1).astype(np.int32)
+      for name in fields))
+
+
+class Source(grain.sources.RandomAccessDataSource):
+  """A procedural task as a random-access source: element i is `make(i)`.
+
+  `length` bounds the epoch; indices beyond it are never asked for by grain.
+  """
+
+  def __init__(self, make: Callable[[int], Any], length: int):
+    self._make, self._length = make, length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> Any:
+    return self._make(int(index))
+
+
+def batches(source: Source, batch_size: int, collate: Callable[[Sequence[Any]], Any],
+            shard: tuple[int, int] = (0, 1), prefetch: int = 4) -> grain.DatasetIterator:
+  """Endless batches in source order, with a state of one integer.
+
+  Args:
+    batch_size: rows of this shard's part.
+    shard: (index of this process, number of processes); rows are dealt out in turn.
+    prefetch: batches made ahead by background threads.
+  """
+  index, count = shard
+  data = grain.MapDataset.source(source).repeat(None)[index::count]
+  data = data.batch(batch_size, batch_fn=collate)
+  return iter(data.to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))

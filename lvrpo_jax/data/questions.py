@@ -1,0 +1,323 @@
+"""Questions about scenes, with their answers, plans and statements.
+
+A draw function takes (rng, unseen) and returns a `_Draft`, or None where the draw does not work
+out and should be repeated. Target answers of yes/no and counting questions are chosen before
+anything else (`_Target`), so that rejected draws do not bias them.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import numpy as np
+
+from lvrpo_jax.data import shapes
+from lvrpo_jax.data import splits
+from lvrpo_jax.data import wording
+
+KINDS = ('color', 'shape', 'count', 'relation', 'compare', 'reason')
+UNSEEN_KINDS = ('color', 'shape', 'relation')
+REGION_SHARE = 0.3  # of relation questions: 'is the circle in the top left ?'
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionItem:
+  """A question with a unique one-word answer.
+
+  `plan` is a short reading of the scene that leads to the answer ('' for one-step kinds);
+  `record` is JSON-able and holds what `statement` needs; `meaning` includes the scene's content.
+  """
+  index: int
+  kind: str
+  question: str
+  answer: str
+  plan: str
+  meaning: str
+  scene: shapes.Scene
+  record: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+  """Chosen once per item: a yes/no answer, a number 0..4, and a coin in [0, 1)."""
+  yes: bool
+  number: int
+  coin: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draft:
+  objects: tuple[shapes.Object, ...]
+  record: dict[str, str]
+  key: str
+  answer: str
+  plan: str = ''
+  needs_unseen: bool = False
+
+
+def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> tuple[shapes.Object, ...]:
+  cells = splits.draw_cells(rng, len(pairs))
+  return tuple(shapes.draw_object(rng, s, c, cell) for (s, c), cell in zip(pairs, cells))
+
+
+def _others(rng: np.random.Generator, count: int,
+            fits: Callable[[tuple[str, str]], bool]) -> list[tuple[str, str]]:
+  """`count` seen pairs that do not fit the predicate."""
+  pairs = [pair for pair in splits.SEEN_PAIRS if not fits(pair)]
+  return [wording.pick(rng, pairs) for _ in range(count)]
+
+
+def _draw_attribute(rng: np.random.Generator, kind: str, unseen: bool) -> _Draft:
+  """'what colour is the circle ?' (kind color) and 'what shape is red ?' (kind shape)."""
+  pair = wording.pick(rng, tuple(sorted(splits.UNSEEN_PAIRS)) if unseen else splits.SEEN_PAIRS)
+  given, asked = (0, 1) if kind == 'color' else (1, 0)
+  extra = int(rng.random() * shapes.MAX_OBJECTS)
+  pairs = [pair] + _others(rng, extra, lambda other: other[given] == pair[given])
+  return _Draft(_place(rng, pairs), {'type': kind, 'a': pair[given]}, f'{kind} {pair[given]}',
+                pair[asked], needs_unseen=unseen)
+
+
+def _draw_color(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
+  del target
+  return _draw_attribute(rng, 'color', unseen)
+
+
+def _draw_shape(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
+  del target
+  return _draw_attribute(rng, 'shape', unseen)
+
+
+def _draw_count(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
+  """'how many circles / red shapes / red circles / shapes are there ?'"""
+  del unseen
+  by = wording.pick(rng, ('class', 'color', 'both', 'all') if target.number else
+                    ('class', 'color', 'both'))
+  shape, color = splits.draw_pair(rng)
+  shape = shape if by in ('class', 'both') else None
+  color = color if by in ('color', 'both') else None
+  number = target.number
+  room = shapes.MAX_OBJECTS - number
+  least = 0 if number else 1
+  extra = 0 if by == 'all' else least + int(rng.random() * (room + 1 - least))
+  fits = lambda pair: shape in (None, pair[0]) and color in (None, pair[1])
+  pairs = [splits.draw_pair(rng, shape, color) for _ in range(number)]
+  name = wording.noun(shape, color, count=2)
+  return _Draft(_place(rng, pairs + _others(rng, extra, fits)), {'type': 'count', 'a': name},
+                f'count {name}', wording.NUMBERS[number])
+
+
+def _full(item: shapes.Object) -> str:
+  return f'{item.color} {item.shape} {item.corner}'
+
+
+def _draw_relation(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
+  """'is the circle left of the square ?', and 'is the circle in the top left ?'"""
+  if target.coin < REGION_SHARE and not unseen:
+    return _draw_region(rng, target)
+  relation = wording.pick(rng, wording.RELATIONS)
+  true_relation = relation
+  if not target.yes:
+    across = wording.RELATIONS[2:] if relation in wording.RELATIONS[:2] else wording.RELATIONS[:2]
+    inverse = rng.random() < 0.5
+    true_relation = wording.INVERSE[relation] if inverse else wording.pick(rng, across)
+  cells = splits.relation_cells(rng, true_relation)
+  extra = int(rng.random() * (shapes.MAX_OBJECTS - 1))
+  free = [c for c in splits.draw_cells(rng, shapes.MAX_OBJECTS) if c not in cells][:extra]
+  objects = tuple(shapes.draw_object(rng, *splits.draw_pair(rng), cell)
+                  for cell in (*cells, *free))
+  a, b = objects[:2]
+  needs_unseen = splits.is_unseen_relation(a.shape, relation, b.shape)
+  name_a, name_b = (splits.name_object(rng, o, objects) for o in (a, b))
+  if name_a is None or name_b is None:
+    return None
+  record = {'type': 'relation', 'a': name_a, 'r': relation, 'b': name_b}
+  key = ' '.join(splits.canonical_relation(a.corner, relation, b.corner))
+  return _Draft(objects, record, key, 'yes' if target.yes else 'no',
+                f'{_full(a)} , {_full(b)}', needs_unseen)
+
+
+def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
+  count = 1 + int(rng.random() * shapes.MAX_OBJECTS)
+  objects = _place(rng, [splits.draw_pair(rng) for _ in range(count)])
+  item = objects[0]
+  name = splits.name_object(rng, item, objects)
+  if name is None:
+    return None
+  cell = shapes.CORNERS.index(item.corner)
+  regions = [r for r in wording.REGIONS if (cell in wording.REGION_CELLS[r]) == target.yes]
+  region = wording.pick(rng, regions)
+  record = {'type': 'region', 'a': name, 'r': region}
+  return _Draft(objects, record, f'{item.corner} in {region}', 'yes' if target.yes else 'no',
+                _full(item))
+
+
+def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
+  """'are there more red shapes than blue shapes ?'"""
+  del unseen
+  more = rng.random() < 0.5
+  by = int(rng.random() * 2)
+  first, second = splits.shuffled(rng, shapes.SHAPES if by == 0 else tuple(shapes.COLORS))[:2]
+  limit = shapes.MAX_OBJECTS
+  counts = [(m, n) for m in range(limit + 1) for n in range(limit + 1 - m)
+            if m + n > 0 and ((m > n) if more else (m < n)) == target.yes]
+  m, n = wording.pick(rng, counts)
+  extra = int(rng.random() * (limit + 1 - m - n))
+  given = (lambda v: (v, None)) if by == 0 else (lambda v: (None, v))
+  pairs = [splits.draw_pair(rng, *given(v)) for v, k in ((first, m), (second, n))
+           for _ in range(k)]
+  pairs += _others(rng, extra, lambda pair: pair[by] in (first, second))
+  names = [wording.noun(*given(v), count=2) for v in (first, second)]
+  record = {'type': 'compare', 'a': names[0], 'r': 'more' if more else 'fewer', 'b': names[1]}
+  greater, less = names if more else names[::-1]
+  return _Draft(_place(rng, pairs), record, f'{greater} more than {less}',
+                'yes' if target.yes else 'no', f'{wording.NUMBERS[m]} , {wording.NUMBERS[n]}')
+
+
+def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
+  """Two-step questions: 'how many shapes are not red ?', 'what shape is left of the square ?'"""
+  del unseen
+  if target.coin < 0.5:
+    return _draw_neighbour(rng)
+  color = wording.pick(rng, tuple(shapes.COLORS))
+  number = target.number
+  least = 0 if number else 1
+  matching = least + int(rng.random() * (shapes.MAX_OBJECTS + 1 - number - least))
+  pairs = [splits.draw_pair(rng, color=color) for _ in range(matching)]
+  pairs += _others(rng, number, lambda pair: pair[1] == color)
+  plan = f'{wording.NUMBERS[len(pairs)]} , {wording.NUMBERS[matching]}'
+  return _Draft(_place(rng, pairs), {'type': 'others', 'a': 'shapes', 'b': color},
+                f'not {color}', wording.NUMBERS[number], plan)
+
+
+def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:
+  """One object lies on the named side of the anchor, in its row or column, and no other does."""
+  relation = wording.pick(rng, wording.RELATIONS)
+  cell, anchor_cell = splits.relation_cells(rng, relation)
+  cells = [cell, anchor_cell]
+  if rng.random() < 0.5:
+    side = {'left of': 'right', 'right of': 'left', 'above': 'bottom', 'below': 'top'}[relation]
+    cells += [c for c in wording.REGION_CELLS[side] if c != anchor_cell]
+  objects = tuple(shapes.draw_object(rng, *splits.draw_pair(rng), c) for c in cells)
+  item, anchor = objects[:2]
+  name = splits.name_object(rng, anchor, objects)
+  if name is None:
+    return None
+  kind = wording.pick(rng, ('neighbour_color', 'neighbour_shape'))
+  answer = item.color if kind == 'neighbour_color' else item.shape
+  return _Draft(objects, {'type': kind, 'r': relation, 'b': name},
+                f'{kind} {relation} {anchor.corner}', answer, f'{_full(anchor)} , {_full(item)}')
+
+
+_DRAWS = {'color': _draw_color, 'shape': _draw_shape, 'count': _draw_count,
+          'relation': _draw_relation, 'compare': _draw_compare, 'reason': _draw_reason}
+
+
+def draw(rng: np.random.Generator, index: int, split: str, kind: str,
+         eval_fraction: float) -> QuestionItem:
+  """Draws a question of a kind whose meaning belongs to the split.
+
+  Raises:
+    ValueError: if `kind` has no questions in the split.
+    RuntimeError: if no question is found, which a sane `eval_fraction` rules out.
+  """
+  if kind not in (UNSEEN_KINDS if split == 'unseen' else KINDS):
+    raise ValueError(f'no {kind!r} questions in split {split!r}')
+  unseen = split == 'unseen'
+  target = _Target(rng.random() < 0.5, int(rng.random() * 5), rng.random())
+  for _ in range(splits.MAX_DRAWS):
+    draft = _DRAWS[kind](rng, target, unseen)
+    if draft is None or draft.needs_unseen != unseen:
+      continue
+    meaning = f'{draft.key} | {splits.scene_key(draft.objects)}'
+    if not unseen and splits.is_held_out(meaning, eval_fraction) != (split == 'eval'):
+      continue
+    if unseen or splits.scene_is_seen(draft.objects):
+      question = ask(draft.record, rng)
+      return QuestionItem(index, kind, question, draft.answer, draft.plan, meaning,
+                          shapes.Scene(draft.objects), draft.record)
+  raise RuntimeError(f'no {kind!r} question found in split {split!r}')
+
+
+def ask(record: dict[str, str], rng: np.random.Generator | None = None) -> str:
+  """Words a question record; the plainest wording where no `rng` is given."""
+  fields = dict(record)
+  if record['type'] == 'region':
+    phrases = wording.REGION_PHRASES[record['r']]
+    fields['r'] = phrases[0] if rng is None else wording.pick(rng, phrases)
+  elif record['type'] != 'compare' and 'r' in record:
+    phrases = wording.RELATION_PHRASES[record['r']]
+    fields['r'] = phrases[0] if rng is None else wording.pick(rng, phrases)
+  templates = wording.QUESTIONS[record['type']]
+  if rng is None:
+    return templates[0].format(**fields)
+  return wording.pick_text(rng, [template.format(**fields) for template in templates])
+
+
+def statement(record: dict[str, str], answer: str) -> str:
+  """Puts any answer word into a statement about the image: 'two' to 'there are two circles'."""
+  fields = dict(record, answer=answer, be='are')
+  if record['type'] == 'region':
+    fields['r'] = wording.REGION_PHRASES[record['r']][0]
+  if record['type'] in ('count', 'others') and answer == 'one':
+    fields.update(a=wording.singular(record['a']), be='is')
+  fields['not'] = 'not ' if answer == 'no' else ''
+  return wording.STATEMENTS[record['type']].format(**fields)
+
+
+def web_answer(item: QuestionItem, rng: np.random.Generator, wrong: float, chatty: float) -> str:
+  """An answer as found on the web.
+
+  Args:
+    item: the question.
+    rng: source of randomness; always consumes the same number of draws.
+    wrong: probability of another answer of the same type.
+    chatty: probability of an off-format sentence around the answer.
+  """
+  families = (tuple(shapes.COLORS), shapes.SHAPES, wording.NUMBERS, ('yes', 'no'))
+  family = next(f for f in families if item.answer in f)
+  is_wrong, is_chatty, which, template = rng.random(4).tolist()
+  answer = item.answer
+  if is_wrong < wrong:
+    others = [word for word in family if word != answer]
+    answer = others[int(which * len(others))]
+  if is_chatty < chatty:
+    return wording.CHATTY[int(template * len(wording.CHATTY))].format(answer=answer)
+  return answer
+
+
+def derived_questions(spec: dict) -> list[tuple[str, str]]:
+  """Questions, with answers, that a judge should answer on an image drawn for a spec.
+
+  Takes the spec of a `GenerateItem` or of an `EditItem` and stays within the grammar of questions.
+  """
+  if 'include' in spec:
+    return _include_questions(spec['include'])
+  kept = [(o['class'], o['color']) for o in spec['keep']]
+  new = [(o['class'], o['color']) for o in spec['new']]
+  everything = kept + new
+  records = [({'type': 'count', 'a': 'shapes'}, wording.NUMBERS[len(everything)])]
+  for entry, (shape, color) in zip(spec['new'], new):
+    if sum(s == shape for s, _ in everything) == 1:
+      records.append(({'type': 'color', 'a': shape}, color))
+      records.append(({'type': 'region', 'a': shape, 'r': entry['region']}, 'yes'))
+    else:
+      number = wording.NUMBERS[everything.count((shape, color))]
+      records.append(({'type': 'count', 'a': wording.noun(shape, color, 2)}, number))
+  return [(ask(record), answer) for record, answer in records]
+
+
+def _include_questions(include: list[dict]) -> list[tuple[str, str]]:
+  records = []
+  for entry in include:
+    color = entry.get('color')
+    if entry['count'] > 1 or color is None:
+      name = wording.noun(entry['class'], color, 2)
+      records.append(({'type': 'count', 'a': name}, wording.NUMBERS[entry['count']]))
+    else:
+      records.append(({'type': 'color', 'a': entry['class']}, color))
+    if 'region' in entry:
+      records.append(({'type': 'region', 'a': entry['class'], 'r': entry['region']}, 'yes'))
+    if 'position' in entry:
+      relation, other = entry['position']
+      records.append(({'type': 'relation', 'a': entry['class'], 'r': relation,
+                       'b': include[other]['class']}, 'yes'))
+  return [(ask(record), answer) for record, answer in records]

@@ -1,0 +1,97 @@
+"""Text tokenizers: Hugging Face `tokenizers` files, and the one of the shapes world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+import os
+
+import tokenizers
+from tokenizers import models as token_models
+from tokenizers import pre_tokenizers
+
+SPECIAL = {'bos': '<|im_start|>', 'eos': '<|im_end|>', 'start_of_image': '<|vision_start|>',
+           'end_of_image': '<|vision_end|>'}
+"""Special tokens by role, as Qwen2.5 names them."""
+
+
+class Tokenizer:
+  """Encodes and decodes text; special tokens are looked up by name and appended if absent.
+
+  Attributes:
+    bos, eos, start_of_image, end_of_image: ids of the special tokens.
+    added: number of special tokens that the file lacked; the embedding table must grow by it.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer):
+    self.backend = backend
+    missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
+    self.added = backend.add_special_tokens(missing)
+    self.bos, self.eos, self.start_of_image, self.end_of_image = (
+        backend.token_to_id(SPECIAL[role]) for role in SPECIAL)
+
+  def __len__(self) -> int:
+    return self.backend.get_vocab_size(with_added_tokens=True)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without frame tokens.
+
+    Raises:
+      ValueError: the text has a word that the vocabulary cannot express.
+    """
+    encoding = self.backend.encode(text, add_special_tokens=False)
+    unknown = self.backend.token_to_id('[UNK]')
+    if unknown is not None and unknown in encoding.ids:
+      word = text[slice(*encoding.offsets[encoding.ids.index(unknown)])]
+      raise ValueError(f'the tokenizer has no token for {word!r} in {text!r}')
+    return encoding.ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text up to the first end token, without special tokens."""
+    ids = [int(i) for i in ids]
+    if self.eos in ids:
+      ids = ids[:ids.index(self.eos)]
+    return self.backend.decode(ids, skip_special_tokens=True)
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes a `tokenizer.json` that `from_file` and Hugging Face read."""
+    self.backend.save(os.fspath(path))
+
+
+def from_words(words: Sequence[str]) -> Tokenizer:
+  """A word-level tokenizer: one token a word, split at white space."""
+  vocabulary = {word: i for i, word in enumerate(('[UNK]', *words))}
+  backend = tokenizers.Tokenizer(token_models.WordLevel(vocabulary, unk_token='[UNK]'))
+  backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  return Tokenizer(backend)
+
+
+def from_path(path: str | os.PathLike[str]) -> Tokenizer:
+  """Loads `tokenizer.json`, or a folder that holds it or `vocab.json` and `merges.txt`.
+
+  Raises:
+    FileNotFoundError: none of these files is there.
+    ValueError: the file is no tokenizer.
+  """
+  path = os.fspath(path)
+  single = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
+  vocab, merges = (os.path.join(path, name) for name in ('vocab.json', 'merges.txt'))
+  if os.path.isfile(single):
+    try:
+      return Tokenizer(tokenizers.Tokenizer.from_file(single))
+    except Exception as error:  # The Rust binding raises bare Exception for any bad file.
+      raise ValueError(f'{single} is no tokenizer file: {error}') from error
+  if os.path.isfile(vocab) and os.path.isfile(merges):
+    backend = tokenizers.Tokenizer(token_models.BPE.from_file(vocab, merges))
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend)
+  raise FileNotFoundError(
+      f'no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt')
+
+
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+"""Qwen2's word split, needed where only the vocabulary and the merges are given."""

@@ -1,0 +1,127 @@
+"""Rectified flow: interpolation, times, transitions. The only home of this mathematics.
+
+Convention: `x_t = (1 - t) x_0 + t noise`, so t = 1 is noise and t = 0 is data; the velocity is
+`dx/dt = noise - x_0`; sampling walks t from 1 to 0. All of it is float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+Array = jax.Array
+
+
+def interpolate(x0: Array, noise: Array, t: Array) -> Array:
+  """`(1 - t) x_0 + t noise` (Liu et al. 2022, arXiv 2209.03003); `t` broadcasts against both."""
+  return (1 - t) * x0 + t * noise
+
+
+def velocity_target(x0: Array, noise: Array) -> Array:
+  """`noise - x_0`, the derivative of `interpolate` by t."""
+  return noise - x0
+
+
+def shift_time(u: Array, shift: float) -> Array:
+  """`s u / (1 + (s - 1) u)`: more time near noise for s > 1 (Esser et al., arXiv 2403.03206)."""
+  return shift * u / (1 + (shift - 1) * u)
+
+
+def logit_normal_time(z: Array, shift: float) -> Array:
+  """Training time from a standard normal draw; z = -inf gives exactly 0 (clean latents)."""
+  return shift_time(jax.nn.sigmoid(z), shift)
+
+
+def time_grid(points: int, shift: float) -> Array:
+  """`points` times from 1 down to 0, hence `points - 1` steps."""
+  return shift_time(jnp.linspace(1., 0., points, dtype=jnp.float32), shift)
+
+
+def ode_step(x: Array, v: Array, t: Array, t_next: Array) -> Array:
+  """One Euler step from t to t_next < t."""
+  return x - v * (t - t_next)
+
+
+class Transition(NamedTuple):
+  """Gaussian of one step: `x_next = mean + std * z`; `std` is of the whole step, not per time."""
+  mean: Array
+  std: Array
+
+
+def sde_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: float) -> Transition:
+  """Flow-GRPO's step, with the marginals of the ODE (Liu et al. 2025, arXiv 2505.05470, eq. 9).
+
+  Args:
+    x, v: latents and velocity at t.
+    t, t_next: times of the step.
+    first_t: second point of the grid; it stands in for t = 1, where the scale is infinite.
+    eta: the paper's `a`; 0 gives the Euler step.
+  """
+  dt = t_next - t
+  safe_t = jnp.where(t >= 1., first_t, t)
+  scale = eta * jnp.sqrt(t / (1 - safe_t))
+  half = jnp.square(scale) / (2 * jnp.maximum(t, 1e-6))
+  mean = x * (1 + half * dt) + v * (1 + half * (1 - t)) * dt
+  return Transition(mean, scale * jnp.sqrt(-dt))
+
+
+def cps_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: float) -> Transition:
+  """Coefficient-preserving step: noise is replaced, never added (arXiv 2509.05952).
+
+  `eta` in [0, 1] sets `std = t_next sin(eta pi / 2)`; a step to 0 is therefore noise-free.
+  """
+  del first_t
+  std = t_next * jnp.sin(eta * jnp.pi / 2)
+  x0 = x - t * v
+  x1 = x + (1 - t) * v
+  mean = (1 - t_next) * x0 + jnp.sqrt(jnp.maximum(jnp.square(t_next) - jnp.square(std), 0.)) * x1
+  return Transition(mean, std)
+
+
+STEPS = {'sde': sde_step, 'cps': cps_step}
+"""Stochastic samplers by config name; each has the arguments of `sde_step`."""
+
+
+def log_ratio(noise: Array, mean: Array, old_mean: Array, std: Array, axes: tuple[int, ...]
+              ) -> Array:
+  """Mean log-ratio per latent value of `N(mean, std)` to `N(old_mean, std)` at the sample.
+
+  The sample is `old_mean + std * noise`, so the ratio is
+  `mean(z d) / std - mean(d^2) / (2 std^2)` with `d = mean - old_mean`: no two log-densities of
+  order one are subtracted, and equal means give exactly 0.
+
+  Args:
+    axes: the axes of one sample, averaged over (Flow-GRPO's convention).
+  """
+  d = mean - old_mean
+  return jnp.mean(noise * d, axes) / std - jnp.mean(jnp.square(d), axes) / (2 * jnp.square(std))
+
+
+def guide(v: Array, v_text: Array, v_image: Array, text_scale: float | Array,
+          image_scale: float | Array, renorm: str, renorm_min: float) -> Array:
+  """Classifier-free guidance with two branches and BAGEL's renormalisation.
+
+  Args:
+    v: velocity with the whole context, (..., N, C).
+    v_text: velocity without the text.
+    v_image: velocity without the images.
+    text_scale, image_scale: 1 turns a branch off; image guidance alone has no effect.
+    renorm: 'global' (norm over all axes), 'channel' (per token) or 'text_channel' (per token,
+      before the image branch is mixed in).
+    renorm_min: floor of the factor; 1 turns renormalisation off. The factor never exceeds 1.
+  """
+  axes = tuple(range(v.ndim)) if renorm == 'global' else (-1,)
+  norm = lambda y: jnp.sqrt(jnp.sum(jnp.square(y), axes, keepdims=True))
+  factor = lambda y: jnp.clip(norm(v) / (norm(y) + 1e-8), renorm_min, 1.)
+  mix = lambda y: jnp.where(image_scale > 1, v_image + image_scale * (y - v_image), y)
+  y = v_text + text_scale * (v - v_text)
+  if renorm == 'text_channel':
+    out = mix(y * factor(y))
+  elif renorm in ('global', 'channel'):
+    z = mix(y)
+    out = z * factor(z)
+  else:
+    raise ValueError(f"renorm is {renorm!r}; allowed: 'global', 'channel', 'text_channel'")
+  return jnp.where(text_scale > 1, out, v)

@@ -1,0 +1,191 @@
+"""Frozen records that pass between rooms, and the axis legend.
+
+Axis letters, the same in every file (`logits_BGLV`):
+
+  B  prompts           G  samples of a prompt      R  rows, B * G
+  L  query positions   S  cached positions         U  understanding tokens in memory
+  N  image tokens      D  width                    H  query heads
+  J  key/value heads   K  head width               F  feed-forward width
+  V  vocabulary        T  denoising steps or generated tokens
+  C  channels of a latent token                    P  values of a pixel patch
+  Y  pixel rows        X  pixel columns            E  layers
+
+`M` stands for "rows of one prompt" where a pass is used both with groups (M = G) and without
+(M = 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+import jax
+
+Array = jax.Array
+Params = Any
+
+CAUSAL, FULL, NOISE = 0, 1, 2
+"""Attention modes of a split: text; clean latents and ViT tokens; noised latents."""
+
+PADDING = -1
+"""`Layout.sample` of a place that holds nothing."""
+
+
+@struct.dataclass
+class Layout:
+  """Where tokens stand in the logical sequence, whatever their place in memory.
+
+  Attributes:
+    sample_BL: which sample of the row a token belongs to; `PADDING` where there is none.
+    order_BL: place in the logical sequence.
+    split_BL: number of the split (segment); unique within a row.
+    mode_BL: `CAUSAL`, `FULL` or `NOISE`.
+    position_BL: RoPE position.
+  """
+  sample_BL: Array
+  order_BL: Array
+  split_BL: Array
+  mode_BL: Array
+  position_BL: Array
+
+
+@struct.dataclass
+class Sequence:
+  """Text, ViT and latent tokens of a row, as three static segments in memory.
+
+  Text and ViT tokens form the understanding segment, latent tokens the generation segment.
+  A segment may have length zero.
+
+  Attributes:
+    ids_BL: text and frame tokens.
+    text: their layout.
+    patches_BNP: pixel patches for the vision tower.
+    patch_position_BN: rows of both ViT position tables.
+    patch_image_BN: number of the image a patch belongs to; attention stays inside an image.
+    vit: layout of the ViT tokens.
+    latents_BNC: latent tokens, already noised to `time_BN`.
+    latent_position_BN: rows of the latent position table.
+    time_BN: flow time of every latent token, 0 for clean ones.
+    gen: layout of the latent tokens.
+    next_position_B: RoPE position of what comes after the sequence.
+  """
+  ids_BL: Array
+  text: Layout
+  patches_BNP: Array
+  patch_position_BN: Array
+  patch_image_BN: Array
+  vit: Layout
+  latents_BNC: Array
+  latent_position_BN: Array
+  time_BN: Array
+  gen: Layout
+  next_position_B: Array
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of a context, shared by all rows of its prompt.
+
+  Attributes:
+    k_EBSJK, v_EBSJK: per layer, after norm and RoPE.
+    valid_BS: False on padding.
+    next_position_B: RoPE position of what comes next.
+  """
+  k_EBSJK: Array
+  v_EBSJK: Array
+  valid_BS: Array
+  next_position_B: Array
+
+
+@struct.dataclass
+class TextRollout:
+  """Sampled answers. `logp_BGT` is the log-probability under the sampling distribution.
+
+  `tokens_BGT` holds the answer and its end token; `mask_BGT` is True on both. The temperature
+  that sampled is kept, so that scoring uses the same one.
+  """
+  tokens_BGT: Array
+  logp_BGT: Array
+  mask_BGT: Array
+  temperature: Array
+
+
+@struct.dataclass
+class ImageRollout:
+  """Trajectories of the flow.
+
+  Attributes:
+    x_TBGNC: latents before every step.
+    noise_TBGNC: the standard normal draw of every step.
+    mean_TBGNC: mean of every transition under the policy that sampled.
+    time_T, next_time_T, std_T: times and deviations of the transitions (0: no noise).
+    latents_BGNC: the final latents.
+  """
+  x_TBGNC: Array
+  noise_TBGNC: Array
+  mean_TBGNC: Array
+  time_T: Array
+  next_time_T: Array
+  std_T: Array
+  latents_BGNC: Array
+
+
+@struct.dataclass
+class Rewards:
+  """One component: a value and whether it is valid, for every sample of every group."""
+  value_BG: Array
+  valid_BG: Array
+
+
+@struct.dataclass
+class TrainState:
+  """All that an optimizer step changes, and the frozen copies that it reads.
+
+  Attributes:
+    step: int32 number of optimizer steps taken.
+    params: the policy, float32.
+    opt_state: of the optimizer.
+    ema: running mean of the parameters, or None.
+    old: the old policy of DiffusionNFT, or None.
+    reference: the frozen pretrained policy, or None.
+  """
+  step: Array
+  params: Params
+  opt_state: Any
+  ema: Params = None
+  old: Params = None
+  reference: Params = None
+
+
+@struct.dataclass
+class Prompts:
+  """Contexts of one task before any encoder has run: token ids, layouts and source images.
+
+  Attributes:
+    ids_BL, text, vit, gen, next_position_B: as in `Sequence`; `vit` and `gen` have length zero
+      where the task shows no image, `gen` also where it is not edited.
+    source_BYXC: uint8 pixels of the image shown, or of size zero.
+    index_B: number of the prompt in its source; random draws of a row depend on it alone.
+  """
+  ids_BL: Array
+  text: Layout
+  vit: Layout
+  gen: Layout
+  next_position_B: Array
+  source_BYXC: Array
+  index_B: Array
+
+
+@struct.dataclass
+class Batch:
+  """Prompts with what should follow them, for supervised training.
+
+  Attributes:
+    target_BYXC: uint8 pixels of the image to draw, or of size zero.
+    answer_BL: `[bos] answer [eos] padding`, or of size zero.
+    answer_mask_BL: True where `answer_BL[:, 1:]` is a label, one shorter than `answer_BL`.
+  """
+  prompts: Prompts
+  target_BYXC: Array
+  answer_BL: Array
+  answer_mask_BL: Array
