@@ -16,7 +16,7 @@ def bootstrap_ci(values: Values, clusters: Clusters, seed: int, draws: int = 200
   """Mean of `values` and its percentile interval from a cluster bootstrap.
 
   Whole clusters are drawn with replacement, so items that share a meaning stand or fall
-  together (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, §8.3 and §13.3).
+  together (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
 
   Args:
     values: scores, any unit, [items].
@@ -69,7 +69,7 @@ def paired_test(before: Values, after: Values, clusters: Clusters) -> dict[str, 
 
   With d = after - before, K clusters and n items, the variance of mean(d) is
   K / (K - 1) * sum_k (sum_{i in k} (d_i - mean(d)))^2 / n^2 (Liang and Zeger 1986; Miller 2024,
-  arXiv 2411.00640, §2.2 and §4.2), and p = erfc(|z| / sqrt(2)). A normal p is far too small when
+  arXiv 2411.00640), and p = erfc(|z| / sqrt(2)). A normal p is far too small when
   a few clusters happen to agree, so p is never below 2^(1 - K), the least that a sign-flip test
   over K clusters can return; one cluster gives an infinite error and p = 1.
 

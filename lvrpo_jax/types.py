@@ -189,3 +189,41 @@ class Batch:
   target_BYXC: Array
   answer_BL: Array
   answer_mask_BL: Array
+
+
+@struct.dataclass
+class TextExperience:
+  """Answers with their advantages, as the update reads them."""
+  prompts: Prompts
+  tokens_BGT: Array
+  logp_BGT: Array
+  mask_BGT: Array
+  temperature_B: Array
+  advantage_BG: Array
+  valid_BG: Array
+
+
+@struct.dataclass
+class ImageExperience:
+  """Images with their advantages, as the update reads them.
+
+  The transitions of the trained steps have an axis K; forward-process objectives read only
+  `latents_BGNC`.
+
+  Attributes:
+    latents_BGNC: final latents.
+    x_BKGNC, noise_BKGNC, mean_BKGNC: as in `ImageRollout`.
+    time_BK, next_time_BK, first_time_B, eta_BK, std_BK: of the transitions; the same in all rows.
+  """
+  prompts: Prompts
+  latents_BGNC: Array
+  x_BKGNC: Array
+  noise_BKGNC: Array
+  mean_BKGNC: Array
+  time_BK: Array
+  next_time_BK: Array
+  first_time_B: Array
+  eta_BK: Array
+  std_BK: Array
+  advantage_BG: Array
+  valid_BG: Array

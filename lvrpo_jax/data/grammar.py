@@ -56,12 +56,14 @@ class _Entry:
   count: int = 1
   region: str | None = None
 
-  def text(self, rng: np.random.Generator) -> str:
+  def text(self, rng: np.random.Generator, plain: bool) -> str:
+    """'two red circles', 'a square in the top left corner'; `plain` keeps the region short."""
     name = wording.noun(self.shape, self.color, self.count)
     name = f'a {name}' if self.count == 1 else f'{wording.NUMBERS[self.count]} {name}'
     if self.region is None:
       return name
-    return f'{name} {wording.pick(rng, wording.REGION_PHRASES[self.region])}'
+    phrases = wording.REGION_PHRASES[self.region]
+    return f'{name} {phrases[0] if plain else wording.pick(rng, phrases)}'
 
   def key(self) -> str:
     region = '' if self.region is None else f' in {self.region}'
@@ -135,7 +137,8 @@ def _draw_scene(rng: np.random.Generator, meaning: _Meaning) -> tuple[shapes.Obj
 
 
 def _word_caption(rng: np.random.Generator, meaning: _Meaning) -> str:
-  texts = [entry.text(rng) for entry in meaning.entries]
+  plain = sum(entry.region is not None for entry in meaning.entries) > 1
+  texts = [entry.text(rng, plain) for entry in meaning.entries]
   if meaning.relation is not None:
     joint = wording.pick(rng, wording.RELATION_PHRASES[meaning.relation])
   else:
@@ -161,7 +164,8 @@ def _spec(kind: str, meaning: _Meaning, caption: str) -> dict:
     include[1]['position'] = [meaning.relation, 0]
   exclude = []
   if kind == 'counting':
-    exclude = [dict(include[0], count=include[0]['count'] + 1)]
+    # Of any colour, as in GenEval: a third circle in blue also spoils 'two red circles'.
+    exclude = [{'class': include[0]['class'], 'count': include[0]['count'] + 1}]
   return {'tag': kind, 'include': include, 'exclude': exclude, 'prompt': caption}
 
 

@@ -81,7 +81,7 @@ def load_image(source: str | os.PathLike | bytes) -> np.ndarray:
   name = f'{len(source)} bytes in memory' if in_memory else os.fspath(source)
   try:
     with Image.open(io.BytesIO(source) if in_memory else source) as image:
-      return np.asarray(_to_rgb(image))
+      return np.array(_to_rgb(image))
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(f'cannot read image {name}: {error}') from error
 
@@ -98,7 +98,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def resize(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:
   """Resizes a byte image to the size that `rule` gives: bicubic, antialiased, rounded to bytes."""
   size = resize_rule(image_YXC.shape[1], image_YXC.shape[0], *rule)
-  return np.asarray(Image.fromarray(image_YXC).resize(size, Image.Resampling.BICUBIC))
+  return np.array(Image.fromarray(image_YXC).resize(size, Image.Resampling.BICUBIC))
 
 
 def transform(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:

@@ -19,7 +19,7 @@ MAX_RADIUS = 6.0  # pixels: MAX_RADIUS + JITTER + 1/2 (antialiasing) fits into h
 MAX_OBJECTS = GRID * GRID
 
 SQUARE_HALF_SIDE = 0.9  # of the radius; keeps a square's area near that of the other shapes
-CROSS_HALF_WIDTH = 0.36  # of the radius: half the width of an arm
+CROSS_HALF_WIDTH = 0.32  # of the radius: half the width of an arm
 
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross')
 BACKGROUND = (232, 232, 232)

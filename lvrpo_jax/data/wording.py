@@ -21,7 +21,7 @@ REGION_CELLS = {
     **{corner: (cell,) for cell, corner in enumerate(shapes.CORNERS)},
     'left': (0, 2), 'right': (1, 3), 'top': (0, 1), 'bottom': (2, 3),
 }
-# The first phrase is the plain one, used in plans' and statements' neighbours: short and regular.
+# The first phrase is the plain one: statements, derived questions and long captions use it.
 REGION_PHRASES = {
     **{c: (f'in the {c}', f'in the {c} corner', f'at the {c}') for c in shapes.CORNERS},
     'left': ('on the left', 'on the left side'), 'right': ('on the right', 'on the right side'),

@@ -18,8 +18,10 @@ import numpy as np
 # A variance below this share of the largest one cannot be told from rounding.
 _VARIANCE_FLOOR = 1e-8
 
+Array = jax.Array | np.ndarray
 
-def patchify(image_BYXC: jax.Array, patch: int) -> jax.Array:
+
+def patchify(image_BYXC: Array, patch: int) -> Array:
   """Cuts images or latents into square patches.
 
   Args:
@@ -40,7 +42,7 @@ def patchify(image_BYXC: jax.Array, patch: int) -> jax.Array:
   return blocks.reshape(b, (y // patch) * (x // patch), patch * patch * c)
 
 
-def unpatchify(tokens_BND: jax.Array, grid_yx: tuple[int, int], patch: int) -> jax.Array:
+def unpatchify(tokens_BND: Array, grid_yx: tuple[int, int], patch: int) -> Array:
   """Inverse of `patchify`.
 
   Args:
@@ -283,25 +285,29 @@ class PatchAutoencoder(nn.Module):
     b, y, x = image_BYXC.shape[:3]
     mean_BND = self.encoder(patchify(image_BYXC, self.patch))
     mean_BYXC = mean_BND.reshape(b, y // self.patch, x // self.patch, self.z_channels)
-    return mean_BYXC, jnp.broadcast_to(self.logvar, mean_BYXC.shape)
+    return mean_BYXC, jnp.broadcast_to(self.logvar[None, None, None], mean_BYXC.shape)
 
   def encode(self, image_BYXC: jax.Array, eps_BYXC: jax.Array) -> jax.Array:
     """Samples scaled latents with the standard normal draw `eps_BYXC` (shape of the latents)."""
     mean_BYXC, logvar_BYXC = self.moments(image_BYXC)
-    return self.scale * (mean_BYXC + jnp.exp(logvar_BYXC / 2) * eps_BYXC - self.shift)
+    return self._normalise(mean_BYXC + jnp.exp(logvar_BYXC / 2) * eps_BYXC)
 
   def encode_mean(self, image_BYXC: jax.Array) -> jax.Array:
     """Scaled latents without sampling."""
-    return self.scale * (self.moments(image_BYXC)[0] - self.shift)
+    return self._normalise(self.moments(image_BYXC)[0])
 
   def decode(self, latent_BYXC: jax.Array) -> jax.Array:
     """Images, not clipped, of shape (B, Y * patch, X * patch, in_channels)."""
     b, y, x, c = latent_BYXC.shape
-    latent_BND = (latent_BYXC / self.scale + self.shift).reshape(b, y * x, c)
+    latent_BND = latent_BYXC.reshape(b, y * x, c)
+    latent_BND = latent_BND / self.scale[None, None] + self.shift[None, None]
     pixels_BND = self.decoder(latent_BND)
     if self.hidden:
       pixels_BND += self.decoder_out(nn.gelu(self.decoder_in(latent_BND)))
     return unpatchify(pixels_BND, (y, x), self.patch)
+
+  def _normalise(self, latent_BYXC: jax.Array) -> jax.Array:
+    return self.scale[None, None, None] * (latent_BYXC - self.shift[None, None, None])
 
 
 def fit_patch_autoencoder(
@@ -358,5 +364,8 @@ def fit_patch_autoencoder(
       'scale': np.sqrt(kept_C) / signal_C,
       'shift': np.zeros(z),
   }
-  params = model.init(jax.random.key(seed), jnp.asarray(image_BYXC[:1], jnp.float32))['params']
-  return {**params, **jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fitted)}
+  fitted = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fitted)
+  if not model.hidden:
+    return fitted
+  image_BYXC = jnp.zeros((1, model.patch, model.patch, model.in_channels))
+  return {**jax.jit(model.init)(jax.random.key(seed), image_BYXC)['params'], **fitted}

@@ -1,0 +1,153 @@
+"""The default job: a small unified model on the shapes world, pretrained and aligned.
+
+    python -m lvrpo_jax.main --config=configs/base.py
+
+Two CPU cores, no accelerator. Every key of the project is here, once, with its unit and meaning.
+Other configs import this one and assign.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the default configuration."""
+  config = config_dict.ConfigDict()
+  config.program = 'run'  # 'run': all stages, from nothing to the report.
+  config.seed = 0  # of initialisation, data, rollouts and noise
+
+  config.data = config_dict.ConfigDict()
+  config.data.source = 'lvrpo_jax.data.mixture:ShapesData'  # import path of the data class
+  config.data.prompt_words = 14  # tokens of the longest caption, question or instruction
+  config.data.answer_words = 16  # tokens of the longest answer, reasoning included
+  config.data.wrong = 0.1  # fraction of wrong answers in pretraining, as found on the web
+  config.data.chatty = 0.1  # fraction of pretraining answers that keep no format
+  config.data.plan = 0.5  # fraction of answers that reason first, where the question has two steps
+  config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
+  config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
+      single_object=2., two_object=3., counting=3., colors=2., position=7., color_attr=3.))
+  config.data.question_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
+      color=2., shape=2., count=2., relation=3., compare=2., reason=3.))
+  config.data.prefetch = 4  # batches made ahead in the background
+
+  config.model = config_dict.ConfigDict()
+  config.model.width = 96  # residual stream of both experts
+  config.model.depth = 4  # layers
+  config.model.heads = 4  # query heads; width / heads is the head width and must be even
+  config.model.kv_heads = 2  # key/value heads; must divide heads
+  config.model.ff_width = 256  # feed-forward width of each expert
+  config.model.rope_theta = 1e4  # base of the rotary positions
+  config.model.eps = 1e-6  # of the norms
+  config.model.dtype = 'float32'  # compute dtype; parameters are float32
+  config.model.unroll = 4  # layers unrolled per scan step; depth is fastest on CPU, 1 elsewhere
+  config.model.remat = 'none'  # 'none', 'full', or a name in jax.checkpoint_policies
+  config.model.vit_width = 64  # vision tower
+  config.model.vit_depth = 1
+  config.model.vit_heads = 4
+  config.model.vit_ff_width = 128
+  config.model.vit_patch = 16  # pixels a side
+
+  config.vae = config_dict.ConfigDict()
+  config.vae.patch = 16  # pixels a side of one latent token
+  config.vae.channels = 32  # values of a latent token
+  config.vae.images = 3000  # training images that the autoencoder is fitted to
+
+  config.judge = config_dict.ConfigDict()  # the SigLIP dual encoder of the semantic reward
+  config.judge.width = 64  # of both towers and the joint space
+  config.judge.depth = 2  # layers of each tower
+  config.judge.heads = 4
+  config.judge.ff_width = 128
+  config.judge.patch = 8  # pixels a side
+  config.judge.steps = 300  # training steps
+  config.judge.batch = 128  # image-text pairs a step
+  config.judge.learning_rate = 2e-3
+
+  config.pretrain = config_dict.ConfigDict()
+  config.pretrain.steps = 800
+  config.pretrain.generate = 64  # captions a step; 0 leaves the task out
+  config.pretrain.understand = 64  # questions a step
+  config.pretrain.edit = 32  # edits a step
+  config.pretrain.draws = 4  # noised copies of every image; they share one encoded context
+  config.pretrain.weights = config_dict.ConfigDict(dict(  # of the task losses
+      generate=1., understand=0.5, edit=1.))
+  config.pretrain.shift = 2.2  # time shift of the logit-normal training times
+  config.pretrain.ema = 0.  # decay of the running mean of parameters; 0 keeps none
+  config.pretrain.save_every = 200  # steps
+
+  config.optimizer = config_dict.ConfigDict()  # of pretraining
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.schedule = 'linear'  # 'linear': flat, then to 0 from half time; or 'constant'
+  config.optimizer.warmup = 20  # steps
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.98
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.01  # on kernels
+  config.optimizer.clip_norm = 1.  # of the global gradient norm
+
+  config.sampling = config_dict.ConfigDict()  # of evaluation
+  config.sampling.steps = 10  # Euler steps
+  config.sampling.shift = 2.2  # time shift of the grid
+  config.sampling.guidance = (2., 3.)  # scales tried for the guided baseline
+
+  config.align = config_dict.ConfigDict()
+  config.align.steps = 150  # iterations: rollout, reward, advantage, updates
+  config.align.group = 8  # samples of a prompt
+  config.align.generate = 16  # prompts an iteration; 0 leaves the task out
+  config.align.understand = 32
+  config.align.edit = 8
+  config.align.weights = config_dict.ConfigDict(dict(  # of the task losses
+      generate=1., understand=1., edit=1.))
+  config.align.updates = 2  # optimizer steps on every rollout
+  config.align.rewards = config_dict.ConfigDict()  # component: weight; 0 leaves it out
+  config.align.rewards.generate = config_dict.ConfigDict(dict(
+      rules=1., semantic=0.25, dense=0., knowledge=0.25))
+  config.align.rewards.understand = config_dict.ConfigDict(dict(
+      rules=1., semantic=0.1, knowledge=0.1))
+  config.align.rewards.edit = config_dict.ConfigDict(dict(
+      rules=1., semantic=0., dense=0., knowledge=0.25))
+  config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
+      generate='', generate_weight=1., understand='', understand_weight=1., edit='',
+      edit_weight=1.))
+  config.align.advantage = 'gdpo'  # 'gdpo': normalise each component; 'sum': the paper's form
+  config.align.floor = 0.05  # smallest deviation divided by, in units of the reward
+  config.align.objective = 'nft'  # images: 'nft' (DiffusionNFT) or 'sde' (Flow-GRPO)
+  config.align.steps_per_image = 10  # denoising steps of a rollout
+  config.align.sampler = 'sde'  # 'sde' (Flow-GRPO) or 'cps'
+  config.align.eta = 0.7  # noise scale of the sampler
+  config.align.noise_low = 0.4  # steps that start at a time in (low, high] are noisy
+  config.align.noise_high = 1.
+  config.align.window = 2  # noisy steps that are replayed, and trained by 'sde', an iteration
+  config.align.draws = 2  # noised copies of every sample for 'nft'
+  config.align.nft_beta = 1.  # mixture of policy and old policy
+  config.align.nft_scale = 2.  # advantage at which the optimality probability saturates
+  config.align.old_flat = 0  # old policy: iterations of plain copies,
+  config.align.old_rise = 0.02  # rise of its decay an iteration,
+  config.align.old_hold = 0.5  # and its largest decay
+  config.align.image_clip = 1e-3  # 'sde': bound on |ratio - 1|; the log-ratio is a mean
+  config.align.velocity_penalty = 0.02  # weight of the velocity MSE to the reference
+  config.align.temperature = 1.  # of sampled answers
+  config.align.text_low = 0.2  # clip range of the token ratio
+  config.align.text_high = 0.28
+  config.align.text_aggregation = 'token'  # 'token' (DAPO) or 'sequence' (GRPO)
+  config.align.text_penalty = 0.02  # weight of k3 to the reference
+  config.align.learning_rate = 3e-4
+  config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
+  config.align.clip_norm = 1.
+  config.align.save_every = 25  # iterations
+
+  config.evaluate = config_dict.ConfigDict()
+  config.evaluate.generate = 80  # prompts of every kind
+  config.evaluate.unseen = 60
+  config.evaluate.understand = 100
+  config.evaluate.edit = 80
+  config.evaluate.images = 4  # images and sampled answers of a prompt
+  config.evaluate.batch = 80  # prompts at once
+  config.evaluate.guided = 40  # prompts of every kind for the guided baseline; 0 leaves it out
+
+  config.parallel = config_dict.ConfigDict()
+  config.parallel.mesh = (-1, 1, 1)  # devices along data, fsdp, tensor; one may be -1
+  config.parallel.runner = 'jit'  # 'jit' over the mesh, or 'pmap' (data parallel)
+  config.parallel.micro_batches = 1  # parts a batch is split into, gradients accumulated
+
+  config.log_every = 10  # seconds between log lines where there is no terminal
+  config.report = True  # write report.html at the end
+  return config

@@ -1,0 +1,96 @@
+"""Orbax checkpoints of everything that moves, one folder a stage.
+
+Order of a resume: (1) build the state from the config and the seed; (2) read the newest complete
+checkpoint of the stage into it; (3) set the data iterators to their saved states; (4) drop metric
+lines beyond the restored step; (5) go on. All randomness is a function of the seed and of counters
+inside the state, so nothing else has to be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+  """Asynchronous checkpoints of a stage: a state (arrays) and a record (JSON)."""
+
+  def __init__(self, folder: pathlib.Path, keep: int = 2):
+    self._manager = ocp.CheckpointManager(
+        folder.resolve(), options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True))
+
+  def latest(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, record: dict[str, Any]):
+    """Starts saving; the state may be donated as soon as this returns."""
+    self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)))
+
+  def restore(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest complete (state, record) laid out like `target`, or None.
+
+    A checkpoint that cannot be read is skipped with a warning and the one before is used.
+    """
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        out = self._manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))
+      except (OSError, ValueError, KeyError) as error:
+        logging.warning('checkpoint of step %d cannot be read (%s); trying the one before', step,
+                        error)
+        continue
+      return out['state'], out['record']
+    return None
+
+  def close(self):
+    """Waits until everything is written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
+  """Writes `config.json`, or compares with the one that is there.
+
+  Raises:
+    ValueError: the workdir holds a run of another config; the message lists the differing keys.
+  """
+  path = workdir / 'config.json'
+  mine = flatten(json.loads(config.to_json()))
+  if path.exists():
+    theirs = flatten(json.loads(path.read_text()))
+    different = [f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
+                 for key in sorted(mine.keys() | theirs.keys())
+                 if mine.get(key) != theirs.get(key)]
+    if different:
+      raise ValueError(f'{workdir} holds a run of another config; use another --workdir, or the '
+                       'same values:\n  ' + '\n  '.join(different))
+  elif jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, json.loads(config.to_json()))
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} to {'a.b': 1}."""
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      out.update(flatten(value, f'{prefix}{key}.'))
+    else:
+      out[f'{prefix}{key}'] = value
+  return out
+
+
+def write_json(path: pathlib.Path, value: Any):
+  """Writes JSON so that the file is either the old or the new one, never half."""
+  temporary = path.with_suffix(path.suffix + '.tmp')
+  temporary.write_text(json.dumps(value, indent=1))
+  temporary.replace(path)

@@ -1,0 +1,132 @@
+"""Checks of a config before any work: each failure names the key, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+TASKS = ('generate', 'understand', 'edit')
+PROGRAMS = ('run',)
+Check = tuple[str, Callable[[Any], bool], str]
+
+POSITIVE = (lambda v: v > 0, 'a number above 0')
+COUNT = (lambda v: v >= 1, 'an integer of at least 1')
+NATURAL = (lambda v: v >= 0, 'at least 0')
+FRACTION = (lambda v: 0 <= v <= 1, 'between 0 and 1')
+
+
+def one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
+  """Membership, with its message."""
+  return (lambda v: v in values), 'one of ' + ', '.join(map(repr, values))
+
+
+CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
+    ('program', one_of(*PROGRAMS)),
+    ('seed', NATURAL),
+    *((f'data.{k}', FRACTION) for k in ('wrong', 'chatty', 'plan', 'drop')),
+    *((f'data.{k}', COUNT) for k in ('prompt_words', 'answer_words', 'prefetch')),
+    *((f'model.{k}', COUNT) for k in (
+        'width', 'depth', 'heads', 'kv_heads', 'ff_width', 'unroll', 'vit_width', 'vit_depth',
+        'vit_heads', 'vit_ff_width', 'vit_patch')),
+    *((f'model.{k}', POSITIVE) for k in ('rope_theta', 'eps')),
+    ('model.dtype', one_of('float32', 'bfloat16')),
+    ('model.remat', (lambda v: v in ('none', 'full') or v in dir(jax.checkpoint_policies),
+                     "'none', 'full', or a name in jax.checkpoint_policies")),
+    *((f'vae.{k}', COUNT) for k in ('patch', 'channels', 'images')),
+    *((f'judge.{k}', COUNT) for k in ('width', 'depth', 'heads', 'ff_width', 'patch', 'steps',
+                                      'batch')),
+    *((f'{k}.learning_rate', POSITIVE) for k in ('judge', 'optimizer', 'align')),
+    *((f'pretrain.{k}', COUNT) for k in ('steps', 'draws', 'save_every')),
+    ('pretrain.shift', POSITIVE), ('sampling.shift', POSITIVE),
+    ('pretrain.ema', (lambda v: 0 <= v < 1, 'at least 0 and below 1')),
+    ('optimizer.schedule', one_of('linear', 'constant')),
+    *((f'optimizer.{k}', (lambda v: 0 <= v < 1, 'at least 0 and below 1')) for k in ('b1', 'b2')),
+    ('optimizer.clip_norm', POSITIVE), ('align.clip_norm', POSITIVE),
+    ('sampling.steps', COUNT),
+    *((f'align.{k}', COUNT) for k in ('steps', 'updates', 'draws', 'window', 'save_every')),
+    ('align.group', (lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings')),
+    ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),
+    ('align.advantage', one_of('gdpo', 'sum')),
+    ('align.objective', one_of('nft', 'sde')),
+    ('align.sampler', one_of('sde', 'cps')),
+    ('align.text_aggregation', one_of('token', 'sequence')),
+    *((f'align.{k}', POSITIVE) for k in (
+        'floor', 'eta', 'nft_beta', 'nft_scale', 'image_clip', 'temperature')),
+    *((f'align.{k}', NATURAL) for k in (
+        'velocity_penalty', 'text_penalty', 'understand_rate', 'old_flat', 'old_rise')),
+    *((f'align.{k}', FRACTION) for k in ('text_low', 'text_high', 'old_hold', 'noise_low',
+                                         'noise_high')),
+    *((f'evaluate.{k}', COUNT) for k in ('generate', 'unseen', 'understand', 'edit', 'images',
+                                         'batch')),
+    ('evaluate.guided', NATURAL),
+    ('parallel.runner', one_of('jit', 'pmap')),
+    ('parallel.micro_batches', COUNT),
+    ('log_every', POSITIVE),
+)
+
+
+def get(config: ml_collections.ConfigDict, key: str) -> Any:
+  """Value at a dotted key."""
+  for part in key.split('.'):
+    config = config[part]
+  return config
+
+
+def validate(config: ml_collections.ConfigDict):
+  """Checks every value and how they fit together.
+
+  Raises:
+    ValueError: names the key, its value and what is allowed.
+  """
+  for key, (good, allowed) in CHECKS:
+    value = get(config, key)
+    if not good(value):
+      raise ValueError(f'config.{key} is {value!r}; allowed: {allowed}')
+  _check_shapes(config)
+  for part in ('pretrain', 'align'):
+    sizes = {task: get(config, f'{part}.{task}') for task in TASKS}
+    for task, size in sizes.items():
+      if size < 0:
+        raise ValueError(f'config.{part}.{task} is {size}; allowed: at least 0 rows')
+      if size and not get(config, f'{part}.weights.{task}') > 0:
+        raise ValueError(f'config.{part}.weights.{task} is '
+                         f'{get(config, f"{part}.weights.{task}")}; allowed: above 0 where '
+                         f'config.{part}.{task} is not 0')
+    if not any(sizes.values()):
+      raise ValueError(f'config.{part}.generate, .understand and .edit are all 0; allowed: at '
+                       'least one task')
+  for task in TASKS:
+    rewards, custom = config.align.rewards[task], config.align.custom
+    if any(weight < 0 for weight in rewards.values()):
+      raise ValueError(f'config.align.rewards.{task} is {rewards.to_dict()}; allowed: weights of '
+                       'at least 0')
+    if config.align[task] and not any(rewards.values()) and not custom[task]:
+      raise ValueError(f'config.align.rewards.{task} is {rewards.to_dict()}; allowed: at least '
+                       'one weight above 0, or a reward of your own')
+  if config.align.noise_low >= config.align.noise_high:
+    raise ValueError(f'config.align.noise_low is {config.align.noise_low}; allowed: below '
+                     f'config.align.noise_high = {config.align.noise_high}')
+
+
+def _check_shapes(config: ml_collections.ConfigDict):
+  m = config.model
+  divides = (
+      ('model.heads', m.heads, 'model.width', m.width),
+      ('model.kv_heads', m.kv_heads, 'model.heads', m.heads),
+      ('model.vit_heads', m.vit_heads, 'model.vit_width', m.vit_width),
+      ('judge.heads', config.judge.heads, 'judge.width', config.judge.width),
+      ('parallel.micro_batches', config.parallel.micro_batches, 'align.generate',
+       config.align.generate),
+  )
+  for name, part, whole_name, whole in divides:
+    if whole % part:
+      raise ValueError(f'config.{name} is {part}; allowed: a divisor of config.{whole_name} = '
+                       f'{whole}')
+  if (m.width // m.heads) % 2:
+    raise ValueError(f'config.model.heads is {m.heads}; allowed: a head width '
+                     f'config.model.width / heads that is even, not {m.width // m.heads}')
+  if m.width % 4:
+    raise ValueError(f'config.model.width is {m.width}; allowed: a multiple of 4')

@@ -1,0 +1,145 @@
+"""The shapes world as training and evaluation data.
+
+A data set of your own is a class with the methods of `ShapesData`, named in
+`config.data.source` by import path.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from lvrpo_jax.data import grammar
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.data import shapes
+from lvrpo_jax.data import tokenizer as tokenizer_lib
+
+ALIGN_OFFSET = 1 << 30
+"""First index of the prompts for alignment: none of them is a row of pretraining."""
+
+_SALTS = {'pretrain': 1, 'judge': 2, 'kind': 3}
+
+
+class ShapesData:
+  """Random access to the shapes world: the index is the seed.
+
+  Args:
+    seed: of the world's items.
+    generate_kinds, question_kinds: relative frequency of every kind in training.
+    wrong, chatty: fractions of pretraining answers that are wrong, and that keep no format.
+    plan: fraction of pretraining answers that reason before they answer, where a plan exists.
+    drop: probability of leaving the text out, for guidance.
+  """
+
+  def __init__(self, seed: int, generate_kinds: dict[str, float],
+               question_kinds: dict[str, float], wrong: float, chatty: float, plan: float,
+               drop: float):
+    self.world = grammar.World(seed)
+    self.seed = seed
+    self._kinds = {pipeline.GENERATE: _shares(generate_kinds),
+                   pipeline.UNDERSTAND: _shares(question_kinds),
+                   pipeline.EDIT: _shares(dict.fromkeys(grammar.EDIT_KINDS, 1.))}
+    self._wrong, self._chatty, self._plan, self._drop = wrong, chatty, plan, drop
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer:
+    return tokenizer_lib.from_words(grammar.vocabulary())
+
+  @property
+  def answers(self) -> tuple[str, ...]:
+    """All words that answer a question."""
+    return grammar.ANSWERS
+
+  @property
+  def key_words(self) -> frozenset[str]:
+    """Words with a visual meaning."""
+    return grammar.CONTENT_WORDS
+
+  def read_answer(self, text: str) -> str | None:
+    """The answer that a reply states, or None."""
+    return grammar.read_answer(text)[0]
+
+  @property
+  def image_size(self) -> int:
+    return shapes.SIZE
+
+  def images(self, count: int) -> np.ndarray:
+    """uint8 (count, Y, X, 3) training images, to fit the autoencoder."""
+    return np.stack([shapes.render(self.world.generate(i, 'train').scene) for i in range(count)])
+
+  def pretraining(self, task: str, index: int) -> pipeline.Example:
+    """A row of pretraining: answers as found, conditions sometimes left out."""
+    rng = self._rng('pretrain', index)
+    example = self._example(task, index, 'train', self._kind(task, index))
+    if task != pipeline.UNDERSTAND:
+      return _replace(example, drop_text=bool(rng.random() < self._drop))
+    item = self.world.question(index, 'train', example.kind)
+    answer = grammar.web_answer(item, rng, self._wrong, self._chatty)
+    if item.plan and rng.random() < self._plan:
+      answer = f'think : {item.plan} ; {item.answer}'
+    return _replace(example, answer=answer)
+
+  def prompt(self, task: str, index: int) -> pipeline.Example:
+    """A prompt for alignment, never one of pretraining or evaluation."""
+    index += ALIGN_OFFSET
+    return self._example(task, index, 'train', self._kind(task, index))
+
+  def evaluation(self, task: str, split: str, kind: str, index: int) -> pipeline.Example:
+    """A held-out prompt of a kind; `split` is 'eval' or 'unseen'."""
+    return self._example(task, index, split, kind)
+
+  def kinds(self, task: str, split: str) -> tuple[str, ...]:
+    """Kinds of held-out prompts of a task in a split."""
+    if task == pipeline.GENERATE:
+      return grammar.UNSEEN_GENERATE_KINDS if split == 'unseen' else grammar.GENERATE_KINDS
+    if split == 'unseen':
+      return ()
+    return grammar.QUESTION_KINDS if task == pipeline.UNDERSTAND else grammar.EDIT_KINDS
+
+  def judge_pair(self, index: int) -> tuple[np.ndarray, str]:
+    """An image and a text that is true of it: a caption, a statement, or a phrase."""
+    rng = self._rng('judge', index)
+    if rng.random() < .4:
+      item = self.world.question(index, 'train')
+      return shapes.render(item.scene), grammar.statement(item.record, item.answer)
+    item = self.world.generate(index, 'train')
+    image = shapes.render(item.scene)
+    if rng.random() < .6:
+      return image, item.caption
+    one = item.scene.objects[rng.integers(len(item.scene.objects))]
+    return image, str(rng.choice([one.color, one.shape, f'{one.color} {one.shape}']))
+
+  def _rng(self, salt: str, index: int) -> np.random.Generator:
+    return np.random.default_rng((self.seed, _SALTS[salt], index))
+
+  def _kind(self, task: str, index: int) -> str:
+    names, bounds = self._kinds[task]
+    return names[int(np.searchsorted(bounds, self._rng('kind', index).random(), side='right'))]
+
+  def _example(self, task: str, index: int, split: str, kind: str) -> pipeline.Example:
+    if task == pipeline.GENERATE:
+      item = self.world.generate(index, split, kind)
+      return pipeline.Example(
+          index, item.caption, target=shapes.render(item.scene), kind=kind, meaning=item.meaning,
+          spec=item.spec, questions=tuple(grammar.derived_questions(item.spec)))
+    if task == pipeline.EDIT:
+      item = self.world.edit(index, split, kind)
+      return pipeline.Example(
+          index, item.instruction, source=shapes.render(item.scene),
+          target=shapes.render(item.target), kind=kind, meaning=item.meaning, spec=item.spec,
+          questions=tuple(grammar.derived_questions(item.spec)))
+    item = self.world.question(index, split, kind)
+    return pipeline.Example(
+        index, item.question, source=shapes.render(item.scene), answer=item.answer, kind=kind,
+        meaning=item.meaning, spec=item.record,
+        statement=functools.partial(grammar.statement, item.record))
+
+
+def _replace(example: pipeline.Example, **changes) -> pipeline.Example:
+  return pipeline.Example(**{**example.__dict__, **changes})
+
+
+def _shares(weights: dict[str, float]) -> tuple[tuple[str, ...], np.ndarray]:
+  total = sum(weights.values())
+  return tuple(weights), np.cumsum([w / total for w in weights.values()][:-1])

@@ -1,0 +1,214 @@
+"""Scores a policy on held-out prompts; the same prompts and noise before and after alignment.
+
+The strict detector reports; it is of another construction than the one that pays the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import flow
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import ops
+from lvrpo_jax import panel
+from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import scores
+from lvrpo_jax import types
+from lvrpo_jax.data import detect
+from lvrpo_jax.data import images as image_files
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import unified
+from lvrpo_jax.rewards import rules
+from lvrpo_jax.rollouts import image as image_rollout
+from lvrpo_jax.rollouts import text as text_rollout
+
+SEED = 1 << 20
+"""Offset of the evaluation's noise from all noise of training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Samplers:
+  """Compiled samplers of evaluation.
+
+  Attributes:
+    draw: (params, vae_params, prompts, guidance) -> uint8 images (B, G, Y, X, 3).
+    answer: (params, vae_params, prompts) -> sampled (B, G, T) and greedy (B, 1, T) tokens.
+  """
+  draw: Callable[..., Any]
+  answer: Callable[..., Any]
+
+
+def samplers(job: job_lib.Job) -> Samplers:
+  """Builds the samplers; every task and guidance compiles once."""
+  e, s, policy = job.config.evaluate, job.config.sampling, job.policy
+  grid = flow.time_grid(s.steps + 1, s.shift)
+  root = jax.random.key(job.config.seed + SEED)
+
+  def keys(index_B, salt, group):
+    key = jax.random.fold_in(root, salt)
+    key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(index_B)
+    return jax.vmap(lambda k: ops.fold_rows(k, (group,)))(key_B)
+
+  @jax.jit
+  def draw(params, vae_params, prompts):
+    cache = policy.prefill(params, vae_params, prompts)
+    velocity = lambda x, t: policy.velocity(params, cache, x, t)
+    latents = image_rollout.sample(velocity, keys(prompts.index_B, 0, e.images),
+                                   policy.latent_shape, grid)
+    return policy.decode(vae_params, latents)
+
+  @jax.jit
+  def draw_guided(params, vae_params, prompts, scale):
+    cache = policy.prefill(params, vae_params, prompts)
+    empty = policy_lib.without_text(cache, prompts)
+    def velocity(x, t):
+      v, u = (policy.velocity(params, c, x, t) for c in (cache, empty))
+      return flow.guide(v, u, u, scale, 1., 'channel', 1.)
+    latents = image_rollout.sample(velocity, keys(prompts.index_B, 0, e.images),
+                                   policy.latent_shape, grid)
+    return policy.decode(vae_params, latents)
+
+  @jax.jit
+  def answer(params, vae_params, prompts):
+    cache = policy.prefill(params, vae_params, prompts)
+    length = job.config.data.answer_words + 1
+    def sample(group, temperature):
+      key_BG = keys(prompts.index_B, 1, group)
+      decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
+      row = unified.empty_row(policy.config, key_BG.shape, length)
+      return text_rollout.rollout(decode, row, key_BG, policy.bos, policy.eos, length,
+                                  temperature).tokens_BGT
+    return sample(e.images, 1.), sample(1, 0.)
+
+  def choose(params, vae_params, prompts, guidance=1.):
+    if guidance == 1.:
+      return draw(params, vae_params, prompts)
+    return draw_guided(params, vae_params, prompts, jnp.float32(guidance))
+  return Samplers(choose, answer)
+
+
+def prompt_sets(job: job_lib.Job, count: Callable[[str, str], int]
+                ) -> list[tuple[str, str, str, list[pipeline.Example]]]:
+  """(task, split, kind, examples) of all held-out prompts."""
+  out = []
+  for task in pipeline.TASKS:
+    for split in ('eval', 'unseen'):
+      for kind in job.data.kinds(task, split):
+        number = count(task, split)
+        if number:
+          out.append((task, split, kind, [job.data.evaluation(task, split, kind, i)
+                                          for i in range(number)]))
+  return out
+
+
+def batched(job: job_lib.Job, task: str, examples: list[pipeline.Example]
+            ) -> list[tuple[int, types.Prompts]]:
+  """(rows that count, prompts) of one shape; the last batch is filled with its own first row."""
+  size = job.config.evaluate.batch
+  out = []
+  for start in range(0, len(examples), size):
+    part = examples[start:start + size]
+    rows = part + [part[0]] * (size - len(part))
+    out.append((len(part), job.place(job.encoder(task, rows).prompts)))
+  return out
+
+
+def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools: Samplers,
+        folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Samples, scores and writes all predictions and pictures; returns the prediction records.
+
+  `predictions.jsonl` is written last and in one piece: where it exists, the folder is complete.
+  """
+  path = folder / 'predictions.jsonl'
+  if path.exists():
+    return [json.loads(line) for line in path.read_text().split('\n') if line]
+  c = job.config.evaluate
+  count = lambda task, split: c.unseen if split == 'unseen' else c[task]
+  records, shown = [], []
+  for task, split, kind, examples in prompt_sets(job, count):
+    if task == pipeline.UNDERSTAND:
+      part = _answers(job, params, vae_params, tools, examples)
+    else:
+      part, drawn = _pictures(job, params, vae_params, tools, task, examples)
+      _save_pictures(folder, task, split, kind, examples, drawn, part)
+      shown.append((task, split, kind, drawn, examples))
+    for number, (record, example) in enumerate(zip(part, examples)):
+      name = f'{task}/{split}/{kind}/{number:03d}'
+      if task == pipeline.UNDERSTAND:
+        record['image'] = _save(folder, f'{name}.png', example.source)
+      records.append(dict(task=task, split=split, kind=kind, id=name, prompt=example.prompt,
+                          meaning=example.meaning, **record))
+  records.append(dict(task='panel', **panel.measure(shown)))
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(json.dumps(r) + '\n' for r in records))
+  temporary.replace(path)
+  return records
+
+
+def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
+  drawn = np.concatenate([
+      np.asarray(tools.draw(params, vae_params, prompts, guidance))[:rows]
+      for rows, prompts in batched(job, task, examples)])
+  specs = [e.spec for e in examples]
+  if task == pipeline.EDIT:
+    source = np.stack([e.source for e in examples])
+    correct, _ = rules.edits(detect.detect_by_rendering, source, drawn, specs, strict=True)
+  else:
+    correct, _ = rules.images(detect.detect_by_rendering, drawn, specs, strict=True)
+  return [dict(spec=spec, correct=row.astype(int).tolist())
+          for spec, row in zip(specs, correct)], drawn
+
+
+def _answers(job, params, vae_params, tools, examples):
+  out = []
+  decode = job.data.tokenizer.decode
+  for rows, prompts in batched(job, pipeline.UNDERSTAND, examples):
+    for sampled, greedy in list(zip(*map(np.asarray, tools.answer(params, vae_params, prompts))
+                                    ))[:rows]:
+      out.append((([decode(x) for x in sampled]), decode(greedy[0])))
+  answers = [e.answer for e in examples]
+  correct, well_formed = rules.answers([s for s, _ in out], answers)
+  greedy, _ = rules.answers([[g] for _, g in out], answers)
+  return [dict(answer=answer, samples=samples, correct=c.astype(int).tolist(),
+               format=f.astype(int).tolist(), greedy=text, greedy_correct=int(g[0]))
+          for answer, (samples, text), c, f, g in zip(answers, out, correct, well_formed, greedy)]
+
+
+def _save(folder, name, image):
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  image_files.save_png(path, image)
+  return name
+
+
+def _save_pictures(folder, task, split, kind, examples, drawn, records):
+  for number, (example, row, record) in enumerate(zip(examples, drawn, records)):
+    name = f'{task}/{split}/{kind}/{number:03d}'
+    record['images'] = [_save(folder, f'{name}_{i}.png', image) for i, image in enumerate(row)]
+    if task == pipeline.EDIT:
+      record['source'] = _save(folder, f'{name}_source.png', example.source)
+      record['target'] = _save(folder, f'{name}_target.png', example.target)
+
+
+def guided(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools: Samplers
+           ) -> dict[str, Any]:
+  """Generation scores of every guidance scale, on fewer prompts of the same kinds."""
+  c = job.config
+  count = lambda task, split: (c.evaluate.guided if task == pipeline.GENERATE and split == 'eval'
+                               else 0)
+  out = {}
+  for scale in (1., *c.sampling.guidance):
+    groups = {}
+    for task, _, kind, examples in prompt_sets(job, count):
+      records, _ = _pictures(job, params, vae_params, tools, task, examples, scale)
+      groups[kind] = ([np.mean(r['correct']) for r in records], [e.meaning for e in examples])
+    out[f'{scale:g}'] = scores.summary(groups, c.seed)
+  return out

@@ -1,0 +1,245 @@
+"""Rollouts and rewards of one iteration: from prompts to what the update reads."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import flow
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import ops
+from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import types
+from lvrpo_jax.data import detect
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import unified
+from lvrpo_jax.objectives import advantage as advantage_lib
+from lvrpo_jax.rewards import knowledge
+from lvrpo_jax.rewards import rules
+from lvrpo_jax.rewards import semantic
+from lvrpo_jax.rollouts import image as image_rollout
+from lvrpo_jax.rollouts import text as text_rollout
+
+Array = jax.Array
+
+
+class Tasks(NamedTuple):
+  """The prompts of an iteration by task: what the host knows, and what the device reads."""
+  examples: dict[str, list[pipeline.Example]]
+  prompts: dict[str, types.Prompts]
+
+
+class Judges(NamedTuple):
+  """Frozen parameters that score.
+
+  Attributes:
+    reference: the pretrained policy, whose understanding branch answers questions.
+    siglip: the dual encoder.
+    words_VD: single words in its joint space.
+  """
+  reference: types.Params
+  siglip: types.Params
+  words_VD: Array
+
+
+def window(seed: int, iteration: int, permitted: int, size: int) -> int:
+  """First of `size` consecutive steps out of `permitted`, uniform over all starts.
+
+  A pure function of its arguments: the same for a whole group, on any number of devices, and after
+  a resume.
+  """
+  return int(np.random.default_rng((seed, 7, iteration)).integers(permitted - size + 1))
+
+
+class Collector:
+  """Compiled rollouts and judges of a job."""
+
+  def __init__(self, job: job_lib.Job):
+    self.job = job
+    a = job.config.align
+    self.grid = flow.time_grid(a.steps_per_image + 1, job.config.sampling.shift)
+    self.eta_T = image_rollout.eta_schedule(a.eta, a.steps_per_image, a.noise_low, a.noise_high,
+                                            self.grid)
+    self.noisy = np.flatnonzero(np.asarray(self.eta_T))
+    if len(self.noisy) < a.window:
+      raise ValueError(f'align.window is {a.window}, but only {len(self.noisy)} of '
+                       f'align.steps_per_image = {a.steps_per_image} steps start in '
+                       f'(align.noise_low, align.noise_high] = ({a.noise_low}, {a.noise_high}]')
+    self._rollout = jax.jit(self._rollout_fn)
+    self._judge_images = jax.jit(self._judge_images_fn)
+    self._judge_answers = jax.jit(self._judge_answers_fn)
+    self._custom = {
+        task: job_lib.load_symbol(a.custom[task], f'align.custom.{task}')
+        for task in pipeline.TASKS if a.custom[task]}
+    self.advantages = {
+        task: jax.jit(functools.partial(
+            advantage_lib.combine, weights=self.weights(task), method=a.advantage, floor=a.floor))
+        for task in pipeline.TASKS}
+
+  def weights(self, task: str) -> dict[str, float]:
+    """Components of a task with a weight other than 0."""
+    a = self.job.config.align
+    out = {name: weight for name, weight in a.rewards[task].items() if weight}
+    if task in self._custom:
+      out['custom'] = a.custom[f'{task}_weight']
+    return out
+
+  def _rollout_fn(self, params, vae_params, prompts, iteration):
+    """Samples groups for all tasks; images come with uint8 pixels."""
+    a, policy = self.job.config.align, self.job.policy
+    root = jax.random.fold_in(jax.random.key(self.job.config.seed), iteration)
+    out, pixels = {}, {}
+    for task, p in prompts.items():
+      key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(p.index_B)
+      key_BG = jax.vmap(lambda k: ops.fold_rows(k, (a.group,)))(key_B)
+      cache = policy.prefill(params, vae_params, p)
+      if task == pipeline.UNDERSTAND:
+        length = self.job.config.data.answer_words + 1
+        decode = lambda row, i, token, c=cache: policy.apply(params, c, row, i, token,
+                                                             method='decode')
+        row = unified.empty_row(policy.config, key_BG.shape, length)
+        out[task] = text_rollout.rollout(decode, row, key_BG, policy.bos, policy.eos, length,
+                                         a.temperature)
+      else:
+        velocity = lambda x, t, c=cache: policy.velocity(params, c, x, t)
+        out[task] = image_rollout.rollout(velocity, key_BG, policy.latent_shape, self.grid,
+                                          self.eta_T, a.sampler)
+        pixels[task] = policy.decode(vae_params, out[task].latents_BGNC)
+    return out, pixels
+
+  def _judge_images_fn(self, judges: Judges, vae_params, pixels_BGYXC, captions_BL, words_BV,
+                       questions: types.Prompts, answer_B):
+    """Semantic, dense and knowledge values (B, G) of images."""
+    B, G = pixels_BGYXC.shape[:2]
+    flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
+    siglip = lambda *args, method: self.job.judge.apply({'params': judges.siglip}, *args,
+                                                        method=method)
+    image, patches = siglip(policy_lib.to_unit(flat), method='embed_image')
+    text, _ = siglip(captions_BL, method='embed_text')
+    group = lambda x: x.reshape(B, G, *x.shape[1:])
+    spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
+    probability = self._answer(judges.reference, vae_params, spread.replace(source_BYXC=flat))
+    asked = jnp.ones((B, 1), bool)
+    return {
+        'semantic': semantic.similarity(group(image), text[:, None]),
+        'dense': semantic.dense(group(patches), judges.words_VD, words_BV, top=2),
+        'knowledge': knowledge.agreement(group(probability)[:, :, None], answer_B[:, None],
+                                         asked)}
+
+  def _judge_answers_fn(self, judges: Judges, vae_params, prompts: types.Prompts, statements_RL,
+                        answer_BG):
+    """Semantic and knowledge values (B, G) of answers."""
+    B, G = answer_BG.shape
+    siglip = lambda *args, method: self.job.judge.apply({'params': judges.siglip}, *args,
+                                                        method=method)[0]
+    image = siglip(policy_lib.to_unit(prompts.source_BYXC), method='embed_image')
+    text = siglip(statements_RL, method='embed_text').reshape(B, G, -1)
+    probability = self._answer(judges.reference, vae_params, prompts)
+    agreed = jnp.take_along_axis(probability, jnp.maximum(answer_BG, 0), axis=-1)
+    return {'semantic': semantic.similarity(image[:, None], text),
+            'knowledge': jnp.where(answer_BG >= 0, agreed, 0.)}
+
+  def _answer(self, reference, vae_params, prompts):
+    """The reference's probabilities (B, A) of all answers to a question about an image."""
+    policy = self.job.policy
+    cache = policy.prefill(reference, vae_params, prompts)
+    start = jnp.full((prompts.ids_BL.shape[0], 1, 1), policy.bos)
+    logits = policy.read(reference, cache, start)[:, 0, 0]
+    return knowledge.answer_probabilities(logits, jnp.asarray(self.job.answer_ids))
+
+  def rollout(self, params, vae_params, tasks: Tasks, iteration: int):
+    """Dispatches the rollouts of an iteration."""
+    return self._rollout(params, vae_params, tasks.prompts, jnp.int32(iteration))
+
+  def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
+                    iteration: int) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
+    """Reward components of images, and facts for the log."""
+    job, examples = self.job, tasks.examples[task]
+    asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
+             for e in examples]
+    source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)
+    questions = job.encoder(pipeline.UNDERSTAND, [
+        pipeline.Example(e.index, question, source=source, answer='')
+        for e, (question, _) in zip(examples, asked)]).prompts
+    right = np.array([job.data.answers.index(answer) if answer else 0 for _, answer in asked],
+                     np.int32)
+    judged = self._judge_images(
+        judges, vae_params, pixels, *job.place((
+            job.captions([e.prompt for e in examples]),
+            job_lib.key_word_counts(job, [e.prompt for e in examples]), questions, right)))
+    images, specs = np.asarray(pixels), [e.spec for e in examples]
+    if task == pipeline.EDIT:
+      correct, parts = rules.edits(detect.detect_components,
+                                   np.stack([e.source for e in examples]), images, specs)
+    else:
+      correct, parts = rules.images(detect.detect_components, images, specs)
+    everywhere = np.ones(parts.shape, bool)
+    has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
+    values = {'rules': (parts, everywhere),
+              **{k: (np.asarray(v), has_question if k == 'knowledge' else everywhere)
+                 for k, v in judged.items()}}
+    if task in self._custom:
+      values['custom'] = self._custom[task](examples, images)
+    return self._pick(task, values), {'correct': correct}
+
+  def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params
+                   ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
+    """Reward components of answers, and facts for the log."""
+    job, task = self.job, pipeline.UNDERSTAND
+    examples = tasks.examples[task]
+    texts = [[job.data.tokenizer.decode(ids) for ids in row] for row in np.asarray(tokens_BGT)]
+    correct, well_formed = rules.answers(texts, [e.answer for e in examples])
+    words = [[job.data.read_answer(text) for text in row] for row in texts]
+    statements = [e.statement(word) if word else text
+                  for e, row, said in zip(examples, words, texts)
+                  for word, text in zip(row, said)]
+    number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
+                      np.int32)
+    judged = self._judge_answers(judges, vae_params, tasks.prompts[task],
+                                 *job.place((job.captions(statements), number)))
+    everywhere = np.ones(correct.shape, bool)
+    values = {'rules': (rules.text_reward(correct, well_formed), everywhere),
+              **{k: (np.asarray(v), everywhere) for k, v in judged.items()}}
+    if task in self._custom:
+      values['custom'] = self._custom[task](examples, texts)
+    return self._pick(task, values), {'correct': correct, 'format': well_formed}
+
+  def _pick(self, task: str, values: dict[str, Any]) -> dict[str, types.Rewards]:
+    wanted = self.weights(task)
+    unknown = wanted.keys() - values.keys()
+    if unknown:
+      raise ValueError(f'align.rewards.{task} names {sorted(unknown)}; '
+                       f'allowed: {sorted(values)}')
+    return {name: types.Rewards(np.where(np.isfinite(values[name][0]), values[name][0], 0.
+                                         ).astype(np.float32),
+                                np.asarray(values[name][1]) & np.isfinite(values[name][0]))
+            for name in wanted}
+
+
+def image_experience(prompts: types.Prompts, rollout: types.ImageRollout, steps: np.ndarray,
+                     grid: Array, eta_T: Array, advantage: advantage_lib.Advantages
+                     ) -> types.ImageExperience:
+  """Cuts the trained steps out of a trajectory; rows lead in every array."""
+  rows = rollout.latents_BGNC.shape[0]
+  cut = lambda x_TBGNC: jnp.moveaxis(x_TBGNC[steps], 0, 1)
+  wide = lambda x_T: jnp.broadcast_to(x_T[steps], (rows, len(steps)))
+  return types.ImageExperience(
+      prompts=prompts, latents_BGNC=rollout.latents_BGNC, x_BKGNC=cut(rollout.x_TBGNC),
+      noise_BKGNC=cut(rollout.noise_TBGNC), mean_BKGNC=cut(rollout.mean_TBGNC),
+      time_BK=wide(rollout.time_T), next_time_BK=wide(rollout.next_time_T),
+      first_time_B=jnp.broadcast_to(grid[1], (rows,)), eta_BK=wide(eta_T),
+      std_BK=wide(rollout.std_T), advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
+
+
+def text_experience(prompts: types.Prompts, rollout: types.TextRollout,
+                    advantage: advantage_lib.Advantages) -> types.TextExperience:
+  """Answers with their advantages."""
+  rows = rollout.tokens_BGT.shape[0]
+  return types.TextExperience(
+      prompts=prompts, tokens_BGT=rollout.tokens_BGT, logp_BGT=rollout.logp_BGT,
+      mask_BGT=rollout.mask_BGT, temperature_B=jnp.broadcast_to(rollout.temperature, (rows,)),
+      advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)

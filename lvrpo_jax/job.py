@@ -1,0 +1,129 @@
+"""What a run is made of, built from its config: data, policy, judge, mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import sharding
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import siglip
+from lvrpo_jax.models import unified
+from lvrpo_jax.models import vae as vae_lib
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """The fixed parts of a run. Parameters are held by the programs, not here."""
+  config: ml_collections.FrozenConfigDict
+  workdir: pathlib.Path
+  data: Any
+  encoder: pipeline.Encoder
+  policy: policy_lib.Policy
+  judge: siglip.Siglip
+  mesh: Mesh
+
+  @property
+  def answer_ids(self) -> np.ndarray:
+    """First token of every possible answer, in the order of `data.answers`."""
+    encode = self.data.tokenizer.encode
+    return np.array([encode(word)[0] for word in self.data.answers], np.int32)
+
+  def place(self, rows: Any) -> Any:
+    """Puts a batch on the devices of the mesh."""
+    return sharding.shard_rows(rows, self.mesh)
+
+  def captions(self, texts: list[str]) -> np.ndarray:
+    """Token ids (B, L) for the judge's text tower, whose last position is pooled."""
+    length = self.judge.text_config.max_positions
+    ids = np.full((len(texts), length), self.data.tokenizer.eos, np.int32)
+    for row, text in zip(ids, texts):
+      tokens = self.data.tokenizer.encode(text)[:length - 1]
+      row[:len(tokens)] = tokens
+    return ids
+
+
+def load_symbol(path: str, key: str) -> Any:
+  """The object at 'module:name'.
+
+  Raises:
+    ValueError: it cannot be imported; the message names the config key.
+  """
+  module, _, name = path.partition(':')
+  try:
+    return importlib.import_module(module).__dict__[name]
+  except (ImportError, KeyError, ValueError) as error:
+    raise ValueError(f"{key} is {path!r}, which cannot be imported ({error!r}); "
+                     "expected 'package.module:name'") from error
+
+
+def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
+  """Builds all fixed parts; nothing is trained or loaded yet."""
+  d = config.data
+  data = load_symbol(d.source, 'data.source')(
+      seed=config.seed, generate_kinds=d.generate_kinds.to_dict(),
+      question_kinds=d.question_kinds.to_dict(), wrong=d.wrong, chatty=d.chatty, plan=d.plan,
+      drop=d.drop)
+  policy = build_policy(config, data)
+  template = pipeline.Template(d.prompt_words, d.answer_words, policy.vit_tokens,
+                               policy.latent_shape[0])
+  return Job(config=ml_collections.FrozenConfigDict(config), workdir=workdir, data=data,
+             encoder=pipeline.Encoder(data.tokenizer, template), policy=policy,
+             judge=build_judge(config, data), mesh=sharding.make_mesh(config.parallel.mesh))
+
+
+def build_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
+  """The unified model with the small autoencoder."""
+  m, tokens = config.model, data.tokenizer
+  vae = vae_lib.PatchAutoencoder(patch=config.vae.patch, z_channels=config.vae.channels)
+  vit = unified.VitConfig(
+      width=m.vit_width, depth=m.vit_depth, heads=m.vit_heads, ff_width=m.vit_ff_width,
+      patch=m.vit_patch, side=data.image_size // m.vit_patch)
+  model = unified.ModelConfig(
+      vocab=len(tokens), width=m.width, depth=m.depth, heads=m.heads, kv_heads=m.kv_heads,
+      ff_width=m.ff_width, latent_channels=config.vae.channels,
+      latent_side=data.image_size // config.vae.patch, vit=vit,
+      start_of_image=tokens.start_of_image, end_of_image=tokens.end_of_image, eps=m.eps,
+      rope_theta=m.rope_theta, dtype=m.dtype, unroll=m.unroll, remat=m.remat)
+  return policy_lib.Policy(model, vae, data.image_size, latent_patch=1, bos=tokens.bos,
+                           eos=tokens.eos)
+
+
+def build_judge(config: ml_collections.ConfigDict, data: Any) -> siglip.Siglip:
+  """The dual encoder of the semantic reward."""
+  j = config.judge
+  tower = dict(hidden=j.width, mlp=j.ff_width, layers=j.depth, heads=j.heads)
+  return siglip.Siglip(
+      siglip.SiglipVisionConfig(image_size=data.image_size, patch=j.patch, **tower),
+      siglip.SiglipTextConfig(vocab=len(data.tokenizer), projection=j.width,
+                              max_positions=config.data.prompt_words + 1, **tower))
+
+
+def key_word_counts(job: Job, texts: list[str]) -> np.ndarray:
+  """How often each token of the vocabulary is a key word of each text, int32 (B, V)."""
+  tokens = job.data.tokenizer
+  counts = np.zeros((len(texts), len(tokens)), np.int32)
+  for row, text in zip(counts, texts):
+    for word in text.split():
+      if word in job.data.key_words:
+        row[tokens.encode(word)[0]] += 1
+  return counts
+
+
+def word_table(job: Job, judge_params: Any) -> Array:
+  """Unit vectors (V, D) of all single words of the vocabulary in the judge's joint space."""
+  tokens = job.data.tokenizer
+  ids = np.full((len(tokens), job.judge.text_config.max_positions), tokens.eos, np.int32)
+  ids[:, 0] = np.arange(len(tokens))
+  return job.judge.apply({'params': judge_params}, jnp.asarray(ids), method='embed_text')[0]

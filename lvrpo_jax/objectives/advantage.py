@@ -1,0 +1,86 @@
+"""Group-relative advantages from reward components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import ops
+from lvrpo_jax import types
+
+Array = jax.Array
+
+
+class Advantages(NamedTuple):
+  """`value_BG` is 0 and `valid_BG` False where any component failed.
+
+  `share` and `dead` hold, for every component, its share of the advantage's variance and the
+  fraction of groups in which it does not vary.
+  """
+  value_BG: Array
+  valid_BG: Array
+  share: dict[str, Array]
+  dead: dict[str, Array]
+
+
+def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array, Array]:
+  """Mean and standard deviation (B, 1) over the valid samples of every group."""
+  weight = valid_BG.astype(jnp.float32)
+  count = jnp.sum(weight, axis=1, keepdims=True)
+  x = jnp.where(valid_BG, x_BG, 0.)
+  mean = ops.divide(jnp.sum(x, axis=1, keepdims=True), count)
+  square = jnp.sum(weight * jnp.square(x - mean), axis=1, keepdims=True)
+  return mean, jnp.sqrt(ops.divide(square, count - ddof))
+
+
+def normalise(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0) -> Array:
+  """`(x - mean) / max(std, floor)` in every group; 0 for invalid samples and constant groups.
+
+  GRPO (arXiv 2402.03300, eq. 3) adds a constant to the deviation; a maximum leaves groups above
+  the floor untouched and stops groups below it from being blown up.
+  """
+  mean, std = group_statistics(x_BG, valid_BG, ddof)
+  return jnp.where(valid_BG, (x_BG - mean) / jnp.maximum(std, floor), 0.)
+
+
+def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], method: str,
+            floor: float, ddof: int = 0, clip: float = 5.) -> Advantages:
+  """Advantages of one task.
+
+  Args:
+    weights: weight of every component.
+    method: 'sum' adds the weighted components and normalises the sum in its group (LVRPO);
+      'gdpo' normalises every component in its group, adds them with the weights, and whitens over
+      the batch (GDPO, as in arXiv 2601.05242).
+    floor: smallest deviation that is divided by, in units of the reward.
+    clip: bound on the absolute advantage.
+
+  Raises:
+    ValueError: unknown method.
+  """
+  valid = jnp.stack([r.valid_BG for r in rewards.values()]).all(0)
+  parts = {}
+  for name, reward in rewards.items():
+    if method == 'gdpo':
+      parts[name] = weights[name] * normalise(reward.value_BG, valid, floor, ddof)
+    elif method == 'sum':
+      mean, _ = group_statistics(reward.value_BG, valid)
+      parts[name] = jnp.where(valid, weights[name] * (reward.value_BG - mean), 0.)
+    else:
+      raise ValueError(f"advantage method is {method!r}; allowed: 'sum', 'gdpo'")
+  total = sum(parts.values())
+  if method == 'sum':
+    divisor = jnp.maximum(group_statistics(total, valid, ddof)[1], floor)
+  else:
+    mean = ops.masked_mean(total, valid)
+    divisor = jnp.maximum(jnp.sqrt(ops.masked_mean(jnp.square(total - mean), valid)), floor)
+  value = jnp.where(valid, total / divisor, 0.)
+  variance = ops.masked_mean(jnp.square(value), valid)
+  share = {name: ops.divide(ops.masked_mean(value * part / divisor, valid), variance)
+           for name, part in parts.items()}
+  dead = {name: jnp.mean(group_statistics(r.value_BG, valid)[1] < 1e-6)
+          for name, r in rewards.items()}
+  return Advantages(jnp.clip(value, -clip, clip), valid, share, dead)

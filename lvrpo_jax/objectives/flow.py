@@ -1,0 +1,78 @@
+"""Flow objectives, per sample. Their mathematics of transitions is that of `lvrpo_jax.flow`."""
+
+from __future__ import annotations
+
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import flow
+from lvrpo_jax.objectives import text
+
+Array = jax.Array
+TOKENS = (-2, -1)
+"""Axes of one sample: image tokens and channels."""
+
+
+def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
+        ) -> tuple[Array, Array]:
+  """Flow-GRPO's clipped loss of one step (arXiv 2505.05470), per sample.
+
+  Args:
+    mean, old_mean, noise: (..., N, C); the sampled next latents are old_mean + std * noise.
+    clip: bound on |ratio - 1|. The log-ratio is a mean over N * C values.
+
+  Returns:
+    (loss, log_ratio), both (...).
+  """
+  log_ratio = flow.log_ratio(noise, mean, old_mean, std, TOKENS)
+  return text.clipped(log_ratio, advantage, clip, clip), log_ratio
+
+
+def nft(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, beta: float,
+        scale: float) -> Array:
+  """DiffusionNFT's forward-process loss (arXiv 2509.16117), per sample.
+
+  The policy `v` is mixed with the old one into an implicit positive and negative velocity; both
+  regress the clean sample, weighted by the optimality probability `r` and `1 - r`. Each squared
+  error is divided by its own mean absolute error, a constant for the gradient.
+
+  Args:
+    v, v_old, x0, x_t: (..., N, C); `v_old` and `x0` carry no gradient.
+    t: (...), flow time of `x_t`.
+    beta: strength of the mixture.
+    scale: advantage at which r saturates: `r = clip(1/2 + A / (2 scale), 0, 1)`.
+  """
+  v_old = jax.lax.stop_gradient(v_old)
+  probability = jnp.clip(0.5 + advantage / (2 * scale), 0., 1.)
+  t = t[..., None, None]
+
+  def error(mixed):
+    off = x_t - t * mixed - x0
+    weight = jax.lax.stop_gradient(jnp.maximum(jnp.mean(jnp.abs(off), TOKENS), 1e-5))
+    return jnp.mean(jnp.square(off), TOKENS) / weight
+
+  positive = error(beta * v + (1 - beta) * v_old)
+  negative = error((1 + beta) * v_old - beta * v)
+  return (probability * positive + (1 - probability) * negative) / beta
+
+
+def velocity_mse(v: Array, reference_v: Array) -> Array:
+  """Mean squared difference of velocities, per sample: the default penalty to the reference."""
+  return jnp.mean(jnp.square(v - jax.lax.stop_gradient(reference_v)), TOKENS)
+
+
+def gaussian_kl(mean: Array, reference_mean: Array, std: Array) -> Array:
+  """Exact KL of two Gaussian transitions of one deviation, per sample and latent value.
+
+  `mean((mu - mu_ref)^2) / (2 std^2)`, where `std` is that of the whole step: it holds the factor
+  sqrt(|dt|) that common implementations leave out.
+  """
+  return jnp.mean(jnp.square(mean - reference_mean), TOKENS) / (2 * jnp.square(std))
+
+
+def old_policy_decay(iteration: int, flat: int, rise: float, hold: float) -> float:
+  """DiffusionNFT's schedule of the old policy: `old <- d old + (1 - d) policy`.
+
+  d is 0 up to `flat`, then rises by `rise` an iteration up to `hold`.
+  """
+  return 0. if iteration < flat else min((iteration - flat) * rise, hold)

@@ -1,0 +1,98 @@
+"""Over-optimisation panel: what a rising reward may hide.
+
+Attributes are those that the strict detector finds. Pixel diversity alone misleads: it can rise
+while every drawn scene becomes the same, so scenes are compared as sets of detected objects.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+
+from lvrpo_jax import stats
+from lvrpo_jax.data import detect
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.data import shapes
+
+ALARMS = {
+    'color_entropy': ('fell', 0.15),
+    'cell_entropy': ('fell', 0.15),
+    'scene_diversity': ('fell', 0.2),
+    'leftovers': ('rose', 0.1),
+    'saturation': ('fell', 0.15),
+    'edge_density': ('fell', 0.3),
+}
+"""Statistic: direction and size of the change that raises an alarm; relative to the value before,
+except for leftovers, which are blobs an image."""
+
+
+def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]]
+            ) -> dict[str, Any]:
+  """Statistics of generated images.
+
+  Args:
+    shown: (task, split, kind, images_BGYXC uint8, examples) of all picture sets.
+  """
+  picked = [(images, examples) for task, split, _, images, examples in shown
+            if task == pipeline.GENERATE and split == 'eval']
+  colors, cells, diversity = collections.Counter(), collections.Counter(), []
+  for images, examples in picked:
+    B, G = images.shape[:2]
+    found = detect.detect_by_rendering(images.reshape(B * G, *images.shape[2:]))
+    for number, example in enumerate(examples):
+      group = found[number * G:(number + 1) * G]
+      diversity.append(len({_scene(objects) for objects in group}) / G)
+      for entry in example.spec['include']:
+        named = [d for objects in group for d in objects if d.label == entry['class']]
+        if 'color' not in entry:
+          colors.update(d.color for d in named)
+        if 'region' not in entry and 'position' not in entry and example.kind != 'position':
+          cells.update(_cell(d) for d in named)
+  everything = np.concatenate([i.reshape(-1, *i.shape[2:]) for i, _ in picked])
+  return {
+      'color_entropy': stats.entropy(colors), 'colors': _shares(colors),
+      'cell_entropy': stats.entropy(cells), 'cells': _shares(cells),
+      'scene_diversity': float(np.mean(diversity)),
+      'leftovers': float(detect.leftovers(everything)),
+      **_pixels([i for i, _ in picked], everything)}
+
+
+def alarms(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+  """A sentence for every statistic that moved further than it should."""
+  out = []
+  for name, (direction, bound) in ALARMS.items():
+    change = after[name] - before[name]
+    relative = change if name == 'leftovers' else change / max(abs(before[name]), 1e-9)
+    if (relative > bound) if direction == 'rose' else (relative < -bound):
+      out.append(f'{name.replace("_", " ")} {direction} from {before[name]:.3g} to '
+                 f'{after[name]:.3g}')
+  return out
+
+
+def _pixels(groups: list[np.ndarray], everything: np.ndarray) -> dict[str, float]:
+  pixels = everything.astype(np.float32) / 255.
+  light = pixels.mean(-1)
+  edges = np.abs(np.diff(light, axis=1)).mean() + np.abs(np.diff(light, axis=2)).mean()
+  chroma = pixels.max(-1) - pixels.min(-1)
+  coloured = chroma > 0.2
+  return {
+      'saturation': float(chroma[coloured].mean()) if coloured.any() else 0.,
+      'luminance': float(light.mean()), 'edge_density': float(edges),
+      'pixel_diversity': float(np.mean([(g / 255.).std(axis=1).mean() for g in groups]))}
+
+
+def _cell(found: detect.Detection) -> str:
+  x0, y0, x1, y1 = found.box
+  column, row = int((x0 + x1) / 2 >= shapes.SIZE / 2), int((y0 + y1) / 2 >= shapes.SIZE / 2)
+  return shapes.CORNERS[row * 2 + column]
+
+
+def _scene(found: list[detect.Detection]) -> frozenset[tuple[str, str, str]]:
+  return frozenset((d.label, d.color, _cell(d)) for d in found)
+
+
+def _shares(counts: collections.Counter) -> dict[str, float]:
+  total = max(sum(counts.values()), 1)
+  return {name: counts[name] / total for name in sorted(counts)}

@@ -1,0 +1,132 @@
+"""The unified model and its autoencoder as a policy: contexts from prompts, images from latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import types
+from lvrpo_jax.models import layers
+from lvrpo_jax.models import unified
+from lvrpo_jax.models import vae as vae_lib
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Static description of a policy; parameters are passed to every method.
+
+  Attributes:
+    config: sizes of the unified model.
+    vae: the autoencoder's module.
+    image_size: pixels along each side of the images of this run.
+    latent_patch: latent pixels along each side of a latent token.
+    bos, eos: ids that start and end every text.
+  """
+  config: unified.ModelConfig
+  vae: nn.Module
+  image_size: int
+  latent_patch: int
+  bos: int
+  eos: int
+
+  @functools.cached_property
+  def model(self) -> unified.Unified:
+    return unified.Unified(self.config)
+
+  @property
+  def latent_grid(self) -> int:
+    """Latent tokens along each side."""
+    return self.image_size // (self.vae.downsample * self.latent_patch)
+
+  @property
+  def latent_shape(self) -> tuple[int, int]:
+    """(N, C) of an image."""
+    return self.latent_grid ** 2, self.config.latent_channels
+
+  @property
+  def vit_tokens(self) -> int:
+    return (self.image_size // self.config.vit.patch) ** 2
+
+  def encode(self, vae_params: types.Params, image_BYXC: Array) -> Array:
+    """Latent tokens (B, N, C) of uint8 images: the posterior mean."""
+    latent = self.vae.apply({'params': vae_params}, to_unit(image_BYXC), method='encode_mean')
+    return vae_lib.patchify(latent, self.latent_patch)
+
+  def decode(self, vae_params: types.Params, latents: Array) -> Array:
+    """uint8 images (..., Y, X, 3) of latent tokens (..., N, C), truncated as BAGEL does."""
+    rows = latents.reshape(-1, *latents.shape[-2:])
+    latent = vae_lib.unpatchify(rows, (self.latent_grid, self.latent_grid), self.latent_patch)
+    image = self.vae.apply({'params': vae_params}, latent, method='decode')
+    image = (jnp.clip(image * 0.5 + 0.5, 0., 1.) * 255.).astype(jnp.uint8)
+    return image.reshape(*latents.shape[:-2], *image.shape[1:])
+
+  def patches(self, image_BYXC: Array) -> tuple[Array, Array]:
+    """Patches (B, N, P) of uint8 images for the vision tower, and their table rows (N,)."""
+    side = self.image_size // self.config.vit.patch
+    position = layers.grid_positions(side, side, self.config.vit.side)
+    return vae_lib.patchify(to_unit(image_BYXC), self.config.vit.patch), jnp.asarray(position)
+
+  def latent_position(self, rows: int) -> Array:
+    """Rows (B, N) of the latent position table."""
+    position = layers.grid_positions(self.latent_grid, self.latent_grid, self.config.latent_side)
+    return jnp.broadcast_to(jnp.asarray(position), (rows, len(position)))
+
+  def sequence(self, vae_params: types.Params, prompts: types.Prompts) -> types.Sequence:
+    """Runs the encoders that need no gradient and lays out the context."""
+    B = prompts.ids_BL.shape[0]
+    vit_size, gen_size = prompts.vit.sample_BL.shape[1], prompts.gen.sample_BL.shape[1]
+    patches = jnp.zeros((B, 0, self.config.vit.patch ** 2 * 3))
+    position = jnp.zeros((B, 0), jnp.int32)
+    if vit_size:
+      patches, position = self.patches(prompts.source_BYXC)
+      position = jnp.broadcast_to(position, (B, vit_size))
+    latents = jnp.zeros((B, 0, self.config.latent_channels))
+    if gen_size:
+      latents = self.encode(vae_params, prompts.source_BYXC)
+    return types.Sequence(
+        ids_BL=prompts.ids_BL, text=prompts.text, patches_BNP=patches,
+        patch_position_BN=position, patch_image_BN=jnp.zeros_like(position), vit=prompts.vit,
+        latents_BNC=latents, latent_position_BN=self.latent_position(B)[:, :gen_size],
+        time_BN=jnp.zeros((B, gen_size)), gen=prompts.gen, next_position_B=prompts.next_position_B)
+
+  def apply(self, params: types.Params, *args, method: str) -> Any:
+    """`Unified.<method>` with these parameters."""
+    return self.model.apply({'params': params}, *args, method=method)
+
+  def prefill(self, params: types.Params, vae_params: types.Params, prompts: types.Prompts
+              ) -> types.Cache:
+    """Encodes the context of every prompt once."""
+    return self.apply(params, self.sequence(vae_params, prompts), method='prefill')
+
+  def velocity(self, params: types.Params, cache: types.Cache, x_BMNC: Array, time_BM: Array
+               ) -> Array:
+    """Velocities of M noised images a prompt."""
+    position = self.latent_position(x_BMNC.shape[0])
+    return self.apply(params, cache, x_BMNC, time_BM, position, method='velocity')
+
+  def read(self, params: types.Params, cache: types.Cache, ids_BML: Array) -> Array:
+    """Logits of M text rows a prompt."""
+    return self.apply(params, cache, ids_BML, method='read')
+
+
+def to_unit(image: Array) -> Array:
+  """uint8 pixels to float32 in [-1, 1]."""
+  return image.astype(jnp.float32) / 127.5 - 1.
+
+
+def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
+  """The context as it was before its last text: the unconditional branch of guidance.
+
+  The text comes last and images do not see it, so hiding its keys equals never encoding it.
+  """
+  text_BS = (prompts.text.mode_BL == types.CAUSAL) & (prompts.text.sample_BL != types.PADDING)
+  hidden_BS = jnp.pad(text_BS, ((0, 0), (0, cache.valid_BS.shape[1] - text_BS.shape[1])))
+  return cache.replace(valid_BS=cache.valid_BS & ~hidden_BS,
+                       next_position_B=cache.next_position_B - jnp.sum(text_BS, axis=1))

@@ -1,0 +1,137 @@
+"""Before alignment: fits the autoencoder, trains the judge, pretrains the unified model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import checkpoint
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import losses
+from lvrpo_jax import metrics as metrics_lib
+from lvrpo_jax import optim
+from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import sharding
+from lvrpo_jax import step as step_lib
+from lvrpo_jax import types
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import siglip
+from lvrpo_jax.models import unified
+from lvrpo_jax.models import vae as vae_lib
+
+EPOCH = 1 << 30
+"""Rows of a procedural source; no run reaches its end, and indices fit into int32."""
+
+
+def fit_autoencoder(job: job_lib.Job) -> types.Params:
+  """The small autoencoder in closed form: the first stage, deterministic in the seed."""
+  images = job.data.images(job.config.vae.images)
+  unit = np.asarray(images, np.float32) / 127.5 - 1.
+  return vae_lib.fit_patch_autoencoder(job.policy.vae, unit, job.config.seed)
+
+
+def train_judge(job: job_lib.Job, writer: metrics_lib.MetricWriter) -> types.Params:
+  """Trains the dual encoder on true pairs of the pretraining split (arXiv 2303.15343)."""
+  j = job.config.judge
+
+  def collate(pairs):
+    images, texts = zip(*pairs)
+    return np.stack(images), job.captions(list(texts))
+  data = pipeline.batches(pipeline.Source(job.data.judge_pair, EPOCH), j.batch, collate)
+
+  def weights(batch):
+    return {'judge': jnp.float32(batch[0].shape[0])}
+
+  def sums(params, state, frozen, batch):
+    del state, frozen
+    images, ids = batch
+    out = job.judge.apply({'params': params}, policy_lib.to_unit(images), ids)
+    loss = siglip.siglip_loss(*out) * images.shape[0]
+    return {'judge': loss}, {}
+
+  optimizer = optim.build(optim.schedule('linear', j.learning_rate, j.steps, 20), .9, .98, 1e-8,
+                          0., 1.)
+  step = jax.jit(step_lib.make_step(step_lib.Loss(weights, sums, {'judge': 1.}), optimizer),
+                 donate_argnums=0)
+  images, ids = next(data)
+  params = job.judge.init(jax.random.key(job.config.seed + 1), policy_lib.to_unit(images[:1]),
+                          ids[:1])['params']
+  state = step_lib.init(params, optimizer)
+  writer.begin('judge')
+  with metrics_lib.Progress('judge', j.steps, keys=('loss',),
+                            interval=job.config.log_every) as progress:
+    def consume(number, scalars):
+      progress.update(number, scalars)
+      if number % 20 == 0 or number == j.steps:
+        writer.write('judge', number, scalars)
+    late = metrics_lib.Late('judge', consume)
+    for number in range(1, j.steps + 1):
+      state, metrics = step(state, {}, (images, ids))
+      late.push(number, metrics)
+      images, ids = next(data)
+    late.flush()
+  return state.params
+
+
+def task_batches(job: job_lib.Job, make: Callable[[str, int], pipeline.Example],
+                 sizes: dict[str, int], collate: Callable[[str], Callable[..., Any]]
+                 ) -> dict[str, Iterator[Any]]:
+  """One endless iterator a task, over this process's share of the rows."""
+  count = jax.process_count()
+  return {
+      task: pipeline.batches(
+          pipeline.Source(functools.partial(make, task), EPOCH), size // count, collate(task),
+          (jax.process_index(), count), job.config.data.prefetch)
+      for task, size in sizes.items() if size}
+
+
+def sizes(config: Any) -> dict[str, int]:
+  """Rows of every task in a batch; tasks with none are left out."""
+  return {task: config[task] for task in pipeline.TASKS if config[task]}
+
+
+def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWriter
+        ) -> types.Params:
+  """Pretrains from scratch or from the last checkpoint; returns the policy's parameters."""
+  c, o = job.config.pretrain, job.config.optimizer
+  optimizer = optim.build(optim.schedule(o.schedule, o.learning_rate, c.steps, o.warmup), o.b1,
+                          o.b2, o.eps, o.weight_decay, o.clip_norm)
+  loss = losses.pretraining(job.policy, c.weights, c.draws, c.shift, job.config.seed)
+  step = step_lib.compile_step(
+      loss, optimizer, job.mesh, ema_decay=c.ema, micro_batches=job.config.parallel.micro_batches,
+      runner=job.config.parallel.runner)
+  data = task_batches(job, job.data.pretraining, sizes(c),
+                      lambda task: functools.partial(job.encoder, task))
+  params = unified.init(job.policy.config, jax.random.key(job.config.seed))
+  state = sharding.shard_state(step_lib.init(params, optimizer, ema=c.ema > 0), job.mesh)
+  frozen = {'vae': vae_params}
+  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'pretrain')
+  restored = store.restore(state)
+  if restored:
+    state, record = restored
+    for task, iterator in data.items():
+      iterator.set_state(record['data'][task])
+  start = int(state.step)
+  writer.begin('pretrain', start if restored else -1)
+  with metrics_lib.Progress('pretrain', c.steps, start, ('loss', 'grad_norm'),
+                            job.config.log_every) as progress:
+    def consume(number, scalars):
+      progress.update(number, scalars)
+      if number % 10 == 0 or number == c.steps:
+        writer.write('pretrain', number, scalars)
+    late = metrics_lib.Late('pretrain', consume)
+    for number in range(start + 1, c.steps + 1):
+      batch = {task: job.place(next(iterator)) for task, iterator in data.items()}
+      state, metrics = step(state, frozen, batch)
+      late.push(number, metrics)
+      if number % c.save_every == 0 or number == c.steps:
+        late.flush()
+        store.save(number, state, {'data': {t: i.get_state() for t, i in data.items()}})
+    late.flush()
+  store.close()
+  return state.params if state.ema is None else state.ema

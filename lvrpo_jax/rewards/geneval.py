@@ -1,0 +1,228 @@
+"""GenEval's rules over detections, their stricter form, and the matching rules for edits.
+
+The rules are those of https://github.com/djghosh13/geneval (arXiv 2310.11513): score thresholds of
+0.3, or 0.9 for counting; the `count` most certain boxes of a class; relations with a margin of a
+tenth of the boxes' sizes; `exclude` entries. Two things are added: `region` entries (a corner or a
+half that an object's centre must lie in) and `parts`, a soft score in [0, 1]. A score from a
+detector other than GenEval's must not be called a GenEval score.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+
+import numpy as np
+
+from lvrpo_jax.data.detect import UNKNOWN, Detection
+
+THRESHOLD = 0.3
+COUNTING_THRESHOLD = 0.9
+MAX_OBJECTS = 16  # of a class, the most certain ones
+POSITION_MARGIN = 0.1  # of the summed sizes of both boxes
+NO_RELATION = 1e-3  # pixels: smaller reduced offsets hold no relation
+LOOSE_COMPONENT = 0.5  # of the unit direction: a relation holds up to 60 degrees
+STRICT_COMPONENT = math.cos(math.radians(30))  # up to 30 degrees: diagonals hold no relation
+
+KEEP_REACH = 3.0  # pixels that a kept object's centre may move
+KEEP_TOLERANCE = 8.0  # grey levels: mean absolute change allowed outside the edited cells
+
+_SIDES = {'left': (0, -1), 'right': (0, 1), 'top': (1, -1), 'bottom': (1, 1)}
+_RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """Whether an image obeys a spec, and the mean of its parts in [0, 1]."""
+  correct: bool
+  parts: float
+
+
+def relations(a: Detection, b: Detection, strict: bool = False) -> frozenset[str]:
+  """Relations of a to b that hold: 'left of', 'right of', 'above', 'below'.
+
+  The offset of the centres is reduced by POSITION_MARGIN of the summed box sizes on each axis,
+  and divided by its unreduced length, as in GenEval. The result's components are compared with
+  LOOSE_COMPONENT. Strict asks in addition that the unreduced direction lies within 30 degrees of
+  the axis.
+  """
+  offset = np.subtract(a.centre, b.centre)
+  size = sum(np.subtract(d.box[2:], d.box[:2]) for d in (a, b))
+  reduced = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * size, 0.0)
+  if np.all(np.abs(reduced) < NO_RELATION):
+    return frozenset()
+  length = np.linalg.norm(offset)
+  holds = set()
+  for name, (axis, sign) in _RELATIONS.items():
+    loose = sign * reduced[axis] / length > LOOSE_COMPONENT
+    if loose and (not strict or sign * offset[axis] / length > STRICT_COMPONENT):
+      holds.add(name)
+  return frozenset(holds)
+
+
+def in_region(centre: tuple[float, float], region: str, size: tuple[float, float]) -> bool:
+  """Whether a centre (x, y) lies in a region such as 'top' or 'top left' of an image.
+
+  Args:
+    centre: (x, y) in pixels.
+    region: one or two of left, right, top, bottom.
+    size: (width, height) of the image in pixels.
+
+  Raises:
+    KeyError: on an unknown region.
+  """
+  for word in region.split():
+    axis, sign = _SIDES[word]
+    if sign * (centre[axis] - size[axis] / 2) <= 0:
+      return False
+  return True
+
+
+def _by_class(detections: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
+  """The detections above the threshold, by class, the most certain first."""
+  found = {}
+  for detection in sorted(detections, key=lambda d: -d.score):
+    if detection.score > threshold:
+      found.setdefault(detection.label, []).append(detection)
+  return {label: items[:MAX_OBJECTS] for label, items in found.items()}
+
+
+def _take(found: dict[str, list[Detection]], entry: dict,
+          size: tuple[float, float]) -> tuple[list[Detection], list[float]]:
+  """Boxes that stand for an include entry, and the entry's parts so far, each in [0, 1].
+
+  As in GenEval, the `count` most certain boxes of the class stand for the entry, and colour and
+  region are asked of these.
+  """
+  count = entry['count']
+  boxes = found.get(entry['class'], [])
+  taken = boxes[:count]
+  parts = [min(len(boxes), count) / count]
+  if 'color' in entry:
+    parts.append(sum(d.color == entry['color'] for d in taken) / count)
+  if 'region' in entry:
+    parts.append(sum(in_region(d.centre, entry['region'], size) for d in taken) / count)
+  return taken, parts
+
+
+def evaluate(detections: Sequence[Detection], spec: dict, strict: bool = False,
+             size: tuple[float, float] = (32.0, 32.0), threshold: float = THRESHOLD,
+             counting_threshold: float = COUNTING_THRESHOLD) -> Verdict:
+  """Judges the detections of one image by a GenEval record.
+
+  Args:
+    detections: objects found in the image.
+    spec: {"tag", "include": [...], "exclude": [...]}, see `data.grammar`.
+    strict: relations must lie within 30 degrees of their axis, and no UNKNOWN object may score
+      above `threshold`.
+    size: (width, height) of the image in pixels, for regions.
+    threshold: objects of a score at or below it do not count.
+    counting_threshold: the same where the tag is 'counting'.
+
+  Returns:
+    A verdict; `parts` is the mean over counts, colours, regions, relations and exclusions. A
+    relation that fails for any pair scores 0, and surplus objects lower an exclusion's part
+    no further than 0.
+  """
+  counting = spec['tag'] == 'counting'
+  found = _by_class(detections, counting_threshold if counting else threshold)
+  groups, parts = [], []
+  for entry in spec['include']:
+    taken, scores = _take(found, entry, size)
+    if 'position' in entry:
+      relation, other = entry['position']
+      pairs = [(a, b) for a in taken for b in groups[other]]
+      holds = bool(pairs) and all(relation in relations(a, b, strict) for a, b in pairs)
+      complete = scores[0] == 1.0 and len(groups[other]) == spec['include'][other]['count']
+      scores.append(float(holds and complete))
+    groups.append(taken)
+    parts.extend(scores)
+  for entry in spec.get('exclude', ()):
+    boxes = found.get(entry['class'], [])
+    surplus = len(boxes) - (entry['count'] - 1)
+    parts.append(min(1.0, max(0.0, 1.0 - surplus / max(entry['count'] - 1, 1))))
+  if strict:
+    unknown = any(d.label == UNKNOWN and d.score > threshold for d in detections)
+    parts.append(float(not unknown))
+  return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
+
+
+def _touched(spec: dict, shape: tuple[int, int]) -> np.ndarray:
+  """Mask_YX of the quarters that the edit may change: those of its gone boxes and new regions."""
+  height, width = shape
+  y = (np.arange(height)[:, None] + 0.5) * 2 > height
+  x = (np.arange(width)[None, :] + 0.5) * 2 > width
+  mask_YX = np.zeros(shape, bool)
+  for x0, y0, x1, y1 in spec['gone']:
+    mask_YX |= (y == (y0 + y1 > height)) & (x == (x0 + x1 > width))
+  for entry in spec['new']:
+    words = entry['region'].split()
+    rows = [y == (word == 'bottom') for word in words if word in ('top', 'bottom')]
+    cols = [x == (word == 'right') for word in words if word in ('left', 'right')]
+    region_YX = np.ones(shape, bool)
+    for side in rows + cols:
+      region_YX &= side
+    mask_YX |= region_YX
+  return mask_YX
+
+
+def _inside(centre: tuple[float, float], box: Sequence[float]) -> bool:
+  x0, y0, x1, y1 = box
+  return x0 <= centre[0] <= x1 and y0 <= centre[1] <= y1
+
+
+def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
+                  detections: Sequence[Detection], spec: dict, strict: bool = False,
+                  threshold: float = THRESHOLD, tolerance: float = KEEP_TOLERANCE) -> Verdict:
+  """Judges an edited image by its source, its detections and the edit's record.
+
+  Every kept object must be found (class, colour, centre within KEEP_REACH), every new one must
+  stand in its region, a gone box may hold no object other than a new one, no further objects may
+  appear, and pixels outside the touched quarters must stay as they were.
+
+  Args:
+    source_image_YXC: the image before the edit, uint8 or float in [0, 255].
+    image_YXC: the image after it, of the same shape.
+    detections: objects found in the edited image.
+    spec: {"tag", "keep", "gone", "new"}, see `data.grammar_edits`.
+    strict: no UNKNOWN object may score above `threshold`.
+    threshold: objects of a score at or below it do not count.
+    tolerance: mean absolute difference in grey levels allowed outside the touched quarters.
+
+  Raises:
+    ValueError: if the images differ in shape.
+  """
+  if source_image_YXC.shape != image_YXC.shape:
+    raise ValueError(f'images of shapes {source_image_YXC.shape} and {image_YXC.shape}')
+  height, width = image_YXC.shape[:2]
+  left = sorted((d for d in detections if d.label != UNKNOWN and d.score > threshold),
+                key=lambda d: -d.score)
+  parts = []
+  for entry in spec['keep']:
+    centre = np.add(entry['box'][:2], entry['box'][2:]) / 2
+    near = lambda d: math.dist(d.centre, centre) <= KEEP_REACH
+    parts.append(_claim(left, entry, near))
+  new = []
+  for entry in spec['new']:
+    there = lambda d: in_region(d.centre, entry['region'], (width, height))
+    new.append(_claim(left, entry, there))
+  gone = [float(not any(_inside(d.centre, box) for d in left)) for box in spec['gone']]
+  parts.extend(new + gone)
+  parts.append(float(not left))
+  untouched_YX = ~_touched(spec, (height, width))
+  change_YX = np.abs(image_YXC.astype(np.float64) - source_image_YXC.astype(np.float64)).mean(-1)
+  if untouched_YX.any():
+    parts.append(float(change_YX[untouched_YX].mean() <= tolerance))
+  if strict:
+    unknown = any(d.label == UNKNOWN and d.score > threshold for d in detections)
+    parts.append(float(not unknown))
+  return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
+
+
+def _claim(left: list[Detection], entry: dict,
+           fits: Callable[[Detection], bool]) -> float:
+  """1.0 and takes the object out of `left` if one of the entry's class and colour fits."""
+  for detection in left:
+    if (detection.label, detection.color) == (entry['class'], entry['color']) and fits(detection):
+      left.remove(detection)
+      return 1.0
+  return 0.0

@@ -1,0 +1,57 @@
+"""Rule rewards: verifiable facts about images, edits and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lvrpo_jax.data import detect
+from lvrpo_jax.data import wording
+from lvrpo_jax.rewards import geneval
+
+Detector = Callable[[np.ndarray], list[list[detect.Detection]]]
+"""`detector(images_RYXC uint8) -> detections of every image`. It never sees the scene."""
+
+FORMAT_SHARE = 0.2
+"""Share of the text reward that pays the format; the rest pays the answer."""
+
+
+def images(detector: Detector, images_BGYXC: np.ndarray, specs: Sequence[dict[str, Any]],
+           strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
+  """(correct_BG, parts_BG) of generated images under their GenEval records."""
+  B, G = images_BGYXC.shape[:2]
+  found = detector(images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:]))
+  verdicts = [geneval.evaluate(d, specs[i // G], strict=strict) for i, d in enumerate(found)]
+  return _arrays(verdicts, B, G)
+
+
+def edits(detector: Detector, source_BYXC: np.ndarray, images_BGYXC: np.ndarray,
+          specs: Sequence[dict[str, Any]], strict: bool = False
+          ) -> tuple[np.ndarray, np.ndarray]:
+  """(correct_BG, parts_BG) of edited images: the asked change made and the rest unchanged."""
+  B, G = images_BGYXC.shape[:2]
+  flat = images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:])
+  verdicts = [geneval.evaluate_edit(source_BYXC[i // G], flat[i], d, specs[i // G], strict=strict)
+              for i, d in enumerate(detector(flat))]
+  return _arrays(verdicts, B, G)
+
+
+def answers(texts_BG: Sequence[Sequence[str]], answer_B: Sequence[str]
+            ) -> tuple[np.ndarray, np.ndarray]:
+  """(correct_BG, format_BG): the stated answer is right; the reply has the asked form."""
+  read = [[wording.read_answer(text) for text in row] for row in texts_BG]
+  correct = [[word == answer for word, _ in row] for row, answer in zip(read, answer_B)]
+  return np.array(correct, np.float32), np.array([[ok for _, ok in row] for row in read],
+                                                 np.float32)
+
+
+def text_reward(correct_BG: np.ndarray, format_BG: np.ndarray) -> np.ndarray:
+  """`(1 - s) correct + s format` with s = `FORMAT_SHARE`."""
+  return (1 - FORMAT_SHARE) * correct_BG + FORMAT_SHARE * format_BG
+
+
+def _arrays(verdicts: Sequence[geneval.Verdict], B: int, G: int) -> tuple[np.ndarray, np.ndarray]:
+  return (np.array([v.correct for v in verdicts], np.float32).reshape(B, G),
+          np.array([v.parts for v in verdicts], np.float32).reshape(B, G))

@@ -1,0 +1,69 @@
+"""Images: a scan over denoising steps for all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import flow
+from lvrpo_jax import ops
+from lvrpo_jax import types
+
+Array = jax.Array
+Velocity = Callable[[Array, Array], Array]
+"""`velocity(x_BGNC, time_BG) -> v_BGNC`: the policy that samples, guidance included."""
+
+
+def initial_noise(key_BG: Array, shape: tuple[int, int]) -> Array:
+  """Latents at t = 1, (B, G, N, C); a row depends on its own key alone."""
+  return ops.normal_rows(ops.fold_each(key_BG, 0), shape)
+
+
+def transition(velocity: Velocity, sampler: str, x: Array, t: Array, t_next: Array,
+               first_t: Array, eta: Array) -> flow.Transition:
+  """The Gaussian of one step. Rollout and replay both call this."""
+  v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
+  return flow.STEPS[sampler](x, v, t, t_next, first_t, eta)
+
+
+def rollout(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array, eta_T: Array,
+            sampler: str) -> types.ImageRollout:
+  """Samples a trajectory for every row.
+
+  Args:
+    shape: (image tokens, channels).
+    grid: T + 1 falling times, see `flow.time_grid`.
+    eta_T: noise scale of every step; 0 makes a step deterministic.
+    sampler: a key of `flow.STEPS`.
+  """
+  def step(x, inputs):
+    index, t, t_next, eta = inputs
+    mean, std = transition(velocity, sampler, x, t, t_next, grid[1], eta)
+    noise = ops.normal_rows(ops.fold_each(key_BG, index + 1), shape)
+    return mean + std * noise, (x, noise, mean, std)
+
+  times, next_times = grid[:-1], grid[1:]
+  x, (xs, noises, means, stds) = jax.lax.scan(
+      step, initial_noise(key_BG, shape),
+      (jnp.arange(len(times)), times, next_times, eta_T))
+  return types.ImageRollout(xs, noises, means, times, next_times, stds, x)
+
+
+def sample(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array) -> Array:
+  """Final latents of the probability-flow ODE, keeping no trajectory."""
+  def step(x, times):
+    t, t_next = times
+    v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
+    return flow.ode_step(x, v, t, t_next), None
+  return jax.lax.scan(step, initial_noise(key_BG, shape), (grid[:-1], grid[1:]))[0]
+
+
+def eta_schedule(eta: float, steps: int, low: float, high: float, grid: Array) -> Array:
+  """Noise scales: `eta` on steps whose start time is in (low, high], never on the last step.
+
+  The last step stays deterministic, or the scored image would keep its noise.
+  """
+  inside = (grid[:-1] > low) & (grid[:-1] <= high) & (jnp.arange(steps) < steps - 1)
+  return jnp.where(inside, eta, 0.)

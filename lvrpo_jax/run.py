@@ -1,0 +1,105 @@
+"""The whole run, stage by stage; a stage that is complete is read back, not repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import ml_collections
+
+from lvrpo_jax import align
+from lvrpo_jax import checkpoint
+from lvrpo_jax import evaluate
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import metrics as metrics_lib
+from lvrpo_jax import panel
+from lvrpo_jax import pretrain
+from lvrpo_jax import scores
+from lvrpo_jax import types
+
+
+class Clock:
+  """Seconds by stage, kept across restarts in `<workdir>/seconds.json`."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+  def __call__(self, stage: str, work: Callable[[], Any]) -> Any:
+    """Runs a stage and adds its time."""
+    logging.info('stage %s', stage)
+    start = time.monotonic()
+    out = work()
+    self.seconds[stage] = round(self.seconds.get(stage, 0.) + time.monotonic() - start, 2)
+    checkpoint.write_json(self._path, self.seconds)
+    return out
+
+
+def kept(workdir: pathlib.Path, name: str, template: types.Params,
+         make: Callable[[], types.Params]) -> types.Params:
+  """Parameters that are made once and then read back."""
+  store = checkpoint.Checkpoints(workdir / 'checkpoints' / name, keep=1)
+  restored = store.restore(template)
+  params = restored[0] if restored else make()
+  if not restored:
+    store.save(0, params, {})
+  store.close()
+  return params
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Builds the world, pretrains, measures, aligns, measures again; returns the scores."""
+  checkpoint.check_config(workdir, config)
+  job = job_lib.build(config, workdir)
+  job.data.tokenizer.save(workdir / 'tokenizer.json')
+  writer = metrics_lib.MetricWriter(workdir, jax.process_index())
+  clock = Clock(workdir / 'seconds.json')
+  image = (1, job.policy.image_size, job.policy.image_size, 3)
+  zeros = lambda shapes: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
+  key = jax.random.key(0)
+  vae_params = clock('vae', lambda: kept(
+      workdir, 'vae', zeros(jax.eval_shape(job.policy.vae.init, key, jax.numpy.zeros(image))
+                            )['params'], lambda: pretrain.fit_autoencoder(job)))
+  siglip_params = clock('judge', lambda: kept(
+      workdir, 'judge', zeros(jax.eval_shape(
+          job.judge.init, key, jax.numpy.zeros(image), job.captions(['']))['params']),
+      lambda: pretrain.train_judge(job, writer)))
+  params = clock('pretrain', lambda: pretrain.run(job, vae_params, writer))
+  tools = evaluate.samplers(job)
+  measure = lambda name, p: evaluate.run(job, p, vae_params, tools, workdir / 'eval' / name)
+  before = clock('evaluate_before', lambda: measure('before', params))
+  guided = clock('evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
+  write_scores(workdir, config, clock, guided, before, None)
+  params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer))
+  after = clock('evaluate_after', lambda: measure('after', params))
+  writer.close()
+  return write_scores(workdir, config, clock, guided, before, after)
+
+
+def write_scores(workdir: pathlib.Path, config: ml_collections.ConfigDict, clock: Clock,
+                 guided: dict[str, Any], before: scores.Records, after: scores.Records | None
+                 ) -> dict[str, Any]:
+  """Writes `scores.json`, also of a run that is not finished."""
+  split = lambda records: ([r for r in records if r['task'] != 'panel'],
+                           next(r for r in records if r['task'] == 'panel'))
+  old, old_panel = split(before)
+  out: dict[str, Any] = {'seed': config.seed, 'seconds': clock.seconds,
+                         'before': scores.table(old, config.seed), 'guidance': guided,
+                         'panel': {'before': old_panel}}
+  if guided:
+    best = max(guided, key=lambda scale: guided[scale]['value'])
+    out['before_guided'] = {'generation': {'overall': guided[best]}, 'scale': float(best)}
+  if after is not None:
+    new, new_panel = split(after)
+    out['after'] = scores.table(new, config.seed)
+    out['paired'] = scores.paired(old, new)
+    out['panel'].update(after=new_panel, alarms=panel.alarms(old_panel, new_panel))
+  for record in (out['panel'][k] for k in ('before', 'after') if k in out['panel']):
+    record.pop('task', None)
+  checkpoint.write_json(workdir / 'scores.json', out)
+  return out

@@ -1,0 +1,351 @@
+"""Tests of lvrpo_jax.models.siglip."""
+
+import functools
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvrpo_jax.models import siglip
+from lvrpo_jax.models import vae
+
+try:
+  import torch
+  import transformers
+except ImportError:
+  torch = transformers = None
+
+jax.config.update('jax_default_matmul_precision', 'highest')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Rows: pattern of a Hugging Face name, path in our tree, change of the array before it is reshaped
+# to our shape. A name that matches several rows holds several of our arrays.
+_keep = lambda x: x
+_linear = lambda x: x.T
+_patch = lambda x: (x if x.ndim == 2 else x.transpose(0, 2, 3, 1).reshape(len(x), -1)).T
+_third = lambda index: lambda x: np.split(x, 3)[index].T
+_TOWER = r'(vision|text)_model\.'
+_LAYER = _TOWER + r'encoder\.layers\.(\d+)\.'
+_HEAD = r'vision_model\.head\.'
+NAMES = [
+    (r'logit_(scale|bias)', r'logit_\1', _keep),
+    (r'vision_model\.embeddings\.patch_embedding\.weight', 'vision/patch_embedding/kernel', _patch),
+    (r'vision_model\.embeddings\.patch_embedding\.bias', 'vision/patch_embedding/bias', _keep),
+    (_TOWER + r'embeddings\.position_embedding\.weight', r'\1/positions', _keep),
+    (r'text_model\.embeddings\.token_embedding\.weight', 'text/tokens/embedding', _keep),
+    (_LAYER + r'layer_norm(\d)\.weight', r'\1/layers_\2/norm\3/scale', _keep),
+    (_LAYER + r'layer_norm(\d)\.bias', r'\1/layers_\2/norm\3/bias', _keep),
+    (_LAYER + r'self_attn\.(\w+)\.weight', r'\1/layers_\2/attention/\3/kernel', _linear),
+    (_LAYER + r'self_attn\.(\w+)\.bias', r'\1/layers_\2/attention/\3/bias', _keep),
+    (_LAYER + r'mlp\.(\w+)\.weight', r'\1/layers_\2/mlp/\3/kernel', _linear),
+    (_LAYER + r'mlp\.(\w+)\.bias', r'\1/layers_\2/mlp/\3/bias', _keep),
+    (r'vision_model\.post_layernorm\.weight', 'vision/post_norm/scale', _keep),
+    (r'vision_model\.post_layernorm\.bias', 'vision/post_norm/bias', _keep),
+    (_HEAD + r'probe', 'vision/head/probe', _keep),
+    *[
+        (_HEAD + rf'attention\.in_proj_{old}', f'vision/head/attention/{name}/{new}', change)
+        for old, new in (('weight', 'kernel'), ('bias', 'bias'))
+        for name, change in (('q_proj', _third(0)), ('k_proj', _third(1)), ('v_proj', _third(2)))
+    ],
+    (_HEAD + r'attention\.out_proj\.weight', 'vision/head/attention/out_proj/kernel', _linear),
+    (_HEAD + r'attention\.out_proj\.bias', 'vision/head/attention/out_proj/bias', _keep),
+    (_HEAD + r'layernorm\.weight', 'vision/head/norm/scale', _keep),
+    (_HEAD + r'layernorm\.bias', 'vision/head/norm/bias', _keep),
+    (_HEAD + r'mlp\.(\w+)\.weight', r'vision/head/mlp/\1/kernel', _linear),
+    (_HEAD + r'mlp\.(\w+)\.bias', r'vision/head/mlp/\1/bias', _keep),
+    (r'text_model\.final_layer_norm\.weight', 'text/final_norm/scale', _keep),
+    (r'text_model\.final_layer_norm\.bias', 'text/final_norm/bias', _keep),
+    (r'text_model\.head\.weight', 'text/head/kernel', _linear),
+    (r'text_model\.head\.bias', 'text/head/bias', _keep),
+]
+
+
+def import_params(state: dict[str, np.ndarray], shapes: dict) -> dict:
+  """Arrays under Hugging Face names to a tree with `shapes`; every name and path is used once."""
+  flat_shapes = traverse_util.flatten_dict(shapes, sep='/')
+  flat = {}
+  for name, array in state.items():
+    rows = [row for row in NAMES if re.fullmatch(row[0], name)]
+    if not rows:
+      raise KeyError(name)
+    for pattern, path, change in rows:
+      path = re.sub(pattern, path, name)
+      flat[path] = jnp.asarray(change(array)).reshape(flat_shapes[path].shape)
+  if flat.keys() != flat_shapes.keys():
+    raise KeyError(sorted(flat.keys() ^ flat_shapes.keys()))
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _text_config(hidden, mlp, layers, heads, projection) -> siglip.SiglipTextConfig:
+  return siglip.SiglipTextConfig(hidden, mlp, layers, heads, 50, 9, projection)
+
+
+SIZES = {
+    'square': (
+        siglip.SiglipVisionConfig(32, 48, 2, 4, 28, 7),
+        _text_config(32, 64, 2, 2, 32),
+    ),
+    'other_widths': (
+        siglip.SiglipVisionConfig(24, 80, 1, 3, 24, 8, eps=1e-5),
+        _text_config(16, 40, 1, 4, 24),
+    ),
+}
+
+
+def _shapes(model: siglip.Siglip) -> dict:
+  size = model.vision_config.image_size
+  image, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 3), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), image, ids)['params']
+
+
+def _random_params(shapes: dict) -> dict:
+  rng = np.random.default_rng(0)
+  draw = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32)
+  return jax.tree.map(draw, shapes)
+
+
+@absltest.skipIf(torch is None, 'parity with Hugging Face needs torch and transformers')
+class HuggingFaceParityTest(parameterized.TestCase):
+
+  def _pair(self, size: str, naflex: bool):
+    vision, text = SIZES[size]
+    if naflex:
+      config_class, model_class = transformers.Siglip2Config, transformers.Siglip2Model
+      extent = {'num_patches': vision.side**2}
+    else:
+      config_class, model_class = transformers.SiglipConfig, transformers.SiglipModel
+      extent = {'image_size': vision.image_size}
+    widths = lambda c: {
+        'hidden_size': c.hidden,
+        'intermediate_size': c.mlp,
+        'num_hidden_layers': c.layers,
+        'num_attention_heads': c.heads,
+        'layer_norm_eps': c.eps,
+    }
+    theirs = model_class(
+        config_class(
+            vision_config={**widths(vision), 'patch_size': vision.patch, **extent},
+            text_config={
+                **widths(text),
+              'bos_token_id': None,
+              'eos_token_id': None,
+                'vocab_size': text.vocab,
+                'max_position_embeddings': text.max_positions,
+                'projection_size': text.projection,
+            },
+        )
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+      for parameter in theirs.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model = siglip.Siglip(vision, text)
+    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
+    params = import_params(state, _shapes(model))
+    return theirs, model, {'params': params}
+
+  def _assert_close(self, got, want):
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=1e-4)
+
+  @parameterized.parameters(*SIZES)
+  def test_siglip(self, size):
+    theirs, model, variables = self._pair(size, naflex=False)
+    vision, text = model.vision_config, model.text_config
+    rng = np.random.default_rng(1)
+    image = rng.uniform(-1, 1, (3, vision.image_size, vision.image_size, 3)).astype(np.float32)
+    ids = rng.integers(0, text.vocab, (3, text.max_positions))
+    mask = np.arange(text.max_positions) >= np.array([0, 2, 4])[:, None]
+
+    @jax.jit
+    def ours(variables):
+      image_BD, text_BD, scale, bias = model.apply(variables, image, ids)
+      apply = functools.partial(model.apply, variables)
+      return {
+          'image': image_BD,
+          'text': text_BD,
+          'logits': scale * text_BD @ image_BD.T + bias,
+          'loss': siglip.siglip_loss(image_BD, text_BD, scale, bias),
+          'hidden': apply(image, projected=False, method='embed_image')[1],
+          'masked_text': apply(ids, mask, method='embed_text')[0],
+      }
+
+    got = ours(variables)
+    want = theirs(
+        input_ids=torch.tensor(ids),
+        pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)),
+        return_loss=True,
+    )
+    self._assert_close(got['image'], want.image_embeds)
+    self._assert_close(got['text'], want.text_embeds)
+    self._assert_close(got['logits'], want.logits_per_text)
+    self._assert_close(got['loss'], want.loss)
+    self._assert_close(got['hidden'], want.vision_model_output.last_hidden_state)
+    want = theirs.text_model(torch.tensor(ids), attention_mask=torch.tensor(mask)).pooler_output
+    self._assert_close(got['masked_text'], want / want.norm(dim=-1, keepdim=True))
+
+  @parameterized.parameters(*SIZES)
+  def test_siglip2_with_grids_smaller_and_larger_than_the_table(self, size):
+    theirs, model, variables = self._pair(size, naflex=True)
+    vision, text = model.vision_config, model.text_config
+    grid = np.array([[vision.side, vision.side], [2, 7], [1, 3], [6, 3], [vision.side, 2]])
+    length = 18
+    rng = np.random.default_rng(2)
+    patches = rng.uniform(-1, 1, (len(grid), length, 3 * vision.patch**2)).astype(np.float32)
+    mask = np.arange(length) < grid.prod(axis=1)[:, None]
+    ids = rng.integers(0, text.vocab, (len(grid), text.max_positions))
+
+    @jax.jit
+    def ours(variables, grid):
+      apply = functools.partial(model.apply, variables)
+      pooled = apply(patches, mask, grid, projected=False, method='embed_patches')
+      return *pooled, apply(ids, method='embed_text')[0]
+
+    image_BD, hidden_BND, text_BD = ours(variables, grid)
+    want = theirs(
+        input_ids=torch.tensor(ids),
+        pixel_values=torch.tensor(patches),
+        pixel_attention_mask=torch.tensor(mask.astype(np.int64)),
+        spatial_shapes=torch.tensor(grid),
+    )
+    self._assert_close(image_BD, want.image_embeds)
+    self._assert_close(hidden_BND[mask], want.vision_model_output.last_hidden_state[mask])
+    self._assert_close(text_BD, want.text_embeds)
+
+
+class SiglipTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.vision, cls.text = SIZES['other_widths']
+    model = siglip.Siglip(cls.vision, cls.text)
+    cls.variables = {'params': _random_params(_shapes(model))}
+    cls.apply = staticmethod(jax.jit(model.apply, static_argnames='method'))
+    rng = np.random.default_rng(3)
+    size = cls.vision.image_size
+    cls.image = rng.uniform(-1, 1, (4, size, size, 3)).astype(np.float32)
+    cls.ids = rng.integers(0, cls.text.vocab, (4, 6))
+
+  def test_joint_space_has_unit_vectors(self):
+    pooled, patches = self.apply(self.variables, self.image, method='embed_image')
+    text, tokens = self.apply(self.variables, self.ids, method='embed_text')
+    self.assertEqual(patches.shape, (4, self.vision.side**2, self.vision.hidden))
+    self.assertEqual(tokens.shape, (4, 6, self.vision.hidden))
+    for x in (pooled, patches, text, tokens):
+      np.testing.assert_allclose(np.linalg.norm(x, axis=-1), np.ones(x.shape[:-1]), rtol=1e-5)
+    np.testing.assert_array_equal(text, tokens[:, -1])
+
+  def test_batch_order_does_not_matter(self):
+    order = np.array([2, 0, 3, 1])
+    for method, batch in (('embed_image', self.image), ('embed_text', self.ids)):
+      pooled, _ = self.apply(self.variables, batch, method=method)
+      mixed, _ = self.apply(self.variables, batch[order], method=method)
+      np.testing.assert_allclose(mixed, pooled[order], atol=1e-6)
+      self.assertGreater(np.abs(pooled - pooled[order]).max(), 1e-2)
+
+  def test_full_grid_equals_square_image(self):
+    patches = vae.patchify(self.image, self.vision.patch)
+    mask = np.ones(patches.shape[:2], bool)
+    grid = np.full((4, 2), self.vision.side)
+    square = self.apply(self.variables, self.image, method='embed_image')
+    packed = self.apply(self.variables, patches, mask, grid, method='embed_patches')
+    for a, b in zip(square, packed):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+
+  def test_padding_patches_are_not_seen(self):
+    patches = np.array(vae.patchify(self.image, self.vision.patch))
+    grid = np.array([[2, 3]] * 4)
+    mask = np.broadcast_to(np.arange(patches.shape[1]) < 6, patches.shape[:2])
+    args = (mask, grid)
+    pooled, features = self.apply(self.variables, patches, *args, method='embed_patches')
+    patches[:, 6:] = 100
+    again, same = self.apply(self.variables, patches, *args, method='embed_patches')
+    np.testing.assert_array_equal(pooled, again)
+    np.testing.assert_array_equal(features[:, :6], same[:, :6])
+
+  def test_projected_patch_is_the_pooling_of_that_patch_alone(self):
+    hidden = np.random.default_rng(4).normal(size=(2, 5, self.vision.hidden)).astype(np.float32)
+    head = siglip.PoolingHead(self.vision)
+    variables = {'params': self.variables['params']['vision']['head']}
+    apply = jax.jit(head.apply, static_argnames='method')
+    each = apply(variables, hidden, method='each')
+    alone = apply(variables, hidden.reshape(10, 1, -1), None)
+    np.testing.assert_allclose(each.reshape(10, -1), alone, atol=1e-5)
+
+  def test_text_attention_is_bidirectional_and_masked_tokens_are_not_seen(self):
+    changed = self.ids.copy()
+    changed[:, 3] = (changed[:, 3] + 1) % self.text.vocab
+    _, tokens = self.apply(self.variables, self.ids, method='embed_text')
+    _, other = self.apply(self.variables, changed, method='embed_text')
+    self.assertGreater(np.abs(tokens[:, 0] - other[:, 0]).max(), 1e-4)
+    mask = np.broadcast_to(np.arange(6) != 3, (4, 6))
+    pooled, _ = self.apply(self.variables, self.ids, mask, method='embed_text')
+    unmoved, _ = self.apply(self.variables, changed, mask, method='embed_text')
+    np.testing.assert_array_equal(pooled, unmoved)
+
+  def test_start_of_scale_and_bias(self):
+    model = siglip.Siglip(self.vision, self.text)
+    (scale, bias), _ = model.init_with_output(jax.random.key(0), method='scale_and_bias')
+    np.testing.assert_allclose([scale, bias], [10, -10], rtol=1e-6)
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'not 24 x 24'):
+      self.apply(self.variables, self.image[:, :16], method='embed_image')
+    with self.assertRaisesRegex(ValueError, 'texts have 10 tokens, at most 9'):
+      self.apply(self.variables, np.zeros((1, 10), int), method='embed_text')
+    with self.assertRaisesRegex(ValueError, '5 heads'):
+      _shapes(siglip.Siglip(siglip.SiglipVisionConfig(32, 48, 1, 5, 28, 7), self.text))
+
+
+_resize_positions = jax.jit(siglip.resize_positions, static_argnums=2)
+
+
+class ResizePositionsTest(parameterized.TestCase):
+
+  def test_own_grid_is_the_table(self):
+    table = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
+    got = _resize_positions(jnp.asarray(table), jnp.array([[4, 4]]), 20)
+    np.testing.assert_allclose(got[0, :16], table.reshape(16, 3), atol=1e-6)
+
+  @parameterized.parameters((2, 7), (6, 3), (1, 1))
+  def test_matches_antialiased_resize(self, rows, columns):
+    table = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
+    got = _resize_positions(jnp.asarray(table), jnp.array([[rows, columns]]), 20)[0]
+    want = jax.image.resize(table, (rows, columns, 3), 'linear', antialias=True).reshape(-1, 3)
+    count = rows * columns
+    np.testing.assert_allclose(got[:count], want, atol=1e-5)
+    np.testing.assert_allclose(got[count:], np.broadcast_to(want[0], (20 - count, 3)), atol=1e-5)
+
+
+class SiglipLossTest(absltest.TestCase):
+
+  def test_matches_a_loop_over_pairs(self):
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(2, 5, 7))
+    scale, bias = 3.0, -1.5
+    total = 0.0
+    for i in range(5):
+      for j in range(5):
+        sign = 1 if i == j else -1
+        total += np.log1p(np.exp(-sign * (scale * image[i] @ text[j] + bias)))
+    got = siglip.siglip_loss(jnp.asarray(image), jnp.asarray(text), scale, bias)
+    np.testing.assert_allclose(got, total / 5, rtol=1e-5)
+
+  def test_matching_pairs_cost_less(self):
+    image = jnp.eye(4)
+    matched = siglip.siglip_loss(image, image, 10.0, -5.0)
+    self.assertLess(matched, siglip.siglip_loss(image, image[::-1], 10.0, -5.0))
+    np.testing.assert_array_less(0, matched)
+
+  def test_finite_for_extreme_logits(self):
+    image = jnp.eye(2)
+    gradient = jax.grad(siglip.siglip_loss)(image, -image, 1e4, 0.0)
+    self.assertTrue(np.isfinite(gradient).all())
+
+
+if __name__ == '__main__':
+  absltest.main()
