@@ -290,9 +290,11 @@ def load(path: _Path, config: Config, sharding: types.Params | None = None) -> t
   """
   path, expected, rules = pathlib.Path(path), places(config), _rules(config)
   sources, by_path = _open(path, config), {}
-  for name in sorted(sources.keys() - expected.keys()):
+  if extra := sources.keys() - expected.keys():
+    name = min(extra)
     raise ValueError(f'tensor {name} in {sources[name].file} is not of this configuration')
-  for name in sorted(expected.keys() - sources.keys()):
+  if missing := expected.keys() - sources.keys():
+    name = min(missing)
     raise ValueError(f'tensor {name} of shape {list(expected[name].shape)} is missing from {path}')
   for name, source in sources.items():
     parameter, layer = parameter_path(name, rules)

@@ -347,8 +347,7 @@ def reference_arrays(packed: Packed) -> dict[str, np.ndarray]:
     return np.concatenate(values)[np.argsort(places)]
 
   split_L, labels = logical('split_BL'), pick('text', packed.label_BL)
-  splits, first, split_lens = np.unique(split_L, return_index=True, return_counts=True)
-  del splits
+  _, first, split_lens = np.unique(split_L, return_index=True, return_counts=True)
   has_label = labels != NO_LABEL
   return {
       'sequence_length': np.int32(len(places)),
