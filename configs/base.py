@@ -19,6 +19,7 @@ def get_config() -> config_dict.ConfigDict:
   config.data.source = 'lvrpo_jax.data.mixture:ShapesData'  # import path of the data class
   config.data.prompt_words = 14  # tokens of the longest caption, question or instruction
   config.data.answer_words = 16  # tokens of the longest answer, reasoning included
+  config.data.uniform = True  # one row shape for all tasks: one pass, less to compile
   config.data.wrong = 0.1  # fraction of wrong answers in pretraining, as found on the web
   config.data.chatty = 0.1  # fraction of pretraining answers that keep no format
   config.data.plan = 0.5  # fraction of answers that reason first, where the question has two steps

@@ -15,6 +15,7 @@ from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import metrics as metrics_lib
+from lvrpo_jax import ops
 from lvrpo_jax import optim
 from lvrpo_jax import pretrain
 from lvrpo_jax import sharding
@@ -23,6 +24,8 @@ from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.objectives import flow as flow_objectives
 
+UNDERSTANDING = r'layers/und/|norm_und|embed_tokens|lm_head|^vit/|connector'
+"""Parameters of the understanding expert, which may learn at a rate of their own."""
 PICTURES_EVERY = 25
 """Iterations between picture grids in TensorBoard."""
 
@@ -32,8 +35,7 @@ def alignment_loss(job: job_lib.Job) -> step_lib.Loss:
   a = job.config.align
   return losses.alignment(job.policy, losses.Alignment(
       weights={task: a.weights[task] for task in pretrain.sizes(a)}, objective=a.objective,
-      sampler=a.sampler, seed=job.config.seed, draws=a.draws, shift=job.config.pretrain.shift,
-      nft_beta=a.nft_beta, nft_scale=a.nft_scale, image_clip=a.image_clip,
+      sampler=a.sampler, nft_beta=a.nft_beta, nft_scale=a.nft_scale, image_clip=a.image_clip,
       velocity_penalty=a.velocity_penalty, text_low=a.text_low, text_high=a.text_high,
       text_aggregation=a.text_aggregation, text_penalty=a.text_penalty))
 
@@ -46,14 +48,18 @@ class Aligner:
     self.job, a = job, job.config.align
     optimizer = optim.build(
         optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98, 1e-8, 0.,
-        a.clip_norm, ((r'layers/und/|norm_und|embed_tokens|lm_head|vit|connector',
-                       a.understand_rate),))
+        a.clip_norm, ((UNDERSTANDING, a.understand_rate),))
     self.collector = experience.Collector(job)
     self.step = step_lib.compile_step(
         alignment_loss(job), optimizer, job.mesh,
         micro_batches=job.config.parallel.micro_batches, runner=job.config.parallel.runner)
-    self.gaps = jax.jit(functools.partial(losses.gaps, job.policy, a.sampler))
-    self.mix = jax.jit(lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
+    self._velocities = jax.jit(functools.partial(losses.velocities, job.policy))
+    self._answer_logp = jax.jit(functools.partial(losses.answer_logp, job.policy))
+    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler))
+    self._text_gap = jax.jit(losses.text_gap)
+    self._points = jax.jit(self._points_fn)
+    self._mix = jax.jit(
+        lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.state = sharding.shard_state(
         step_lib.init(params, optimizer, old=a.objective == 'nft', reference=True), job.mesh)
     self.frozen = {'vae': vae_params}
@@ -61,42 +67,93 @@ class Aligner:
         jax.tree.map(jnp.copy, self.state.reference), siglip_params,
         job_lib.word_table(job, siglip_params))
 
+  def _points_fn(self, step, index_B, latents_BGNC):
+    """Fresh noise on final latents: where a forward-process objective asks for velocities."""
+    a, group = self.job.config.align, latents_BGNC.shape[1]
+    root = jax.random.fold_in(jax.random.key(self.job.config.seed + 1), step)
+    key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(index_B)
+    key_BM = jax.vmap(lambda k: ops.fold_rows(k, (group * a.draws,)))(key_B)
+    points = losses.noise_points(key_BM, jnp.tile(latents_BGNC, (1, a.draws, 1, 1)),
+                                 self.job.config.pretrain.shift)
+    return points.x_t, points.t
+
   def collect(self, tasks: experience.Tasks, iteration: int
               ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
-    """Rollouts, rewards and advantages: (batch for the update, metrics, pictures)."""
+    """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
     c, a, vae_params = self.collector, self.job.config.align, self.frozen['vae']
-    rollouts, pixels = c.rollout(self.state.params, vae_params, tasks, iteration)
+    answers, images, pixels = c.rollout(self.state.params, vae_params, tasks, iteration)
     first = experience.window(self.job.config.seed, iteration, len(c.noisy), a.window)
-    steps = c.noisy[first:first + a.window]
     batch, metrics = {}, {'window': first}
-    for task, rollout in rollouts.items():
-      if task == pipeline.UNDERSTAND:
-        rewards, facts = c.text_rewards(tasks, rollout.tokens_BGT, self.judges, vae_params)
-      else:
-        rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
-                                         iteration)
+    for task, rollout in images.items():
+      rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
+                                       iteration)
       advantage = c.advantages[task](self.job.place(rewards))
-      if task == pipeline.UNDERSTAND:
-        batch[task] = experience.text_experience(tasks.prompts[task], rollout, advantage)
-      else:
-        batch[task] = experience.image_experience(
-            tasks.prompts[task], rollout, steps, c.grid, c.eta_T, advantage)
+      steps = experience.transitions(rollout, c.noisy[first:first + a.window], c.grid, c.eta_T)
+      batch[task] = types.ImageExperience(
+          tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC, steps.time_BM, None,
+          None, advantage.value_BG, advantage.valid_BG)
+      metrics.update(reward_metrics(task, rewards, facts, advantage))
+    if answers is not None:
+      task = pipeline.UNDERSTAND
+      rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params)
+      advantage = c.advantages[task](self.job.place(rewards))
+      rows = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
+      batch[task] = types.TextExperience(
+          tasks.prompts[task], answers.tokens_BGT, answers.logp_BGT, answers.mask_BGT,
+          rows, None, advantage.value_BG, advantage.valid_BG)
       metrics.update(reward_metrics(task, rewards, facts, advantage))
     return batch, metrics, {task: np.asarray(image) for task, image in pixels.items()}
+
+  def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """Velocities of any policy at the points of a batch."""
+    images = {t: b for t, b in batch.items() if t != pipeline.UNDERSTAND}
+    if not images:
+      return {}
+    return self._velocities(params, self.frozen, {t: b.prompts for t, b in images.items()},
+                            {t: b.x_BMNC for t, b in images.items()},
+                            {t: b.time_BM for t, b in images.items()})
+
+  def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """Largest |log-ratio| between rollout and replay of every task, before any update."""
+    out = {f'gap/{task}': self._image_gap(v, batch[task].transitions)
+           for task, v in self.velocities(self.state.params, batch).items()}
+    if pipeline.UNDERSTAND in batch:
+      b = batch[pipeline.UNDERSTAND]
+      out['gap/understand'] = self._text_gap(
+          self._answer_logp(self.state.params, self.frozen, b), b)
+    return out
+
+  def with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
+    """Adds what the reference and the old policy say at the points of the next update."""
+    batch = dict(batch)
+    forward = self.job.config.align.objective == 'nft'
+    for task, b in batch.items():
+      if task != pipeline.UNDERSTAND and forward:
+        x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
+        batch[task] = b.replace(x_BMNC=x, time_BM=t)
+    reference = self.velocities(self.state.reference, batch)
+    old = self.velocities(self.state.old, batch) if forward else reference
+    return {task: b if task == pipeline.UNDERSTAND else
+            b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
+            for task, b in batch.items()}
 
   def iterate(self, tasks: experience.Tasks, iteration: int
               ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """One whole iteration; returns its metrics and pictures."""
     a = self.job.config.align
     batch, metrics, pictures = self.collect(tasks, iteration)
-    metrics.update(self.gaps(self.state.params, self.frozen, batch))
+    metrics.update(self.gaps(batch))
+    if pipeline.UNDERSTAND in batch:
+      b = batch[pipeline.UNDERSTAND]
+      batch[pipeline.UNDERSTAND] = b.replace(
+          reference_BGT=self._answer_logp(self.state.reference, self.frozen, b))
     for _ in range(a.updates):
-      self.state, update = self.step(self.state, self.frozen, batch)
+      self.state, update = self.step(self.state, self.frozen, self.with_reference(batch))
     metrics.update(update)
     if a.objective == 'nft':
       decay = flow_objectives.old_policy_decay(iteration, a.old_flat, a.old_rise, a.old_hold)
       self.state = self.state.replace(
-          old=self.mix(self.state.old, self.state.params, jnp.float32(decay)))
+          old=self._mix(self.state.old, self.state.params, jnp.float32(decay)))
       metrics['old_decay'] = decay
     return metrics, pictures
 

@@ -146,7 +146,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
         record['image'] = _save(folder, f'{name}.png', example.source)
       records.append(dict(task=task, split=split, kind=kind, id=name, prompt=example.prompt,
                           meaning=example.meaning, **record))
-  records.append(dict(task='panel', **panel.measure(shown)))
+  records.append(dict(task='panel', panel=panel.measure(shown)))
   temporary = path.with_suffix('.tmp')
   temporary.write_text(''.join(json.dumps(r) + '\n' for r in records))
   temporary.replace(path)

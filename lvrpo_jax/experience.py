@@ -89,27 +89,36 @@ class Collector:
     return out
 
   def _rollout_fn(self, params, vae_params, prompts, iteration):
-    """Samples groups for all tasks; images come with uint8 pixels."""
+    """Samples groups for all tasks: (answers or None, trajectories, uint8 pixels)."""
     a, policy = self.job.config.align, self.job.policy
     root = jax.random.fold_in(jax.random.key(self.job.config.seed), iteration)
-    out, pixels = {}, {}
-    for task, p in prompts.items():
+
+    def keys(p):
       key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(p.index_B)
-      key_BG = jax.vmap(lambda k: ops.fold_rows(k, (a.group,)))(key_B)
-      cache = policy.prefill(params, vae_params, p)
-      if task == pipeline.UNDERSTAND:
-        length = self.job.config.data.answer_words + 1
-        decode = lambda row, i, token, c=cache: policy.apply(params, c, row, i, token,
-                                                             method='decode')
-        row = unified.empty_row(policy.config, key_BG.shape, length)
-        out[task] = text_rollout.rollout(decode, row, key_BG, policy.bos, policy.eos, length,
-                                         a.temperature)
-      else:
-        velocity = lambda x, t, c=cache: policy.velocity(params, c, x, t)
-        out[task] = image_rollout.rollout(velocity, key_BG, policy.latent_shape, self.grid,
-                                          self.eta_T, a.sampler)
-        pixels[task] = policy.decode(vae_params, out[task].latents_BGNC)
-    return out, pixels
+      return jax.vmap(lambda k: ops.fold_rows(k, (a.group,)))(key_B)
+    caches = policy.prefill_all(params, vae_params, prompts)
+    answers, images, pixels = None, {}, {}
+    if pipeline.UNDERSTAND in prompts:
+      cache = caches.pop(pipeline.UNDERSTAND)
+      key_BG = keys(prompts[pipeline.UNDERSTAND])
+      length = self.job.config.data.answer_words + 1
+      decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
+      answers = text_rollout.rollout(
+          decode, unified.empty_row(policy.config, key_BG.shape, length), key_BG, policy.bos,
+          policy.eos, length, a.temperature)
+    for tasks in policy_lib.alike({t: c.valid_BS for t, c in caches.items()}):
+      cache = policy_lib.join_caches([caches[t] for t in tasks])
+      velocity = lambda x, t, c=cache: policy.velocity(params, c, x, t)
+      rollout = image_rollout.rollout(
+          velocity, jnp.concatenate([keys(prompts[t]) for t in tasks]), policy.latent_shape,
+          self.grid, self.eta_T, a.sampler)
+      start = 0
+      for task in tasks:
+        stop = start + prompts[task].ids_BL.shape[0]
+        images[task] = image_rollout.rows(rollout, start, stop)
+        pixels[task] = policy.decode(vae_params, images[task].latents_BGNC)
+        start = stop
+    return answers, images, pixels
 
   def _judge_images_fn(self, judges: Judges, vae_params, pixels_BGYXC, captions_BL, words_BV,
                        questions: types.Prompts, answer_B):
@@ -220,26 +229,18 @@ class Collector:
             for name in wanted}
 
 
-def image_experience(prompts: types.Prompts, rollout: types.ImageRollout, steps: np.ndarray,
-                     grid: Array, eta_T: Array, advantage: advantage_lib.Advantages
-                     ) -> types.ImageExperience:
-  """Cuts the trained steps out of a trajectory; rows lead in every array."""
-  rows = rollout.latents_BGNC.shape[0]
-  cut = lambda x_TBGNC: jnp.moveaxis(x_TBGNC[steps], 0, 1)
-  wide = lambda x_T: jnp.broadcast_to(x_T[steps], (rows, len(steps)))
-  return types.ImageExperience(
-      prompts=prompts, latents_BGNC=rollout.latents_BGNC, x_BKGNC=cut(rollout.x_TBGNC),
-      noise_BKGNC=cut(rollout.noise_TBGNC), mean_BKGNC=cut(rollout.mean_TBGNC),
-      time_BK=wide(rollout.time_T), next_time_BK=wide(rollout.next_time_T),
-      first_time_B=jnp.broadcast_to(grid[1], (rows,)), eta_BK=wide(eta_T),
-      std_BK=wide(rollout.std_T), advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
-
-
-def text_experience(prompts: types.Prompts, rollout: types.TextRollout,
-                    advantage: advantage_lib.Advantages) -> types.TextExperience:
-  """Answers with their advantages."""
-  rows = rollout.tokens_BGT.shape[0]
-  return types.TextExperience(
-      prompts=prompts, tokens_BGT=rollout.tokens_BGT, logp_BGT=rollout.logp_BGT,
-      mask_BGT=rollout.mask_BGT, temperature_B=jnp.broadcast_to(rollout.temperature, (rows,)),
-      advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
+def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta_T: Array
+                ) -> types.Transitions:
+  """Cuts steps out of a trajectory; row m = k * G + g."""
+  rows, group = rollout.latents_BGNC.shape[:2]
+  count = len(steps)
+  def cut(x_TBGNC):
+    x_BKGNC = jnp.moveaxis(x_TBGNC[steps], 0, 1)
+    return x_BKGNC.reshape(rows, count * group, *x_BKGNC.shape[3:])
+  wide = lambda x_T: jnp.broadcast_to(jnp.repeat(x_T[steps], group), (rows, count * group))
+  return types.Transitions(
+      x_BMNC=cut(rollout.x_TBGNC), time_BM=wide(rollout.time_T),
+      next_time_BM=wide(rollout.next_time_T),
+      first_time_BM=jnp.broadcast_to(grid[1], (rows, count * group)), eta_BM=wide(eta_T),
+      noise_BMNC=cut(rollout.noise_TBGNC), mean_BMNC=cut(rollout.mean_TBGNC),
+      std_BM=wide(rollout.std_T))

@@ -77,7 +77,7 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
       drop=d.drop)
   policy = build_policy(config, data)
   template = pipeline.Template(d.prompt_words, d.answer_words, policy.vit_tokens,
-                               policy.latent_shape[0])
+                               policy.latent_shape[0], d.uniform, data.image_size)
   return Job(config=ml_collections.FrozenConfigDict(config), workdir=workdir, data=data,
              encoder=pipeline.Encoder(data.tokenizer, template), policy=policy,
              judge=build_judge(config, data), mesh=sharding.make_mesh(config.parallel.mesh))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -15,6 +16,7 @@ from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import step
+from lvrpo_jax import types
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import sft
 from lvrpo_jax.objectives import text
@@ -22,6 +24,21 @@ from lvrpo_jax.rollouts import text as text_rollout
 
 Array = jax.Array
 UNDERSTAND = 'understand'
+
+
+class Points(NamedTuple):
+  """Noised latents, their times, and the velocities that flow matching asks for."""
+  x_t: Array
+  t: Array
+  target: Array
+
+
+def noise_points(key_BM: Array, x0_BMNC: Array, shift: float) -> Points:
+  """Noises clean latents (B, 1 or M, N, C) at logit-normal times; a row depends on its key."""
+  noise = ops.normal_rows(ops.fold_each(key_BM, 0), x0_BMNC.shape[2:])
+  t = flow.logit_normal_time(ops.normal_rows(ops.fold_each(key_BM, 1), ()), shift)
+  return Points(flow.interpolate(x0_BMNC, noise, t[..., None, None]), t,
+                flow.velocity_target(x0_BMNC, noise))
 
 
 def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], draws: int,
@@ -40,28 +57,25 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
     return {task: (jnp.sum(b.answer_mask_BL) if task == UNDERSTAND else
                    jnp.float32(b.target_BYXC.shape[0] * draws * N)) for task, b in batch.items()}
 
-  def image_sum(params, frozen, batch, cache, key_B):
-    x0 = policy.encode(frozen['vae'], batch.target_BYXC)[:, None]
+  def noised(frozen, b, root):
+    key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
     key_BM = jax.vmap(lambda k: ops.fold_rows(k, (draws,)))(key_B)
-    noise = ops.normal_rows(ops.fold_each(key_BM, 0), x0.shape[2:])
-    t = flow.logit_normal_time(ops.normal_rows(ops.fold_each(key_BM, 1), ()), shift)
-    x_t = flow.interpolate(x0, noise, t[..., None, None])
-    v = policy.velocity(params, cache, x_t, t)
-    return sft.flow_matching(v, flow.velocity_target(x0, noise))
+    x0 = policy.encode(frozen['vae'], b.target_BYXC)[:, None]
+    return noise_points(key_BM, x0, shift)
 
   def sums(params, state, frozen, batch):
-    terms, metrics = {}, {}
     root = jax.random.fold_in(jax.random.key(seed), state.step)
-    for task, b in batch.items():
-      key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
-      cache = policy.prefill(params, frozen['vae'], b.prompts)
-      if task == UNDERSTAND:
-        logits = policy.read(params, cache, b.answer_BL[:, None, :-1])[:, 0]
-        total = sft.next_token(logits, b.answer_BL[:, 1:], b.answer_mask_BL)
-      else:
-        total = image_sum(params, frozen, b, cache, key_B)
-      terms[task], metrics[f'{task}_loss'] = total[0], total
-    return terms, metrics
+    caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
+    points = {t: noised(frozen, b, root) for t, b in batch.items() if t != UNDERSTAND}
+    v = policy.velocity_all(params, caches, {t: p.x_t for t, p in points.items()},
+                            {t: p.t for t, p in points.items()})
+    totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
+    if UNDERSTAND in batch:
+      b = batch[UNDERSTAND]
+      logits = policy.read(params, caches[UNDERSTAND], b.answer_BL[:, None, :-1])[:, 0]
+      totals[UNDERSTAND] = sft.next_token(logits, b.answer_BL[:, 1:], b.answer_mask_BL)
+    return ({t: total for t, (total, _) in totals.items()},
+            {f'{t}_loss': total for t, total in totals.items()})
 
   return step.Loss(weights, sums, coefficients)
 
@@ -72,9 +86,6 @@ class Alignment:
   weights: Mapping[str, float]
   objective: str
   sampler: str
-  seed: int
-  draws: int
-  shift: float
   nft_beta: float
   nft_scale: float
   image_clip: float
@@ -89,7 +100,7 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   """The GRPO loss of a mixed batch of `types.TextExperience` and `types.ImageExperience`.
 
   Every task is normalised by its own weight, so the total is the weighted sum of what each task
-  alone would give. `frozen` holds 'vae'; the reference and the old policy come with the state.
+  alone would give. `frozen` holds 'vae'.
 
   Raises:
     ValueError: unknown objective.
@@ -104,19 +115,24 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
       if task == UNDERSTAND:
         w = jnp.sum(text.token_weights(b.mask_BGT, b.valid_BG, a.text_aggregation))
       else:
-        w = jnp.sum(b.valid_BG) * (a.draws if a.objective == 'nft' else b.time_BK.shape[1])
+        w = jnp.sum(_per_point(b.valid_BG, b))
       out[task] = out[f'{task}_penalty'] = w
-      if task != UNDERSTAND and a.objective == 'nft':
-        out[f'{task}_penalty'] = jnp.sum(b.valid_BG)
     return out
 
   def sums(params, state, frozen, batch):
+    del state
+    caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
+    images = {t: b for t, b in batch.items() if t != UNDERSTAND}
+    v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
+                            {t: b.time_BM for t, b in images.items()})
+    parts = {t: image_sums[a.objective](a, v[t], b) for t, b in images.items()}
+    if UNDERSTAND in batch:
+      b = batch[UNDERSTAND]
+      parts[UNDERSTAND] = _text_sums(a, _logits(policy, params, caches[UNDERSTAND], b), b)
     terms, metrics = {}, {}
-    for task, b in batch.items():
-      run = _text_sums if task == UNDERSTAND else image_sums[a.objective]
-      loss, penalty, extra = run(policy, a, params, state, frozen, b)
+    for task, (loss, penalty, extra) in parts.items():
       terms[task], terms[f'{task}_penalty'] = loss, penalty
-      metrics.update({f'{task}/{k}': v for k, v in extra.items()})
+      metrics.update({f'{task}/{k}': value for k, value in extra.items()})
     return terms, metrics
 
   penalty = lambda task: a.text_penalty if task == UNDERSTAND else a.velocity_penalty
@@ -125,105 +141,85 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   return step.Loss(weights, sums, coefficients)
 
 
-def _text_sums(policy, a, params, state, frozen, b):
-  """Clipped GRPO on tokens, k3 to the reference (arXiv 2402.03300)."""
-  ids = text_rollout.teacher_ids(b.tokens_BGT, policy.bos)
-  temperature = b.temperature_B[:, None, None, None]
+def _per_point(x_BG: Array, b: types.ImageExperience) -> Array:
+  """Repeats a value of every sample for its points, (B, M)."""
+  return jnp.tile(x_BG.astype(jnp.float32), (1, b.time_BM.shape[1] // x_BG.shape[1]))
 
-  def read(p):
-    return policy.read(p, policy.prefill(p, frozen['vae'], b.prompts), ids)
-  logits = read(params)
-  logp = ops.token_logp(logits / temperature, b.tokens_BGT)
+
+def _logits(policy, params, cache, b: types.TextExperience) -> Array:
+  """Tempered logits (B, G, T, V) of the answers' tokens."""
+  ids = text_rollout.teacher_ids(b.tokens_BGT, policy.bos)
+  return policy.read(params, cache, ids) / b.temperature_B[:, None, None, None]
+
+
+def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
+  """Clipped GRPO on tokens, k3 to the reference (arXiv 2402.03300)."""
+  logp = ops.token_logp(logits, b.tokens_BGT)
   log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
   weight = text.token_weights(b.mask_BGT, b.valid_BG, a.text_aggregation)
   loss = text.clipped(log_ratio, b.advantage_BG[..., None], a.text_low, a.text_high)
-  reference = jax.lax.stop_gradient(ops.token_logp(read(state.reference) / temperature,
-                                                   b.tokens_BGT))
-  kl = jnp.where(b.mask_BGT, text.k3(logp, reference), 0.)
+  kl = jnp.where(b.mask_BGT, text.k3(logp, b.reference_BGT), 0.)
   ratio = jnp.exp(log_ratio)
   clipped = (ratio < 1 - a.text_low) | (ratio > 1 + a.text_high)
   return jnp.sum(loss * weight), jnp.sum(kl * weight), {
       'kl_k3': (jnp.sum(kl * weight), jnp.sum(weight)),
-      'entropy': ops.masked_sum(ops.token_entropy(logits / temperature), weight),
+      'entropy': ops.masked_sum(ops.token_entropy(logits), weight),
       'clip_fraction': ops.masked_sum(clipped, weight)}
 
 
-def _nft_sums(policy, a, params, state, frozen, b):
-  """DiffusionNFT on fresh noise, velocity MSE to the reference on the first draw."""
-  rows, group = b.advantage_BG.shape
-  root = jax.random.fold_in(jax.random.key(a.seed), state.step)
-  key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
-  key_BM = jax.vmap(lambda k: ops.fold_rows(k, (group * a.draws,)))(key_B)
-  repeat = lambda x: jnp.tile(x, (1, a.draws, *[1] * (x.ndim - 2)))
-  x0 = repeat(b.latents_BGNC)
-  noise = ops.normal_rows(ops.fold_each(key_BM, 0), x0.shape[2:])
-  t = flow.logit_normal_time(ops.normal_rows(ops.fold_each(key_BM, 1), ()), a.shift)
-  x_t = flow.interpolate(x0, noise, t[..., None, None])
-
-  def velocity(p, count=group * a.draws):
-    cache = policy.prefill(p, frozen['vae'], b.prompts)
-    return policy.velocity(p, cache, x_t[:, :count], t[:, :count])
-  v = velocity(params)
-  old = jax.lax.stop_gradient(velocity(state.old))
-  advantage = repeat(b.advantage_BG)
-  loss = flow_objectives.nft(v, old, x0, x_t, t, advantage, a.nft_beta, a.nft_scale)
-  drift = flow_objectives.velocity_mse(v[:, :group], velocity(state.reference, group))
-  valid = b.valid_BG.astype(jnp.float32)
-  return jnp.sum(loss * repeat(valid)), jnp.sum(drift * valid), {
-      'velocity_mse': (jnp.sum(drift * valid), jnp.sum(valid)),
-      'old_mse': (jnp.sum(flow_objectives.velocity_mse(v, old) * repeat(valid)),
-                  jnp.sum(valid) * a.draws)}
+def _nft_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """DiffusionNFT, and velocity MSE to the reference."""
+  x0 = jnp.tile(b.latents_BGNC, (1, v.shape[1] // b.latents_BGNC.shape[1], 1, 1))
+  loss = flow_objectives.nft(v, b.old_BMNC, x0, b.x_BMNC, b.time_BM,
+                             _per_point(b.advantage_BG, b), a.nft_beta, a.nft_scale)
+  return _image_sums(loss, v, b, {'old_mse': flow_objectives.velocity_mse(v, b.old_BMNC)})
 
 
-def replay(policy, sampler: str, params, frozen, b) -> tuple[Array, Array]:
-  """Velocities and transition means (B, K * G, N, C) of stored steps under `params`.
-
-  Uses the step function that sampled them.
-  """
-  rows, steps, group = b.x_BKGNC.shape[:3]
-  fold = lambda x: x.reshape(rows, steps * group, *x.shape[3:])
-  spread = lambda x_BK: jnp.repeat(x_BK, group, axis=1)
-  cache = policy.prefill(params, frozen['vae'], b.prompts)
-  x, t = fold(b.x_BKGNC), spread(b.time_BK)
-  v = policy.velocity(params, cache, x, t)
-  wide = lambda y: y[..., None, None]
-  mean = flow.STEPS[sampler](x, v, wide(t), wide(spread(b.next_time_BK)),
-                             b.first_time_B[:, None, None, None], wide(spread(b.eta_BK))).mean
-  return v, mean
+def _sde_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """Flow-GRPO on the replayed steps, and velocity MSE to the reference."""
+  loss, log_ratio = flow_objectives.sde(
+      transition_mean(a.sampler, v, b.transitions), b.transitions.mean_BMNC,
+      b.transitions.noise_BMNC, b.transitions.std_BM, _per_point(b.advantage_BG, b), a.image_clip)
+  return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
 
 
-def _sde_sums(policy, a, params, state, frozen, b):
-  """Flow-GRPO on the trained steps, velocity MSE to the reference on the same latents."""
-  rows, steps, group = b.x_BKGNC.shape[:3]
-  fold = lambda x: x.reshape(rows, steps * group, *x.shape[3:])
-  spread = lambda x_BK: jnp.repeat(x_BK, group, axis=1)
-  v, mean = replay(policy, a.sampler, params, frozen, b)
-  repeat = lambda x_BG: jnp.tile(x_BG, (1, steps))
-  loss, log_ratio = flow_objectives.sde(mean, fold(b.mean_BKGNC), fold(b.noise_BKGNC),
-                                        spread(b.std_BK), repeat(b.advantage_BG), a.image_clip)
-  reference, _ = replay(policy, a.sampler, state.reference, frozen, b)
-  drift = flow_objectives.velocity_mse(v, reference)
-  valid = repeat(b.valid_BG.astype(jnp.float32))
-  total = jnp.sum(valid)
+def _image_sums(loss: Array, v: Array, b: types.ImageExperience, extra: dict[str, Array]):
+  valid = _per_point(b.valid_BG, b)
+  drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
+  metrics = {'velocity_mse': drift, **extra}
   return jnp.sum(loss * valid), jnp.sum(drift * valid), {
-      'velocity_mse': (jnp.sum(drift * valid), total),
-      'clip_fraction': (jnp.sum((jnp.abs(jnp.expm1(log_ratio)) > a.image_clip) * valid), total)}
+      name: (jnp.sum(value * valid), jnp.sum(valid)) for name, value in metrics.items()}
 
 
-def gaps(policy, sampler: str, params, frozen, batch) -> dict[str, Array]:
-  """Largest absolute log-ratio between rollout and replay of every task, before any update."""
-  out = {}
-  for task, b in batch.items():
-    if task == UNDERSTAND:
-      ids = text_rollout.teacher_ids(b.tokens_BGT, policy.bos)
-      logits = policy.read(params, policy.prefill(params, frozen['vae'], b.prompts), ids)
-      logp = ops.token_logp(logits / b.temperature_B[:, None, None, None], b.tokens_BGT)
-      gap = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
-    else:
-      rows, steps, group = b.x_BKGNC.shape[:3]
-      fold = lambda x: x.reshape(rows, steps * group, *x.shape[3:])
-      _, mean = replay(policy, sampler, params, frozen, b)
-      gap = flow.log_ratio(fold(b.noise_BKGNC), mean, fold(b.mean_BKGNC),
-                           jnp.repeat(b.std_BK, group, axis=1), flow_objectives.TOKENS)
-    out[f'gap/{task}'] = jnp.max(jnp.abs(gap))
-  return out
+def transition_mean(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> Array:
+  """Means of stored steps for other velocities, by the step function that sampled them."""
+  s = transitions
+  wide = lambda x_BM: x_BM[..., None, None]
+  return flow.STEPS[sampler](s.x_BMNC, v_BMNC, wide(s.time_BM), wide(s.next_time_BM),
+                             wide(s.first_time_BM), wide(s.eta_BM)).mean
+
+
+def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dict[str, Array],
+               time: dict[str, Array]) -> dict[str, Array]:
+  """Velocities of any policy at given points, without gradients."""
+  caches = policy.prefill_all(params, frozen['vae'], prompts)
+  return policy.velocity_all(params, caches, x, time)
+
+
+def answer_logp(policy, params, frozen, b: types.TextExperience) -> Array:
+  """Log-probabilities (B, G, T) of the answers' tokens under any policy."""
+  cache = policy.prefill(params, frozen['vae'], b.prompts)
+  return jnp.where(b.mask_BGT, ops.token_logp(_logits(policy, params, cache, b), b.tokens_BGT), 0.)
+
+
+def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> Array:
+  """Largest absolute log-ratio between rollout and replay."""
+  s = transitions
+  mean = transition_mean(sampler, v_BMNC, s)
+  return jnp.max(jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, s.std_BM,
+                                        flow_objectives.TOKENS)))
+
+
+def text_gap(logp_BGT: Array, b: types.TextExperience) -> Array:
+  """Largest absolute log-ratio of a token between rollout and teacher forcing."""
+  return jnp.max(jnp.abs(jnp.where(b.mask_BGT, logp_BGT - b.logp_BGT, 0.)))

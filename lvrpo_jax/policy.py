@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import functools
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
+import numpy as np
 
 from lvrpo_jax import types
 from lvrpo_jax.models import layers
@@ -111,9 +113,57 @@ class Policy:
     position = self.latent_position(x_BMNC.shape[0])
     return self.apply(params, cache, x_BMNC, time_BM, position, method='velocity')
 
+  def prefill_all(self, params: types.Params, vae_params: types.Params,
+                  prompts: dict[str, types.Prompts]) -> dict[str, types.Cache]:
+    """Contexts of several tasks; tasks whose rows have one shape are encoded in one pass."""
+    out = {}
+    for tasks in alike(prompts):
+      cache = self.prefill(params, vae_params, stack(prompts[t] for t in tasks))
+      start = 0
+      for task in tasks:
+        stop = start + prompts[task].ids_BL.shape[0]
+        out[task] = types.Cache(cache.k_EBSJK[:, start:stop], cache.v_EBSJK[:, start:stop],
+                                cache.valid_BS[start:stop], cache.next_position_B[start:stop])
+        start = stop
+    return out
+
+  def velocity_all(self, params: types.Params, caches: dict[str, types.Cache],
+                   x: dict[str, Array], time: dict[str, Array]) -> dict[str, Array]:
+    """Velocities of several tasks; tasks whose rows have one shape run in one pass."""
+    out = {}
+    keys = {t: (caches[t].valid_BS, x[t]) for t in x}
+    for tasks in alike(keys):
+      joined = join_caches([caches[t] for t in tasks])
+      v = self.velocity(params, joined, stack(x[t] for t in tasks), stack(time[t] for t in tasks))
+      bounds = np.cumsum([x[t].shape[0] for t in tasks])[:-1]
+      out.update(zip(tasks, jnp.split(v, bounds)))
+    return out
+
   def read(self, params: types.Params, cache: types.Cache, ids_BML: Array) -> Array:
     """Logits of M text rows a prompt."""
     return self.apply(params, cache, ids_BML, method='read')
+
+
+def alike(trees: dict[str, Any]) -> list[list[str]]:
+  """Groups names whose trees have the same shapes, the leading axis apart."""
+  groups: dict[Any, list[str]] = {}
+  for name, tree in trees.items():
+    groups.setdefault(tuple(x.shape[1:] for x in jax.tree.leaves(tree)), []).append(name)
+  return list(groups.values())
+
+
+def stack(trees: Iterable[Any]) -> Any:
+  """Concatenates the rows of trees of one structure."""
+  return jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *trees)
+
+
+def join_caches(caches: list[types.Cache]) -> types.Cache:
+  """Concatenates the rows of contexts of one shape."""
+  if len(caches) == 1:
+    return caches[0]
+  return types.Cache(*(jnp.concatenate([cache.__dict__[name] for cache in caches], axis=axis)
+                       for name, axis in (('k_EBSJK', 1), ('v_EBSJK', 1), ('valid_BS', 0),
+                                          ('next_position_B', 0))))
 
 
 def to_unit(image: Array) -> Array:

@@ -85,8 +85,8 @@ def write_scores(workdir: pathlib.Path, config: ml_collections.ConfigDict, clock
                  guided: dict[str, Any], before: scores.Records, after: scores.Records | None
                  ) -> dict[str, Any]:
   """Writes `scores.json`, also of a run that is not finished."""
-  split = lambda records: ([r for r in records if r['task'] != 'panel'],
-                           next(r for r in records if r['task'] == 'panel'))
+  split = lambda records: ([r for r in records if r.get('task') != 'panel'],
+                           next(r for r in records if r.get('task') == 'panel')['panel'])
   old, old_panel = split(before)
   out: dict[str, Any] = {'seed': config.seed, 'seconds': clock.seconds,
                          'before': scores.table(old, config.seed), 'guidance': guided,
@@ -99,7 +99,5 @@ def write_scores(workdir: pathlib.Path, config: ml_collections.ConfigDict, clock
     out['after'] = scores.table(new, config.seed)
     out['paired'] = scores.paired(old, new)
     out['panel'].update(after=new_panel, alarms=panel.alarms(old_panel, new_panel))
-  for record in (out['panel'][k] for k in ('before', 'after') if k in out['panel']):
-    record.pop('task', None)
   checkpoint.write_json(workdir / 'scores.json', out)
   return out

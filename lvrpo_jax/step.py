@@ -71,10 +71,12 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
     grads, sums = total(gradients(state, frozen, batch, weights))
     norm = ops.global_norm(grads)
     finite = jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+
+    def update(_):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      return optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.lax.cond(finite, update, lambda _: (state.params, state.opt_state),
+                                     None)
     ema = state.ema
     if ema is not None:
       ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)

@@ -193,37 +193,52 @@ class Batch:
 
 @struct.dataclass
 class TextExperience:
-  """Answers with their advantages, as the update reads them."""
+  """Answers with their advantages, as the update reads them.
+
+  `reference_BGT` holds the log-probabilities of the tokens under the reference.
+  """
   prompts: Prompts
   tokens_BGT: Array
   logp_BGT: Array
   mask_BGT: Array
   temperature_B: Array
+  reference_BGT: Array
   advantage_BG: Array
   valid_BG: Array
+
+
+@struct.dataclass
+class Transitions:
+  """Some steps of the trajectories of a group; row m = k * G + g is step k of sample g.
+
+  The sampled next latents are `mean + std * noise`.
+  """
+  x_BMNC: Array
+  time_BM: Array
+  next_time_BM: Array
+  first_time_BM: Array
+  eta_BM: Array
+  noise_BMNC: Array
+  mean_BMNC: Array
+  std_BM: Array
 
 
 @struct.dataclass
 class ImageExperience:
   """Images with their advantages, as the update reads them.
 
-  The transitions of the trained steps have an axis K; forward-process objectives read only
-  `latents_BGNC`.
-
   Attributes:
     latents_BGNC: final latents.
-    x_BKGNC, noise_BKGNC, mean_BKGNC: as in `ImageRollout`.
-    time_BK, next_time_BK, first_time_B, eta_BK, std_BK: of the transitions; the same in all rows.
+    transitions: replayed steps.
+    x_BMNC, time_BM: the points at which the update asks for velocities.
+    old_BMNC, reference_BMNC: velocities of the old policy and of the reference there.
   """
   prompts: Prompts
   latents_BGNC: Array
-  x_BKGNC: Array
-  noise_BKGNC: Array
-  mean_BKGNC: Array
-  time_BK: Array
-  next_time_BK: Array
-  first_time_B: Array
-  eta_BK: Array
-  std_BK: Array
+  transitions: Transitions
+  x_BMNC: Array
+  time_BM: Array
+  old_BMNC: Array
+  reference_BMNC: Array
   advantage_BG: Array
   valid_BG: Array

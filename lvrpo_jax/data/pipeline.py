@@ -1,4 +1,4 @@
-"""From items of a world to static arrays, and grain iterators over them.
+"""From examples to static arrays, and grain iterators over them.
 
 Every task has one row template, so a batch has one shape. In memory a row is
 `[text | ViT | latents]`; the logical order is in the layouts:
@@ -26,11 +26,21 @@ TASKS = (GENERATE, UNDERSTAND, EDIT)
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """Static lengths of the rows: words of a prompt, words of an answer, tokens of an image."""
+  """Static lengths of the rows.
+
+  Attributes:
+    prompt_words, answer_words: most tokens of a text, without its frame.
+    vit_tokens, latent_tokens: tokens of an image for either encoder.
+    uniform: gives the rows of all tasks one shape, with padding where a task has no image, so that
+      one pass encodes them all. It pays where images are small and compilation is dear.
+    image_size: pixels a side, for the padding of uniform rows.
+  """
   prompt_words: int
   answer_words: int
   vit_tokens: int
   latent_tokens: int
+  uniform: bool = False
+  image_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +88,15 @@ class Encoder:
     Raises:
       ValueError: a text is longer than the template; nothing is truncated.
     """
-    images = {GENERATE: (), UNDERSTAND: ('vit',), EDIT: ('latents', 'vit')}[task]
+    shown = {GENERATE: (), UNDERSTAND: ('vit',), EDIT: ('latents', 'vit')}[task]
+    sources = [e.source for e in examples]
+    if self.template.uniform and not shown:
+      sources = [np.zeros((self.template.image_size,) * 2 + (3,), np.uint8)] * len(examples)
     stack = lambda pictures, used: (
         np.stack(pictures) if used else np.zeros((len(examples), 0, 0, 3), np.uint8))
     answers, mask = self._answers([e.answer for e in examples] if task == UNDERSTAND else [])
     return types.Batch(
-        prompts=self._prompts(examples, images, stack([e.source for e in examples], images)),
+        prompts=self._prompts(examples, shown, stack(sources, shown or self.template.uniform)),
         target_BYXC=stack([e.target for e in examples], task != UNDERSTAND),
         answer_BL=answers if len(answers) else np.zeros((len(examples), 0), np.int32),
         answer_mask_BL=mask if len(mask) else np.zeros((len(examples), 0), bool))
@@ -107,7 +120,7 @@ class Encoder:
     ids, lengths = self._frame(texts, self.template.answer_words)
     return ids, np.arange(ids.shape[1] - 1) <= lengths[:, None]
 
-  def _prompts(self, examples: Sequence[Example], images: tuple[str, ...], source: np.ndarray
+  def _prompts(self, examples: Sequence[Example], shown: tuple[str, ...], source: np.ndarray
                ) -> types.Prompts:
     t = self.tokenizer
     text_ids, lengths = self._frame([e.prompt for e in examples], self.template.prompt_words)
@@ -116,30 +129,33 @@ class Encoder:
                'latents': [e.drop_latents for e in examples]}
     dropped = {kind: np.array(rows, bool)[:, None] for kind, rows in dropped.items()}
     sizes = {'vit': self.template.vit_tokens, 'latents': self.template.latent_tokens}
-    order, pieces = 0, {'text': [], 'vit': [], 'latents': []}
-
-    def layout(size, place, split, mode, position, drop):
-      ones = np.ones((B, size), np.int32)
-      return types.Layout(np.where(drop, types.PADDING, 0 * ones), place * ones, split * ones,
-                          mode * ones, position * ones)
-
+    images = ('latents', 'vit') if self.template.uniform else shown
+    pieces = {'text': [], 'vit': [], 'latents': []}
+    order = position = 0
     for split, kind in enumerate(images):
-      span = sizes[kind]
-      args = (split, types.FULL, split, dropped[kind])
-      pieces['text'].append(layout(2, np.array([order, order + span + 1]), *args))
-      pieces[kind].append(layout(span, order + 1 + np.arange(span), *args))
-      order += span + 2
+      args = (split, types.FULL, position, dropped[kind] | (kind not in shown))
+      pieces['text'].append(_layout(B, np.array([order, order + sizes[kind] + 1]), *args))
+      pieces[kind].append(_layout(B, order + 1 + np.arange(sizes[kind]), *args))
+      order += sizes[kind] + 2
+      position += kind in shown
     place = np.arange(L)
     padding = place > lengths[:, None] + 1
-    pieces['text'].append(layout(L, order + place, len(images), types.CAUSAL,
-                                 len(images) + place, dropped['text'] | padding))
+    pieces['text'].append(_layout(B, order + place, len(images), types.CAUSAL, position + place,
+                                  dropped['text'] | padding))
     frame = np.tile([t.start_of_image, t.end_of_image], (B, len(images))).astype(np.int32)
-    next_position = len(images) + np.where(dropped['text'][:, 0], 0, lengths + 2)
+    next_position = position + np.where(dropped['text'][:, 0], 0, lengths + 2)
     joined = {kind: _join(parts, B) for kind, parts in pieces.items()}
     return types.Prompts(
         ids_BL=np.concatenate([frame, text_ids], axis=1), text=joined['text'], vit=joined['vit'],
         gen=joined['latents'], next_position_B=next_position.astype(np.int32), source_BYXC=source,
         index_B=np.array([e.index for e in examples], np.int32))
+
+
+def _layout(rows: int, place: np.ndarray, split: int, mode: int, position: Any, drop: np.ndarray
+            ) -> types.Layout:
+  ones = np.ones((rows, len(place)), np.int32)
+  return types.Layout(np.where(drop, types.PADDING, 0 * ones), place * ones, split * ones,
+                      mode * ones, position * ones)
 
 
 def _join(parts: list[types.Layout], rows: int) -> types.Layout:

@@ -51,6 +51,13 @@ def rollout(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Arr
   return types.ImageRollout(xs, noises, means, times, next_times, stds, x)
 
 
+def rows(rollout: types.ImageRollout, start: int, stop: int) -> types.ImageRollout:
+  """Prompts start..stop of a rollout."""
+  return rollout.replace(
+      x_TBGNC=rollout.x_TBGNC[:, start:stop], noise_TBGNC=rollout.noise_TBGNC[:, start:stop],
+      mean_TBGNC=rollout.mean_TBGNC[:, start:stop], latents_BGNC=rollout.latents_BGNC[start:stop])
+
+
 def sample(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array) -> Array:
   """Final latents of the probability-flow ODE, keeping no trajectory."""
   def step(x, times):
