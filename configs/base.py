@@ -12,7 +12,7 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
   """Returns the default configuration."""
   config = config_dict.ConfigDict()
-  config.program = 'run'  # 'run': all stages, from nothing to the report.
+  config.program = 'run'  # 'run': all stages; 'control': more pretraining instead of alignment
   config.seed = 0  # of initialisation, data, rollouts and noise
 
   config.data = config_dict.ConfigDict()
@@ -33,8 +33,8 @@ def get_config() -> config_dict.ConfigDict:
   config.model = config_dict.ConfigDict()
   config.model.width = 96  # residual stream of both experts
   config.model.depth = 4  # layers
-  config.model.heads = 4  # query heads; width / heads is the head width and must be even
-  config.model.kv_heads = 2  # key/value heads; must divide heads
+  config.model.heads = 2  # query heads; width / heads is the head width and must be even
+  config.model.kv_heads = 1  # key/value heads; must divide heads
   config.model.ff_width = 256  # feed-forward width of each expert
   config.model.rope_theta = 1e4  # base of the rotary positions
   config.model.eps = 1e-6  # of the norms
@@ -49,7 +49,8 @@ def get_config() -> config_dict.ConfigDict:
 
   config.vae = config_dict.ConfigDict()
   config.vae.patch = 16  # pixels a side of one latent token
-  config.vae.channels = 32  # values of a latent token
+  config.vae.channels = 40  # values of a latent token
+  config.vae.whiten = 0.5  # 1: latents of unit deviation; 0: principal components as they are
   config.vae.images = 3000  # training images that the autoencoder is fitted to
 
   config.judge = config_dict.ConfigDict()  # the SigLIP dual encoder of the semantic reward
@@ -63,19 +64,25 @@ def get_config() -> config_dict.ConfigDict:
   config.judge.learning_rate = 2e-3
 
   config.pretrain = config_dict.ConfigDict()
-  config.pretrain.steps = 800
-  config.pretrain.generate = 64  # captions a step; 0 leaves the task out
-  config.pretrain.understand = 64  # questions a step
-  config.pretrain.edit = 32  # edits a step
-  config.pretrain.draws = 4  # noised copies of every image; they share one encoded context
+  config.pretrain.steps = 1000
+  config.pretrain.generate = 48  # captions a step; 0 leaves the task out
+  config.pretrain.understand = 32  # questions a step
+  config.pretrain.edit = 16  # edits a step
+  config.pretrain.draws = 2  # noised copies of every image; they share one encoded context
   config.pretrain.weights = config_dict.ConfigDict(dict(  # of the task losses
       generate=1., understand=0.5, edit=1.))
   config.pretrain.shift = 2.2  # time shift of the logit-normal training times
   config.pretrain.ema = 0.  # decay of the running mean of parameters; 0 keeps none
   config.pretrain.save_every = 200  # steps
 
+  config.control = config_dict.ConfigDict()  # continued pretraining, see configs/base_control.py
+  config.control.steps = 500
+  config.control.rate = 0.5  # factor of the pretraining learning rates
+
   config.optimizer = config_dict.ConfigDict()  # of pretraining
-  config.optimizer.learning_rate = 2e-3
+  config.optimizer.kind = 'muon'  # 'adamw', or 'muon' for the kernels of the trunk's layers
+  config.optimizer.muon_rate = 2e-2  # learning rate of those kernels
+  config.optimizer.learning_rate = 2e-3  # of AdamW
   config.optimizer.schedule = 'linear'  # 'linear': flat, then to 0 from half time; or 'constant'
   config.optimizer.warmup = 20  # steps
   config.optimizer.b1 = 0.9

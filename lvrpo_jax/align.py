@@ -47,8 +47,8 @@ class Aligner:
                siglip_params: types.Params):
     self.job, a = job, job.config.align
     optimizer = optim.build(
-        optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98, 1e-8, 0.,
-        a.clip_norm, ((UNDERSTANDING, a.understand_rate),))
+        'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98,
+        1e-8, 0., a.clip_norm, rules=((UNDERSTANDING, a.understand_rate),))
     self.collector = experience.Collector(job)
     self.step = step_lib.compile_step(
         alignment_loss(job), optimizer, job.mesh,

@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 import ml_collections
 import orbax.checkpoint as ocp
 
@@ -22,8 +23,9 @@ class Checkpoints:
   """Asynchronous checkpoints of a stage: a state (arrays) and a record (JSON)."""
 
   def __init__(self, folder: pathlib.Path, keep: int = 2):
+    self._folder = folder.resolve()
     self._manager = ocp.CheckpointManager(
-        folder.resolve(), options=ocp.CheckpointManagerOptions(
+        self._folder, options=ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True))
 
   def latest(self) -> int | None:
@@ -38,18 +40,30 @@ class Checkpoints:
   def restore(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest complete (state, record) laid out like `target`, or None.
 
-    A checkpoint that cannot be read is skipped with a warning and the one before is used.
+    A checkpoint that cannot be read is set aside as `<step>.unreadable<n>`, with a warning, and
+    the one before is used; the same step can then be saved again.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         out = self._manager.restore(step, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))
-      except (OSError, ValueError, KeyError) as error:
+      except Exception as error:  # Orbax raises bare Exception where the data of an array is lost.
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
+          raise
         logging.warning('checkpoint of step %d cannot be read (%s); trying the one before', step,
-                        error)
+                        str(error).split('\n', 1)[0])
+        self._set_aside(step)
         continue
       return out['state'], out['record']
     return None
+
+  def _set_aside(self, step: int):
+    """Renames a checkpoint, because orbax saves no step up to the newest that it finds."""
+    if jax.process_index() == 0:
+      number = len(list(self._folder.glob(f'{step}.unreadable*')))
+      (self._folder / str(step)).rename(self._folder / f'{step}.unreadable{number}')
+    multihost_utils.sync_global_devices('set_aside')
+    self._manager.reload()
 
   def close(self):
     """Waits until everything is written."""

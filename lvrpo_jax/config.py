@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 TASKS = ('generate', 'understand', 'edit')
-PROGRAMS = ('run',)
+PROGRAMS = ('run', 'control')
 Check = tuple[str, Callable[[Any], bool], str]
 
 POSITIVE = (lambda v: v > 0, 'a number above 0')
@@ -40,8 +40,11 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
                                       'batch')),
     *((f'{k}.learning_rate', POSITIVE) for k in ('judge', 'optimizer', 'align')),
     *((f'pretrain.{k}', COUNT) for k in ('steps', 'draws', 'save_every')),
+    ('control.steps', COUNT), ('control.rate', POSITIVE),
     ('pretrain.shift', POSITIVE), ('sampling.shift', POSITIVE),
     ('pretrain.ema', (lambda v: 0 <= v < 1, 'at least 0 and below 1')),
+    ('optimizer.kind', one_of('adamw', 'muon')), ('optimizer.muon_rate', POSITIVE),
+    ('vae.whiten', FRACTION),
     ('optimizer.schedule', one_of('linear', 'constant')),
     *((f'optimizer.{k}', (lambda v: 0 <= v < 1, 'at least 0 and below 1')) for k in ('b1', 'b2')),
     ('optimizer.clip_norm', POSITIVE), ('align.clip_norm', POSITIVE),
@@ -118,8 +121,8 @@ def _check_shapes(config: ml_collections.ConfigDict):
       ('model.kv_heads', m.kv_heads, 'model.heads', m.heads),
       ('model.vit_heads', m.vit_heads, 'model.vit_width', m.vit_width),
       ('judge.heads', config.judge.heads, 'judge.width', config.judge.width),
-      ('parallel.micro_batches', config.parallel.micro_batches, 'align.generate',
-       config.align.generate),
+      *(('parallel.micro_batches', config.parallel.micro_batches, f'{part}.{task}',
+         config[part][task]) for part in ('pretrain', 'align') for task in TASKS),
   )
   for name, part, whole_name, whole in divides:
     if whole % part:

@@ -8,6 +8,7 @@ import re
 import jax
 from jax import numpy as jnp
 import optax
+from optax import contrib
 
 from lvrpo_jax import types
 
@@ -46,20 +47,40 @@ def rates(params: types.Params, rules: Sequence[tuple[str, float]]) -> types.Par
   return jax.tree_util.tree_map_with_path(rate, params)
 
 
-def build(learning_rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float,
-          clip_norm: float, rules: Sequence[tuple[str, float]] = ()) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm; decay on kernels only.
+def build(kind: str, learning_rate: optax.Schedule, b1: float, b2: float, eps: float,
+          weight_decay: float, clip_norm: float, muon_rate: optax.Schedule | None = None,
+          rules: Sequence[tuple[str, float]] = ()) -> optax.GradientTransformation:
+  """The optimizer after clipping by global norm; weight decay on kernels only.
 
   Args:
+    kind: 'adamw', or 'muon' (https://kellerjordan.github.io/posts/muon): the kernels of the
+      trunk's layers take orthogonalised momentum steps, everything else AdamW.
+    muon_rate: learning rate of those kernels.
     rules: (regular expression, multiplier of the learning rate) over parameter names.
+
+  Raises:
+    ValueError: unknown kind.
   """
-  def scale(updates, state, params):
-    return jax.tree.map(lambda u, r: u * r, updates, rates(params, rules)), state
   is_kernel = lambda params: jax.tree_util.tree_map_with_path(
       lambda path, _: name(path).endswith('kernel'), params)
-  return optax.chain(
-      optax.clip_by_global_norm(clip_norm),
-      optax.scale_by_adam(b1, b2, eps),
-      optax.add_decayed_weights(weight_decay, mask=is_kernel),
-      optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
-      optax.scale_by_learning_rate(learning_rate))
+  if kind == 'adamw':
+    inner = optax.chain(
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=is_kernel),
+        optax.scale_by_learning_rate(learning_rate))
+  elif kind == 'muon':
+    def matrices(params):
+      # Scanned layers add a leading axis.
+      return jax.tree_util.tree_map_with_path(
+          lambda path, _: contrib.MuonDimensionNumbers(
+              (1,), (2,)) if re.search(r'trunk/layers/.*kernel$', name(path)) else None, params)
+    inner = contrib.muon(
+        muon_rate, adam_learning_rate=learning_rate, adam_b1=b1, adam_b2=b2, eps=eps,
+        adam_weight_decay=weight_decay, muon_weight_dimension_numbers=matrices)
+  else:
+    raise ValueError(f"optimizer.kind is {kind!r}; allowed: 'adamw', 'muon'")
+
+  def scale(updates, state, params):
+    return jax.tree.map(lambda u, r: u * r, updates, rates(params, rules)), state
+  return optax.chain(optax.clip_by_global_norm(clip_norm), inner,
+                     optax.GradientTransformation(lambda _: optax.EmptyState(), scale))

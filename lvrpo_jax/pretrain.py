@@ -24,15 +24,43 @@ from lvrpo_jax.models import siglip
 from lvrpo_jax.models import unified
 from lvrpo_jax.models import vae as vae_lib
 
-EPOCH = 1 << 30
+CONTROL_OFFSET = 1 << 29
+"""First row of continued pretraining: rows that the first run has not seen."""
+EPOCH = 1 << 29
 """Rows of a procedural source; no run reaches its end, and indices fit into int32."""
 
 
 def fit_autoencoder(job: job_lib.Job) -> types.Params:
-  """The small autoencoder in closed form: the first stage, deterministic in the seed."""
+  """The small autoencoder in closed form: the first stage, deterministic in the seed.
+
+  A latent's deviation is proportional to (what it moves in pixels)^(1 - whiten), with mean square 1
+  over channels: between unit latents (1) and principal components as they are (0).
+  """
   images = job.data.images(job.config.vae.images)
-  unit = np.asarray(images, np.float32) / 127.5 - 1.
-  return vae_lib.fit_patch_autoencoder(job.policy.vae, unit, job.config.seed)
+  params = vae_lib.fit_patch_autoencoder(job.policy.vae, _unit(images), job.config.seed)
+  pixels_C = np.linalg.norm(params['decoder']['kernel'] / params['scale'][:, None], axis=1)
+  factor_C = pixels_C ** (1 - job.config.vae.whiten)
+  return {**params, 'scale': params['scale'] * factor_C / np.sqrt(np.mean(factor_C ** 2))}
+
+
+def initial(job: job_lib.Job) -> types.Params:
+  """Fresh parameters; the vision tower's patches start as whitened principal components.
+
+  The released models start from a pretrained tower; this is the little that can be had without one.
+  """
+  params = unified.init(job.policy.config, jax.random.key(job.config.seed))
+  vit = job.policy.config.vit
+  if vit.width <= vit.patch ** 2 * 3 // 4:
+    images = job.data.images(job.config.vae.images)
+    fit = vae_lib.fit_patch_autoencoder(
+        vae_lib.PatchAutoencoder(patch=vit.patch, z_channels=vit.width), _unit(images))
+    params['vit']['patch_embedding'] = jax.tree.map(
+        lambda x: x * fit['scale'], fit['encoder'])
+  return params
+
+
+def _unit(images_BYXC: np.ndarray) -> np.ndarray:
+  return np.asarray(images_BYXC, np.float32) / 127.5 - 1.
 
 
 def train_judge(job: job_lib.Job, writer: metrics_lib.MetricWriter) -> types.Params:
@@ -54,8 +82,8 @@ def train_judge(job: job_lib.Job, writer: metrics_lib.MetricWriter) -> types.Par
     loss = siglip.siglip_loss(*out) * images.shape[0]
     return {'judge': loss}, {}
 
-  optimizer = optim.build(optim.schedule('linear', j.learning_rate, j.steps, 20), .9, .98, 1e-8,
-                          0., 1.)
+  optimizer = optim.build('adamw', optim.schedule('linear', j.learning_rate, j.steps, 20), .9,
+                          .98, 1e-8, 0., 1.)
   step = jax.jit(step_lib.make_step(step_lib.Loss(weights, sums, {'judge': 1.}), optimizer),
                  donate_argnums=0)
   images, ids = next(data)
@@ -95,41 +123,49 @@ def sizes(config: Any) -> dict[str, int]:
   return {task: config[task] for task in pipeline.TASKS if config[task]}
 
 
-def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWriter
-        ) -> types.Params:
-  """Pretrains from scratch or from the last checkpoint; returns the policy's parameters."""
+def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWriter,
+        stage: str = 'pretrain', params: types.Params | None = None) -> types.Params:
+  """Pretrains from scratch or from the last checkpoint; returns the policy's parameters.
+
+  With `stage='control'` it goes on from `params` on fresh rows for `config.control.steps`.
+  """
   c, o = job.config.pretrain, job.config.optimizer
-  optimizer = optim.build(optim.schedule(o.schedule, o.learning_rate, c.steps, o.warmup), o.b1,
-                          o.b2, o.eps, o.weight_decay, o.clip_norm)
+  control = stage == 'control'
+  steps = job.config.control.steps if control else c.steps
+  factor = job.config.control.rate if control else 1.
+  rate = lambda peak: optim.schedule(o.schedule, peak * factor, steps, o.warmup)
+  optimizer = optim.build(o.kind, rate(o.learning_rate), o.b1, o.b2, o.eps, o.weight_decay,
+                          o.clip_norm, rate(o.muon_rate))
   loss = losses.pretraining(job.policy, c.weights, c.draws, c.shift, job.config.seed)
   step = step_lib.compile_step(
       loss, optimizer, job.mesh, ema_decay=c.ema, micro_batches=job.config.parallel.micro_batches,
       runner=job.config.parallel.runner)
-  data = task_batches(job, job.data.pretraining, sizes(c),
+  offset = CONTROL_OFFSET if control else 0
+  data = task_batches(job, lambda task, index: job.data.pretraining(task, index + offset), sizes(c),
                       lambda task: functools.partial(job.encoder, task))
-  params = unified.init(job.policy.config, jax.random.key(job.config.seed))
+  params = initial(job) if params is None else params
   state = sharding.shard_state(step_lib.init(params, optimizer, ema=c.ema > 0), job.mesh)
   frozen = {'vae': vae_params}
-  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'pretrain')
+  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / stage)
   restored = store.restore(state)
   if restored:
     state, record = restored
     for task, iterator in data.items():
       iterator.set_state(record['data'][task])
   start = int(state.step)
-  writer.begin('pretrain', start if restored else -1)
-  with metrics_lib.Progress('pretrain', c.steps, start, ('loss', 'grad_norm'),
+  writer.begin(stage, start if restored else -1)
+  with metrics_lib.Progress(stage, steps, start, ('loss', 'grad_norm'),
                             job.config.log_every) as progress:
     def consume(number, scalars):
       progress.update(number, scalars)
-      if number % 10 == 0 or number == c.steps:
-        writer.write('pretrain', number, scalars)
-    late = metrics_lib.Late('pretrain', consume)
-    for number in range(start + 1, c.steps + 1):
+      if number % 10 == 0 or number == steps:
+        writer.write(stage, number, scalars)
+    late = metrics_lib.Late(stage, consume)
+    for number in range(start + 1, steps + 1):
       batch = {task: job.place(next(iterator)) for task, iterator in data.items()}
       state, metrics = step(state, frozen, batch)
       late.push(number, metrics)
-      if number % c.save_every == 0 or number == c.steps:
+      if number % c.save_every == 0 or number == steps:
         late.flush()
         store.save(number, state, {'data': {t: i.get_state() for t, i in data.items()}})
     late.flush()

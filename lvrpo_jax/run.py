@@ -75,7 +75,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   before = clock('evaluate_before', lambda: measure('before', params))
   guided = clock('evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
   write_scores(workdir, config, clock, guided, before, None)
-  params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer))
+  if config.program == 'control':
+    params = clock('control', lambda: pretrain.run(job, vae_params, writer, 'control', params))
+  else:
+    params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer))
   after = clock('evaluate_after', lambda: measure('after', params))
   writer.close()
   return write_scores(workdir, config, clock, guided, before, after)

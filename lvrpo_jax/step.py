@@ -79,7 +79,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
                                      None)
     ema = state.ema
     if ema is not None:
-      ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+      mix = lambda e, p: jnp.where(finite, ema_decay * e + (1 - ema_decay) * p, e)
+      ema = jax.tree.map(mix, ema, params)
     metrics = {k: s if k.startswith('loss/') else ops.divide(s, w) for k, (s, w) in sums.items()}
     metrics['loss'] = sum(metrics[k] for k in metrics if k.startswith('loss/'))
     metrics.update(grad_norm=norm, skipped=1. - finite)

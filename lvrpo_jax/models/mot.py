@@ -58,20 +58,25 @@ class Expert(nn.Module):
   ff_width: int
   eps: float
   dtype: jnp.dtype
+  depth: int
 
   def setup(self):
-    linear = lambda width, bias: layers.Linear(width, bias, self.dtype)
+    linear = lambda width, bias, scale=1.: layers.Linear(
+        width, bias, self.dtype, nn.initializers.variance_scaling(scale, 'fan_in', 'normal'))
+    # What is added to the residual stream starts small, so that tokens keep their identity
+    # through the depth (GPT-2's rule).
+    residual = 1 / (2 * self.depth)
     self.input_norm = layers.RMSNorm(self.eps)
     self.q_proj = linear(self.heads * self.head_width, True)
     self.k_proj = linear(self.kv_heads * self.head_width, True)
     self.v_proj = linear(self.kv_heads * self.head_width, True)
     self.q_norm = layers.RMSNorm(self.eps)
     self.k_norm = layers.RMSNorm(self.eps)
-    self.o_proj = linear(self.heads * self.head_width, False)
+    self.o_proj = linear(self.heads * self.head_width, False, residual)
     self.post_norm = layers.RMSNorm(self.eps)
     self.gate_proj = linear(self.ff_width, False)
     self.up_proj = linear(self.ff_width, False)
-    self.down_proj = linear(self.heads * self.head_width, False)
+    self.down_proj = linear(self.heads * self.head_width, False, residual)
 
   def qkv(self, x_BMLD: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Queries (B, M, L, H, K), keys and values (B, M, L, J, K); norm comes before RoPE."""
@@ -151,7 +156,7 @@ class Trunk(nn.Module):
                 jax.checkpoint_policies.__dict__[self.remat])
       layer = nn.remat(Layer, policy=policy, prevent_cse=False)
     expert = dict(heads=self.heads, kv_heads=self.kv_heads, head_width=self.head_width,
-                  ff_width=self.ff_width, eps=self.eps, dtype=self.dtype)
+                  ff_width=self.ff_width, eps=self.eps, dtype=self.dtype, depth=self.depth)
     self.layers = nn.scan(
         layer, variable_axes={'params': 0}, split_rngs={'params': True},
         in_axes=(0, nn.broadcast), length=self.depth, unroll=self.unroll)(expert, self.freeze_und)

@@ -73,7 +73,7 @@ class Unified(nn.Module):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     linear = lambda width, **kw: layers.Linear(width, dtype=dtype, **kw)
     table = lambda side: lambda *_: jnp.asarray(layers.sincos_table(side, c.width))
-    self.embed_tokens = self.param('embed_tokens', nn.initializers.normal(0.02),
+    self.embed_tokens = self.param('embed_tokens', nn.initializers.normal(0.5),
                                    (c.vocab, c.width))
     self.trunk = mot.Trunk(
         depth=c.depth, heads=c.heads, kv_heads=c.kv_heads, head_width=c.width // c.heads,

@@ -30,11 +30,11 @@ def k2(logp: Array, reference_logp: Array) -> Array:
 def k3(logp: Array, reference_logp: Array, bound: float = 20.) -> Array:
   """`e^d - d - 1` with `d = log p_ref - log p` (same source): unbiased and never negative.
 
-  `d` is bounded inside the exponential, so that a token the reference all but excludes gives a
-  large finite penalty instead of an overflow.
+  `d` is bounded from above: a token that the policy all but excludes and the reference does not
+  gives a large finite penalty without a gradient instead of an overflow.
   """
-  d = reference_logp - logp
-  return jnp.exp(jnp.minimum(d, bound)) - d - 1
+  d = jnp.minimum(reference_logp - logp, bound)
+  return jnp.exp(d) - d - 1
 
 
 KL = {'k1': k1, 'k2': k2, 'k3': k3}

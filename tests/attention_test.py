@@ -1,0 +1,233 @@
+"""Tests of lvrpo_jax.models.attention and lvrpo_jax.models.layers."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import types
+from lvrpo_jax.models import attention
+from lvrpo_jax.models import layers
+
+CAUSAL, FULL, NOISE = types.CAUSAL, types.FULL, types.NOISE
+
+
+def layout(modes, splits, samples=None, orders=None):
+  """A layout of one row; order is the place in the list unless given."""
+  count = len(modes)
+  rows = [samples or [0] * count, orders or list(range(count)), splits, modes, [0] * count]
+  return types.Layout(*(np.array([row], np.int32) for row in rows))
+
+
+def random_layout(rng, rows, count):
+  """Rows of several samples with splits of every mode, shuffled in memory, partly padding."""
+  out = []
+  for _ in range(rows):
+    sample = np.sort(rng.integers(0, 2, count))
+    split = np.cumsum(rng.random(count) < 0.4)
+    split = split * 2 + sample  # A split never crosses samples.
+    mode_of = rng.integers(0, 3, split.max() + 1)
+    order = np.arange(count)
+    padded = np.where(rng.random(count) < 0.2, types.PADDING, sample)
+    shuffle = rng.permutation(count)
+    out.append([x[shuffle] for x in (padded, order, split, mode_of[split], order)])
+  return types.Layout(*(np.array(x, np.int32) for x in zip(*out)))
+
+
+def visible(query, key, row, i, j):
+  """The rule of the docstring for one pair."""
+  at = lambda part, name, place: part.__dict__[f'{name}_BL'][row, place]
+  if at(key, 'sample', j) == types.PADDING or at(query, 'sample', i) != at(key, 'sample', j):
+    return False
+  same = at(query, 'split', i) == at(key, 'split', j)
+  if at(key, 'mode', j) == NOISE and not same:
+    return False
+  if at(key, 'order', j) <= at(query, 'order', i):
+    return True
+  return same and at(key, 'mode', j) != CAUSAL
+
+
+class KeepMaskTest(parameterized.TestCase):
+
+  def test_picture(self):
+    ttccnn = layout([CAUSAL] * 2 + [FULL] * 2 + [NOISE] * 2, [0, 0, 1, 1, 2, 2])
+    want = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(attention.keep_mask(ttccnn, ttccnn)[0], want)
+
+  @parameterized.parameters(CAUSAL, FULL, NOISE)
+  def test_what_follows_a_noised_image_does_not_see_it(self, mode):
+    key = layout([CAUSAL] * 2 + [FULL] * 2 + [NOISE] * 2, [0, 0, 1, 1, 2, 2])
+    query = layout([mode], [3], orders=[6])
+    np.testing.assert_array_equal(attention.keep_mask(query, key)[0, 0], [1, 1, 1, 1, 0, 0])
+
+  def test_samples_do_not_see_each_other(self):
+    both = layout([CAUSAL] * 4, [0, 0, 1, 1], samples=[0, 0, 1, 1])
+    want = np.kron(np.eye(2), np.tril(np.ones((2, 2))))
+    np.testing.assert_array_equal(attention.keep_mask(both, both)[0], want)
+
+  def test_padding_is_seen_by_nobody(self):
+    padded = layout([FULL] * 3, [0, 0, 0], samples=[0, types.PADDING, 0])
+    mask = np.asarray(attention.keep_mask(padded, padded))[0]
+    self.assertFalse(mask[:, 1].any())
+    self.assertTrue(mask[[0, 2]][:, [0, 2]].all())
+
+  def test_oracle_over_all_pairs(self):
+    rng = np.random.default_rng(0)
+    query, key = random_layout(rng, 6, 17), random_layout(rng, 6, 23)
+    for q, k in ((query, key), (key, key)):
+      got = np.asarray(attention.keep_mask(q, k))
+      want = np.array([[[visible(q, k, b, i, j) for j in range(k.sample_BL.shape[1])]
+                        for i in range(q.sample_BL.shape[1])] for b in range(6)])
+      np.testing.assert_array_equal(got, want)
+      self.assertBetween(want.mean(), 0.05, 0.95)
+
+  def test_join(self):
+    rng = np.random.default_rng(0)
+    parts = [random_layout(rng, 2, n) for n in (3, 1, 4)]
+    joined = attention.join(*parts)
+    np.testing.assert_array_equal(joined.split_BL[:, 3:4], parts[1].split_BL)
+    np.testing.assert_array_equal(joined.order_BL[:, 4:], parts[2].order_BL)
+
+
+class RopeTest(absltest.TestCase):
+
+  def test_oracle(self):
+    K, theta = 6, 100.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 4, K)).astype(np.float32)
+    position = np.array([[0, 1, 7], [5, 5, 1000]])
+    got = attention.apply_rope(x, *attention.rope_table(position, K, theta))
+    want = np.empty_like(x)
+    for b in range(2):
+      for i in range(3):
+        for j in range(K // 2):
+          angle = position[b, i] * theta ** (-2 * j / K)
+          rotation = np.exp(1j * angle)
+          turned = (x[b, i, :, j] + 1j * x[b, i, :, j + K // 2]) * rotation
+          want[b, i, :, j], want[b, i, :, j + K // 2] = turned.real, turned.imag
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+  def test_products_depend_on_distance_alone(self):
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 1, 8)).astype(np.float32)
+    def product(i, j):
+      turn = lambda x, p: attention.apply_rope(x, *attention.rope_table(np.array([p]), 8, 1e4))
+      return float(jnp.sum(turn(q, i) * turn(k, j)))
+    self.assertAlmostEqual(product(3, 1), product(13, 11), places=5)
+    self.assertNotAlmostEqual(product(3, 1), product(3, 2), places=3)
+
+
+def attend_oracle(q, keys, values, masks):
+  """All blocks side by side, key/value heads repeated; float64."""
+  B, M, L, H, K = q.shape
+  wide = lambda x: np.broadcast_to(x[:, None], (B, M, *x.shape[1:])) if x.ndim == 4 else x
+  k, v = (np.concatenate([wide(x) for x in xs], axis=2).astype(np.float64)
+          for xs in (keys, values))
+  mask = np.concatenate([np.broadcast_to(m, (B, M, L, x.shape[-3]))
+                         for m, x in zip(masks, keys)], axis=-1)
+  out = np.zeros(q.shape)
+  for h in range(H):
+    j = h // (H // k.shape[3])
+    logits = np.einsum('bmlk,bmsk->bmls', q[:, :, :, h], k[:, :, :, j]) / np.sqrt(K)
+    weight = np.where(mask, np.exp(logits - logits.max()), 0)
+    weight /= weight.sum(-1, keepdims=True)
+    out[:, :, :, h] = np.einsum('bmls,bmsk->bmlk', weight, v[:, :, :, j])
+  return out
+
+
+class AttendTest(parameterized.TestCase):
+
+  @parameterized.product(shared=([True], [False], [True, False], [True, False, True]),
+                         kv_heads=(1, 2, 6))
+  def test_oracle(self, shared, kv_heads):
+    B, M, L, H, K = 2, 3, 4, 6, 8
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    q = normal(B, M, L, H, K)
+    keys, values, masks = [], [], []
+    for number, one in enumerate(shared):
+      shape = (B, 3 + number, kv_heads, K) if one else (B, M, 3 + number, kv_heads, K)
+      keys.append(normal(*shape))
+      values.append(normal(*shape))
+      mask = rng.random((B, 1 if one else M, L, 3 + number)) < 0.6
+      mask[..., 0] |= number == 0
+      masks.append(mask)
+    got = attention.attend(q, [attention.Block(*x) for x in zip(keys, values, masks)])
+    np.testing.assert_allclose(got, attend_oracle(q, keys, values, masks), atol=1e-5)
+
+  def test_heads_are_repeated_not_tiled(self):
+    q = np.zeros((1, 1, 1, 4, 2), np.float32)
+    v = np.array([1., 2.], np.float32).reshape(1, 1, 2, 1) * np.ones((1, 1, 2, 2), np.float32)
+    out = attention.attend(q, [attention.Block(v, v, np.ones((1, 1, 1, 1), bool))])
+    np.testing.assert_array_equal(out[0, 0, 0, :, 0], [1., 1., 2., 2.])
+
+  def test_hidden_keys_have_no_influence(self):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    q, k, v = normal(1, 1, 2, 2, 4), normal(1, 3, 1, 4), normal(1, 3, 1, 4)
+    mask = np.array([[[[True, True, False]]]])
+    run = lambda k, v: np.asarray(attention.attend(q, [attention.Block(k, v, mask)]))
+    other_k, other_v = k.copy(), v.copy()
+    other_k[:, 2], other_v[:, 2] = 100., -100.
+    np.testing.assert_array_equal(run(k, v), run(other_k, other_v))
+
+  def test_no_visible_key_is_finite(self):
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(1, 3, 1, 4)).astype(np.float32)
+    out = attention.attend(np.ones((1, 1, 1, 1, 4), np.float32),
+                           [attention.Block(v, v, np.zeros((1, 1, 1, 3), bool))])
+    np.testing.assert_allclose(out[0, 0, 0, 0], v[0, :, 0].mean(0), atol=1e-6)
+
+
+class LayersTest(parameterized.TestCase):
+
+  def test_linear_is_a_matrix_product(self):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    params = layers.Linear(7).init(jax.random.key(0), x)['params']
+    params['bias'] = jnp.arange(7.)
+    got = layers.Linear(7).apply({'params': params}, x)
+    np.testing.assert_allclose(got, x @ np.asarray(params['kernel']) + np.arange(7), atol=1e-5)
+
+  def test_linear_computes_in_its_dtype(self):
+    x = jnp.ones((2, 3), jnp.float32)
+    module = layers.Linear(4, dtype=jnp.bfloat16)
+    params = module.init(jax.random.key(0), x)['params']
+    self.assertEqual(params['kernel'].dtype, jnp.float32)
+    self.assertEqual(module.apply({'params': params}, x).dtype, jnp.bfloat16)
+
+  @parameterized.parameters(layers.RMSNorm, layers.LayerNorm)
+  def test_norms(self, norm):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 5, 8)) * 3 + 1).astype(np.float32)
+    scale, bias = rng.normal(size=(2, 8)).astype(np.float32)
+    params = {'scale': scale} if norm is layers.RMSNorm else {'scale': scale, 'bias': bias}
+    got = norm(1e-3).apply({'params': params}, x)
+    centre = 0. if norm is layers.RMSNorm else x.mean(-1, keepdims=True)
+    want = (x - centre) / np.sqrt(np.mean((x - centre) ** 2, -1, keepdims=True) + 1e-3) * scale
+    np.testing.assert_allclose(got, want + (0. if norm is layers.RMSNorm else bias), atol=1e-5)
+
+  def test_sincos_table(self):
+    table = layers.sincos_table(3, 8)
+    row, column = 2, 1
+    angles = lambda p: np.array([p * 10000. ** (-k / 2) for k in range(2)])
+    want = np.concatenate([f(angles(p)) for p in (column, row) for f in (np.sin, np.cos)])
+    np.testing.assert_allclose(table[row * 3 + column], want, atol=1e-6)
+    with self.assertRaisesRegex(ValueError, '6.*multiple of 4'):
+      layers.sincos_table(3, 6)
+
+  def test_positions(self):
+    np.testing.assert_array_equal(layers.grid_positions(2, 3, 5), [0, 1, 2, 5, 6, 7])
+    np.testing.assert_array_equal(layers.interpolated_positions(5, 5, 5), np.arange(25))
+    np.testing.assert_array_equal(layers.interpolated_positions(1, 2, 4), [0, 2])
+
+  def test_time_features(self):
+    got = layers.time_features(jnp.array([0., 0.5]), 8)
+    angle = 0.5 * 10000. ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(got[0], [1.] * 4 + [0.] * 4, atol=1e-6)
+    np.testing.assert_allclose(got[1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-6)
+
+
+if __name__ == '__main__':
+  absltest.main()

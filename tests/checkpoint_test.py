@@ -1,0 +1,164 @@
+"""Tests of lvrpo_jax.checkpoint."""
+
+import json
+import pathlib
+import shutil
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax import numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from lvrpo_jax import checkpoint
+from lvrpo_jax import step as step_lib
+from lvrpo_jax.data import pipeline
+
+OPTIMIZER = optax.adam(1e-3)
+
+
+def make_state(number):
+  """A state with every optional copy, all values depending on `number`."""
+  params = {'layer': {'kernel': number + jnp.arange(600.).reshape(30, 20)},
+            'bias': jnp.full(3, number / 3)}
+  state = step_lib.init(params, OPTIMIZER, ema=True, reference=True)
+  return state.replace(step=jnp.int32(number))
+
+
+def data():
+  return pipeline.batches(pipeline.Source(lambda i: i, 100), 3, np.array)
+
+
+class CheckpointsTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+  def save(self, *numbers, **kwargs):
+    store = checkpoint.Checkpoints(self.folder, **kwargs)
+    for number in numbers:
+      store.save(number, make_state(number), {'iteration': number})
+    store.close()
+
+  def restore(self, target=None):
+    store = checkpoint.Checkpoints(self.folder)
+    out = store.restore(make_state(0) if target is None else target)
+    store.close()
+    return out
+
+  def damage(self, step, name, truncate):
+    """Deletes or halves all files of a checkpoint whose path matches `name`."""
+    files = [path for path in (self.folder / str(step)).glob(name) if path.is_file()]
+    self.assertNotEmpty(files)
+    for path in files:
+      content = path.read_bytes()
+      path.unlink()
+      if truncate:
+        path.write_bytes(content[:len(content) // 2])
+
+  def test_round_trip_with_data_iterator(self):
+    iterator = data()
+    for _ in range(5):
+      next(iterator)
+    store = checkpoint.Checkpoints(self.folder)
+    store.save(7, make_state(7), {'iteration': 7, 'data': {'generate': iterator.get_state()}})
+    self.assertEqual(store.latest(), 7)
+    store.close()
+    state, record = self.restore()
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(7))
+    self.assertEqual(jax.tree.structure(state), jax.tree.structure(make_state(7)))
+    self.assertEqual(record['iteration'], 7)
+    resumed = data()
+    resumed.set_state(record['data']['generate'])
+    for _ in range(4):
+      np.testing.assert_array_equal(next(resumed), next(iterator))
+
+  def test_nothing_there(self):
+    self.assertIsNone(self.restore())
+
+  def test_newest_is_used_and_old_ones_go(self):
+    self.save(1, 2, 3)
+    self.assertEqual(self.restore()[1], {'iteration': 3})
+    self.assertFalse((self.folder / '1').exists())
+
+  def test_half_written_checkpoint_is_no_checkpoint(self):
+    self.save(1)
+    shutil.copytree(self.folder / '1', self.folder / '2.orbax-checkpoint-tmp-0')
+    self.assertEqual(self.restore()[1], {'iteration': 1})
+
+  @parameterized.product(
+      name=('state/ocdbt.process_0/d/*', 'state/manifest.ocdbt', 'state/_METADATA',
+            'record/metadata', 'state/**/*'),
+      truncate=(False, True))
+  def test_damaged_newest_is_skipped(self, name, truncate):
+    self.save(1, 2)
+    self.damage(2, name, truncate)
+    state, record = self.restore()
+    self.assertEqual(record, {'iteration': 1})
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(1))
+
+  @parameterized.parameters('state', 'record', 'state/d')
+  def test_lost_folder_is_skipped(self, name):
+    self.save(1, 2)
+    shutil.rmtree(self.folder / '2' / name)
+    self.assertEqual(self.restore()[1], {'iteration': 1})
+
+  def test_damaged_step_can_be_saved_again(self):
+    for number in range(2):
+      self.save(1, 2)
+      self.damage(2, 'state/ocdbt.process_0/d/*', False)
+      self.assertEqual(self.restore()[1], {'iteration': 1})
+      self.assertTrue((self.folder / f'2.unreadable{number}').exists())
+    self.save(2)
+    self.assertEqual(self.restore()[1], {'iteration': 2})
+
+  def test_all_damaged(self):
+    self.save(1, 2)
+    for step in (1, 2):
+      self.damage(step, 'state/_METADATA', True)
+    self.assertIsNone(self.restore())
+
+
+class ConfigTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'run'
+    self.config = ml_collections.ConfigDict(
+        {'seed': 0, 'model': {'width': 8, 'mesh': (1, 2)}, 'rate': 0.1})
+    checkpoint.check_config(self.workdir, self.config)
+
+  def test_same_config_passes(self):
+    self.assertEqual(json.loads((self.workdir / 'config.json').read_text()),
+                     {'seed': 0, 'model': {'width': 8, 'mesh': [1, 2]}, 'rate': 0.1})
+    checkpoint.check_config(self.workdir, self.config)
+
+  def test_differing_keys_are_listed(self):
+    other = ml_collections.ConfigDict(
+        {'seed': 1, 'model': {'width': 16, 'mesh': (1, 2)}, 'new': True})
+    with self.assertRaises(ValueError) as caught:
+      checkpoint.check_config(self.workdir, other)
+    message = str(caught.exception)
+    for part in (str(self.workdir), 'seed: 0 there, 1 here', 'model.width: 8 there, 16 here',
+                 "rate: 0.1 there, 'absent' here", "new: 'absent' there, True here"):
+      self.assertIn(part, message)
+    self.assertNotIn('mesh', message)
+
+  def test_written_file_replaces_the_old_one(self):
+    path = self.workdir / 'x.json'
+    for value in ({'a': 1}, [2]):
+      checkpoint.write_json(path, value)
+      self.assertEqual(json.loads(path.read_text()), value)
+    self.assertEqual({p.name for p in self.workdir.iterdir()}, {'config.json', 'x.json'})
+
+  def test_flatten(self):
+    self.assertEqual(checkpoint.flatten({'a': {'b': {'c': 1}, 'd': 2}, 'e': 3}),
+                     {'a.b.c': 1, 'a.d': 2, 'e': 3})
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,147 @@
+"""Files import only from layers below them; read from the source, nothing is executed."""
+
+import ast
+import graphlib
+import pathlib
+import textwrap
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+PACKAGE = 'lvrpo_jax'
+ROOT = pathlib.Path(__file__).resolve().parent.parent / PACKAGE
+
+LAYERS = (
+    ('types', 'ops', 'stats', 'config', 'report_assets'),
+    ('data', 'models', 'flow', 'sharding'),
+    ('rollouts', 'rewards', 'objectives', 'hf', 'policy'),
+    ('optim', 'step', 'checkpoint', 'metrics'),
+    ('losses', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run'),
+    ('main', 'report'),
+)
+"""Rooms by layer, the lowest first. A room is a file or a folder."""
+
+BLIND = (0, 1, 2)
+"""Layers whose rooms do not see each other; higher ones may be ordered within themselves."""
+
+
+def room(module: str) -> str:
+  """'lvrpo_jax.data.shapes' to 'data'."""
+  return module.split('.')[1]
+
+
+def layer(module: str) -> int:
+  """Number of the layer of a module.
+
+  Raises:
+    KeyError: no layer holds it.
+  """
+  for number, rooms in enumerate(LAYERS):
+    if room(module) in rooms:
+      return number
+  raise KeyError(f'{module} stands in no layer; add its room to LAYERS')
+
+
+def imports(module: str, tree: ast.AST, modules: set[str]) -> set[str]:
+  """Modules of the project that a syntax tree imports."""
+  out = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      out |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ''
+      if node.level:
+        parents = module.split('.')[:-node.level]
+        base = '.'.join(parents + ([base] if base else []))
+      names = {f'{base}.{alias.name}' for alias in node.names}
+      # `from package import module` names modules, `from module import name` does not.
+      out |= {name if name in modules else base for name in names}
+  return {name for name in out if name.split('.')[0] == PACKAGE and name != PACKAGE}
+
+
+def local_imports(module: str, tree: ast.AST, modules: set[str]) -> set[str]:
+  """Modules of the project that are imported inside functions."""
+  functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+  return set().union(*(imports(module, node, modules) for node in ast.walk(tree)
+                       if isinstance(node, functions)))
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+  """What is wrong with the imports of modules, by name and source."""
+  modules, out, graph = set(sources), [], {}
+  for module, source in sorted(sources.items()):
+    tree = ast.parse(source)
+    graph[module] = imports(module, tree, modules)
+    for other in sorted(graph[module]):
+      if other not in modules:
+        out.append(f'{module} imports {other}, which does not exist')
+      elif layer(other) > layer(module):
+        out.append(f'{module} imports upward: {other}')
+      elif (layer(other) == layer(module) and layer(module) in BLIND
+            and room(other) != room(module)):
+        out.append(f'{module} imports sideways: {other}')
+    for other in sorted(local_imports(module, tree, modules)):
+      out.append(f'{module} imports {other} inside a function')
+  try:
+    graphlib.TopologicalSorter(graph).prepare()
+  except graphlib.CycleError as error:
+    out.append('cycle: ' + ' -> '.join(error.args[1]))
+  return out
+
+
+def project() -> dict[str, str]:
+  """Sources of all modules by dotted name."""
+  out = {}
+  for path in ROOT.rglob('*.py'):
+    parts = path.relative_to(ROOT.parent).with_suffix('').parts
+    if parts[-1] != '__init__':
+      out['.'.join(parts)] = path.read_text()
+    elif path.read_text().strip():
+      raise AssertionError(f'{path} must be empty: it would run on every import below it')
+  return out
+
+
+class LayeringTest(parameterized.TestCase):
+
+  def test_project(self):
+    sources = project()
+    self.assertGreater(len(sources), 40)
+    self.assertEqual(violations(sources), [])
+
+  def test_every_room_exists(self):
+    rooms = {room(module) for module in project()}
+    self.assertEqual(rooms, {name for names in LAYERS for name in names})
+
+  @parameterized.named_parameters(
+      ('upward', {'types': 'from lvrpo_jax import flow', 'flow': ''}, 'imports upward'),
+      ('upward_by_name', {'data.a': 'from lvrpo_jax.losses import sum', 'losses': ''},
+       'imports upward'),
+      ('upward_plain', {'step': 'import lvrpo_jax.run', 'run': ''}, 'imports upward'),
+      ('upward_relative', {'data.a': 'from .. import run', 'run': ''}, 'imports upward'),
+      ('sideways', {'data.a': 'from lvrpo_jax.models import b', 'models.b': ''}, 'sideways'),
+      ('sideways_rooms', {'rewards.a': 'from lvrpo_jax.objectives.b import f',
+                          'objectives.b': ''}, 'sideways'),
+      ('cycle', {'data.a': 'from lvrpo_jax.data import b', 'data.b': 'import lvrpo_jax.data.a'},
+       'cycle'),
+      ('inside', {'run': 'def f():\n  from lvrpo_jax import step', 'step': ''}, 'inside'),
+      ('missing', {'run': 'from lvrpo_jax.data import gone'}, 'does not exist'),
+  )
+  def test_fault_is_found(self, sources, message):
+    sources = {f'{PACKAGE}.{name}': textwrap.dedent(text) for name, text in sources.items()}
+    found = violations(sources)
+    self.assertLen(found, 1)
+    self.assertIn(message, found[0])
+
+  def test_good_imports_pass(self):
+    sources = {'lvrpo_jax.data.a': 'from lvrpo_jax import types\nimport numpy',
+               'lvrpo_jax.types': '', 'lvrpo_jax.rewards.b': 'from lvrpo_jax.data.a import f',
+               'lvrpo_jax.run': 'from lvrpo_jax import align', 'lvrpo_jax.align': ''}
+    self.assertEqual(violations(sources), [])
+
+  def test_unknown_room_is_named(self):
+    with self.assertRaisesRegex(KeyError, 'lvrpo_jax.novel'):
+      violations({'lvrpo_jax.novel': 'from lvrpo_jax import types', 'lvrpo_jax.types': ''})
+
+
+if __name__ == '__main__':
+  absltest.main()

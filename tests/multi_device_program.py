@@ -1,0 +1,153 @@
+"""Runs the production updates and rollouts on eight devices; `multi_device_test` reads its output.
+
+Not a test by itself: the number of devices has to be set before JAX starts. It prints one JSON
+object: for every case the largest difference from one device, and sizes that show it is no
+comparison of zeros.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from configs import tiny
+from lvrpo_jax import align
+from lvrpo_jax import experience
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import losses
+from lvrpo_jax import optim
+from lvrpo_jax import pretrain
+from lvrpo_jax import sharding
+from lvrpo_jax import step as step_lib
+from lvrpo_jax import types
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import unified
+
+ROWS, GROUP = 8, 2
+MESHES = {'data': ((8, 1, 1), 'jit'), 'fsdp': ((1, 8, 1), 'jit'), 'mixed': ((2, 2, 2), 'jit'),
+          'pmap': ((8, 1, 1), 'pmap')}
+
+
+def make_config():
+  """The tiny job with eight rows of every task and widths that divide by eight."""
+  config = tiny.get_config()
+  config.model.update(depth=1)
+  for part in (config.pretrain, config.align):
+    part.update(generate=ROWS, understand=ROWS, edit=ROWS)
+  config.align.update(group=GROUP, steps_per_image=3, window=1)
+  config.data.update(answer_words=4, chatty=0., plan=0.)
+  return config
+
+
+def make_parameters(job):
+  """Parameters of the model and of the autoencoder, noise on every leaf."""
+  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
+  shapes = jax.eval_shape(lambda: (
+      unified.init(job.policy.config, jax.random.key(0)),
+      job.policy.vae.init(jax.random.key(0), image)['params']))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
+
+
+def make_experience(job, prompts):
+  """What an update reads, with numbers at random."""
+  rng = np.random.default_rng(1)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  N, C = job.policy.latent_shape
+  T, M = job.config.data.answer_words + 1, GROUP
+  tokens = rng.integers(0, len(job.data.tokenizer), (ROWS, GROUP, T)).astype(np.int32)
+  valid = np.ones((ROWS, GROUP), bool)
+  valid[1] = False  # A whole group has failed, so devices hold unlike weights.
+  out = {pipeline.UNDERSTAND: types.TextExperience(
+      prompts[pipeline.UNDERSTAND], tokens, -np.abs(normal(ROWS, GROUP, T)) - 3.,
+      rng.random((ROWS, GROUP, T)) < 0.7, np.ones(ROWS, np.float32),
+      -np.abs(normal(ROWS, GROUP, T)) - 3., normal(ROWS, GROUP), valid)}
+  for task in (pipeline.GENERATE, pipeline.EDIT):
+    x = lambda: normal(ROWS, M, N, C)
+    time = lambda low: rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
+    transitions = types.Transitions(x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(),
+                                    time(0.1))
+    out[task] = types.ImageExperience(prompts[task], x(), transitions, x(), time(0.5), x(), x(),
+                                      normal(ROWS, GROUP), valid)
+  return out
+
+
+def update(loss, params, vae_params, batch, shape, runner, count):
+  """One optimizer step on the first `count` devices: (parameters, metrics) as NumPy."""
+  mesh = sharding.make_mesh(shape, jax.devices()[:count])
+  # Adam divides by the gradient's size; a large eps keeps rounding noise of tiny gradients small.
+  optimizer = optim.build(
+      kind='adamw', learning_rate=optim.schedule('constant', 1e-2, 10, 1), b1=.9, b2=.98, eps=1e-2,
+      weight_decay=0.01, clip_norm=1.)
+  state = sharding.shard_state(step_lib.init(jax.tree.map(jnp.array, params), optimizer), mesh)
+  if runner == 'jit':
+    batch = sharding.shard_rows(batch, mesh)
+    widest = max(jax.tree.leaves(state.params), key=lambda x: x.size)
+    assert count == 1 or shape[1] * shape[2] == 1 or not widest.is_fully_replicated
+  step = step_lib.compile_step(loss, optimizer, mesh, runner=runner)
+  state, metrics = step(state, {'vae': vae_params}, batch)
+  return jax.tree.map(np.asarray, (state.params, metrics))
+
+
+def difference(one, two):
+  """Largest absolute difference of two trees."""
+  return max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
+             for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+
+
+def updates(job, params, vae_params, batches):
+  """Both losses on every mesh against one device."""
+  p = job.config.pretrain
+  all_losses = {
+      'pretrain': losses.pretraining(job.policy, p.weights, p.draws, p.shift, job.config.seed),
+      'align': align.alignment_loss(job)}
+  out = {}
+  for name, loss in all_losses.items():
+    one, metrics = update(loss, params, vae_params, batches[name], (1, 1, 1), 'jit', 1)
+    out[f'{name}/one'] = dict(loss=float(metrics['loss']), skipped=float(metrics['skipped']),
+                              moved=difference(one, params))
+    for mesh, (shape, runner) in MESHES.items():
+      got, got_metrics = update(loss, params, vae_params, batches[name], shape, runner, 8)
+      out[f'{name}/{mesh}'] = dict(
+          params=difference(got, one), loss=abs(float(got_metrics['loss'] - metrics['loss'])),
+          metrics=difference(got_metrics, metrics))
+  return out
+
+
+def rollouts(job, params, vae_params, prompts):
+  """Samples of one device and of eight."""
+  found = []
+  for shape, count in (((1, 1, 1), 1), ((8, 1, 1), 8)):
+    mesh = sharding.make_mesh(shape, jax.devices()[:count])
+    placed = dataclasses.replace(job, mesh=mesh)
+    tasks = experience.Tasks({}, {task: placed.place(p) for task, p in prompts.items()})
+    answers, images, pixels = experience.Collector(placed).rollout(
+        sharding.shard_state(params, mesh), sharding.shard_state(vae_params, mesh), tasks, 3)
+    found.append(jax.tree.map(np.asarray, (answers, images, pixels)))
+  (answers, images, pixels), (other_answers, other_images, other_pixels) = found
+  return {'rollout': dict(
+      tokens=int(np.sum(answers.tokens_BGT != other_answers.tokens_BGT)),
+      logp=difference(answers.logp_BGT, other_answers.logp_BGT),
+      latents=difference(images, other_images), pixels=difference(pixels, other_pixels),
+      distinct_answers=len(np.unique(answers.tokens_BGT.reshape(ROWS * GROUP, -1), axis=0)),
+      deviation=float(np.std(images[pipeline.GENERATE].latents_BGNC, axis=(0, 1)).min()))}
+
+
+def main():
+  assert len(jax.devices()) == 8, jax.devices()
+  job = job_lib.build(make_config(), pathlib.Path('unused'))
+  params, vae_params = make_parameters(job)
+  encode = lambda task, make: job.encoder(task, [make(task, i) for i in range(ROWS)])
+  prompts = {task: encode(task, job.data.prompt).prompts for task in pipeline.TASKS}
+  batches = {'pretrain': {task: encode(task, job.data.pretraining)
+                          for task in pretrain.sizes(job.config.pretrain)},
+             'align': make_experience(job, prompts)}
+  out = {**updates(job, params, vae_params, batches), **rollouts(job, params, vae_params, prompts)}
+  print(json.dumps(out))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,127 @@
+"""Tests of the over-optimisation panel on rendered scenes counted by hand."""
+
+import math
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+
+from lvrpo_jax import panel
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.data import shapes
+
+
+def picture(*objects, seed=0):
+  """Renders (shape, colour, cell) objects."""
+  rng = np.random.default_rng(seed)
+  return shapes.render(shapes.Scene(tuple(shapes.draw_object(rng, *o) for o in objects)))
+
+
+def example(kind='single_object', **entry):
+  return pipeline.Example(0, 'a circle', kind=kind, spec={
+      'tag': kind, 'exclude': [], 'include': [{'class': 'circle', 'count': 1, **entry}]})
+
+
+def shown(images, examples, task='generate', split='eval', kind='single_object'):
+  return [(task, split, kind, np.asarray(images), examples)]
+
+
+FOUR = [picture(('circle', 'red', 0)), picture(('circle', 'red', 1)),
+        picture(('circle', 'blue', 3)), picture(('circle', 'green', 3))]
+
+
+class MeasureTest(absltest.TestCase):
+
+  def test_counts_of_a_free_caption(self):
+    out = panel.measure(shown([FOUR], [example()]))
+    self.assertEqual(out['colors'], {'red': .5, 'blue': .25, 'green': .25})
+    self.assertEqual(out['cells'], {'top left': .25, 'top right': .25, 'bottom right': .5})
+    self.assertAlmostEqual(out['color_entropy'], 1.5 * math.log(2))
+    self.assertAlmostEqual(out['cell_entropy'], 1.5 * math.log(2))
+    self.assertEqual(out['scene_diversity'], 1.)
+    self.assertEqual(out['leftovers'], 0.)
+
+  def test_what_the_caption_fixes_is_not_counted(self):
+    colored = panel.measure(shown([FOUR], [example(color='red')]))
+    self.assertEmpty(colored['colors'])
+    self.assertNotEmpty(colored['cells'])
+    placed = panel.measure(shown([FOUR], [example(region='top')]))
+    self.assertEmpty(placed['cells'])
+    self.assertNotEmpty(placed['colors'])
+    self.assertEmpty(panel.measure(shown([FOUR], [example(kind='position')]))['cells'])
+
+  def test_objects_the_caption_does_not_name_are_not_counted(self):
+    extra = [picture(('circle', 'red', 0), ('cross', 'cyan', 3))] * 2
+    self.assertEqual(panel.measure(shown([extra], [example()]))['colors'], {'red': 1.})
+
+  def test_diversity_is_of_scenes_and_not_of_pixels(self):
+    # Jitter changes the pixels of all four images, and none of their scenes.
+    jittered = [picture(('circle', 'red', 0), seed=i) for i in range(4)]
+    half = [FOUR[0], FOUR[0], FOUR[2], FOUR[2]]
+    measure = lambda *groups: panel.measure(shown(list(groups), [example()] * len(groups)))
+    self.assertEqual(measure(jittered)['scene_diversity'], .25)
+    self.assertGreater(measure(jittered)['pixel_diversity'], 0.)
+    self.assertEqual(measure(half)['scene_diversity'], .5)
+    self.assertEqual(measure(FOUR, half)['scene_diversity'], .75)
+    self.assertEqual(measure([FOUR[0]] * 4)['pixel_diversity'], 0.)
+
+  def test_only_held_out_generation_is_measured(self):
+    rest = (shown([FOUR[:1] * 4], [example()], split='unseen')
+            + shown([FOUR[:1] * 4], [example()], task='edit'))
+    self.assertEqual(panel.measure(rest + shown([FOUR], [example()])),
+                     panel.measure(shown([FOUR], [example()])))
+
+  def test_blobs_without_a_shape_are_left_over(self):
+    broken = FOUR[0].copy()
+    broken[18:30, 2:30] = shapes.COLORS['purple']
+    out = panel.measure(shown([[FOUR[0], broken]], [example()]))
+    self.assertGreater(out['leftovers'], 0.)
+
+  def test_pixel_statistics_against_numpy(self):
+    images = np.zeros((1, 2, 32, 32, 3), np.uint8)
+    images[0, 0, :, :16] = (255, 0, 0)
+    out = panel.measure(shown(images, [example()]))
+    self.assertAlmostEqual(out['luminance'], 1 / 12, places=6)
+    self.assertAlmostEqual(out['saturation'], 1., places=6)
+    # One edge of height 1/3 among 31 columns, in one of two images.
+    self.assertAlmostEqual(out['edge_density'], 1 / 3 / 31 / 2, places=6)
+    # Half of one channel takes the values 0 and 1, with deviation 1/2.
+    self.assertAlmostEqual(out['pixel_diversity'], .5 / 2 / 3, places=6)
+
+  def test_grey_images_have_no_saturation(self):
+    grey = np.full((1, 2, 32, 32, 3), 128, np.uint8)
+    self.assertEqual(panel.measure(shown(grey, [example()]))['saturation'], 0.)
+
+
+class AlarmTest(parameterized.TestCase):
+  before = dict(color_entropy=1., cell_entropy=1.2, scene_diversity=.8, leftovers=.05,
+                saturation=.7, edge_density=.06)
+
+  def test_no_change_raises_none(self):
+    self.assertEmpty(panel.alarms(self.before, self.before))
+
+  @parameterized.parameters(
+      ('color_entropy', .86, .84), ('cell_entropy', 1.03, 1.01), ('scene_diversity', .65, .63),
+      ('leftovers', .14, .16), ('saturation', .6, .59), ('edge_density', .043, .041))
+  def test_bounds(self, name, quiet, loud):
+    self.assertEmpty(panel.alarms(self.before, self.before | {name: quiet}))
+    (sentence,) = panel.alarms(self.before, self.before | {name: loud})
+    direction = 'rose' if name == 'leftovers' else 'fell'
+    self.assertEqual(sentence, f'{name.replace("_", " ")} {direction} from '
+                     f'{self.before[name]:.3g} to {loud:.3g}')
+
+  def test_improvements_raise_none(self):
+    better = {k: 0. if k == 'leftovers' else 2 * v for k, v in self.before.items()}
+    self.assertEmpty(panel.alarms(self.before, better))
+
+  def test_a_collapse_that_pixels_hide(self):
+    # All four images of the second run show one scene, at places that jitter.
+    same = [picture(('circle', 'red', 0), seed=i) for i in range(4)]
+    raised = panel.alarms(panel.measure(shown([FOUR], [example()])),
+                          panel.measure(shown([same], [example()])))
+    for name in ('color entropy', 'cell entropy', 'scene diversity'):
+      self.assertTrue(any(s.startswith(name) for s in raised), name)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,145 @@
+"""Tests of the semantic, knowledge and rule rewards against loops and small scenes."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax.data import detect
+from lvrpo_jax.data import grammar
+from lvrpo_jax.data import shapes
+from lvrpo_jax.rewards import knowledge
+from lvrpo_jax.rewards import rules
+from lvrpo_jax.rewards import semantic
+
+
+def units(*shape, seed=0):
+  x = np.random.default_rng(seed).normal(size=shape)
+  return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class SemanticTest(parameterized.TestCase):
+
+  def test_cosine_of_each_pair(self):
+    image, text = units(2, 3, 4), units(2, 3, 4, seed=1)
+    expected = [[image[b, g] @ text[b, g] for g in range(3)] for b in range(2)]
+    np.testing.assert_allclose(semantic.similarity(image, text), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(semantic.similarity(image, image), np.ones((2, 3)), rtol=1e-6)
+
+  def test_one_text_for_a_group(self):
+    image, text = units(2, 3, 4), units(2, 1, 4, seed=1)
+    np.testing.assert_allclose(semantic.similarity(image, text),
+                               semantic.similarity(image, np.tile(text, (1, 3, 1))), rtol=1e-6)
+
+  @parameterized.parameters(1, 2, 5)
+  def test_dense_against_loops(self, top):
+    patch, word = units(2, 3, 5, 4), units(6, 4, seed=1)
+    words = np.array([[1, 0, 2, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    expected = np.zeros((2, 3))
+    for b, g in np.ndindex(2, 3):
+      matches = [np.mean(sorted(patch[b, g] @ word[v])[-top:]) for v in range(6)
+                 for _ in range(words[b, v])]
+      expected[b, g] = np.mean(matches)
+    np.testing.assert_allclose(semantic.dense(patch, word, words, top), expected, rtol=1e-5,
+                               atol=1e-6)
+
+  def test_a_single_odd_patch_satisfies_the_maximum_only(self):
+    word = units(1, 4)
+    patch = np.zeros((1, 1, 6, 4), np.float32)
+    patch[0, 0, 3] = word[0]
+    self.assertAlmostEqual(float(semantic.dense(patch, word, np.ones((1, 1)), 1)[0, 0]), 1., 5)
+    self.assertAlmostEqual(float(semantic.dense(patch, word, np.ones((1, 1)), 2)[0, 0]), .5, 5)
+
+  def test_a_prompt_without_key_words_is_zero(self):
+    out = semantic.dense(units(1, 2, 3, 4), units(5, 4), np.zeros((1, 5), np.int32))
+    np.testing.assert_array_equal(out, np.zeros((1, 2)))
+
+
+class KnowledgeTest(absltest.TestCase):
+
+  def test_probabilities_over_the_candidates(self):
+    logits = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+    candidates = np.array([7, 0, 4])
+    weight = np.exp(logits[:, candidates])
+    np.testing.assert_allclose(knowledge.answer_probabilities(jnp.asarray(logits), candidates),
+                               weight / weight.sum(-1, keepdims=True), rtol=1e-5)
+
+  def test_other_tokens_do_not_matter(self):
+    logits = np.zeros((1, 5), np.float32)
+    louder = logits + np.array([0., 0., 50., 0., 0.], np.float32)
+    out = [knowledge.answer_probabilities(jnp.asarray(x), np.array([0, 1])) for x in
+           (logits, louder)]
+    np.testing.assert_array_equal(*out)
+
+  def test_agreement_over_the_questions_asked(self):
+    probability = np.random.default_rng(1).dirichlet(np.ones(4), size=(3, 2, 3))
+    answer = np.array([[0, 1, 3], [2, 2, 2], [1, 0, 0]])
+    asked = np.array([[True, True, True], [True, False, True], [False, False, False]])
+    expected = np.zeros((3, 2))
+    for b, g in np.ndindex(3, 2):
+      right = [probability[b, g, q, answer[b, q]] for q in range(3) if asked[b, q]]
+      expected[b, g] = np.mean(right) if right else 0.
+    out = knowledge.agreement(jnp.float32(probability), jnp.asarray(answer), jnp.asarray(asked))
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def scene(*objects):
+  """A scene of (shape, colour, cell)."""
+  rng = np.random.default_rng(0)
+  return shapes.Scene(tuple(shapes.draw_object(rng, *o) for o in objects))
+
+
+def one(shape, color=None):
+  entry = {'class': shape, 'count': 1} | ({'color': color} if color else {})
+  return {'tag': 'colors' if color else 'single_object', 'include': [entry], 'exclude': []}
+
+
+class RuleTest(parameterized.TestCase):
+
+  def test_images_meet_their_own_record_in_order(self):
+    circle, cross, pair = (shapes.render(s) for s in (
+        scene(('circle', 'red', 0)), scene(('cross', 'blue', 3)),
+        scene(('circle', 'red', 0), ('cross', 'blue', 3))))
+    images = np.stack([[circle, cross, pair], [cross, pair, circle]])
+    correct, parts = rules.images(detect.detect_components, images,
+                                  [one('circle', 'red'), one('cross')])
+    np.testing.assert_array_equal(correct, [[1, 0, 1], [1, 1, 0]])
+    self.assertEqual((correct.dtype, parts.dtype), (np.float32, np.float32))
+    self.assertTrue(np.all(parts[correct == 1] == 1) and np.all(parts[correct == 0] < 1))
+
+  def test_the_detector_sees_pixels_only(self):
+    seen = []
+    def detector(images_RYXC):
+      seen.append(images_RYXC)
+      return [[] for _ in images_RYXC]
+    images = np.arange(2 * 3 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 3, 32, 32, 3)
+    correct, parts = rules.images(detector, images, [one('circle')] * 2)
+    np.testing.assert_array_equal(seen[0], images.reshape(6, 32, 32, 3))
+    np.testing.assert_array_equal(correct, np.zeros((2, 3)))
+    np.testing.assert_array_equal(parts, np.zeros((2, 3)))
+
+  def test_edits_are_judged_against_their_own_source(self):
+    items = [grammar.World().edit(i, 'train', kind) for i, kind in enumerate(('recolor', 'add'))]
+    source, target = (np.stack([shapes.render(s) for s in side]) for side in (
+        [i.scene for i in items], [i.target for i in items]))
+    images = np.stack([target, source], axis=1)
+    specs = [item.spec for item in items]
+    correct, parts = rules.edits(detect.detect_components, source, images, specs)
+    np.testing.assert_array_equal(correct, [[1, 0], [1, 0]])
+    self.assertTrue(np.all(parts[:, 0] == 1) and np.all(parts[:, 1] < 1))
+    swapped, _ = rules.edits(detect.detect_components, source[::-1], images, specs)
+    np.testing.assert_array_equal(swapped, np.zeros((2, 2)))
+
+  def test_answers(self):
+    texts = [['red', 'it is red .', 'think : a red circle ; red', 'blue'], ['two', '', '?', 'yes']]
+    correct, well_formed = rules.answers(texts, ['red', 'two'])
+    np.testing.assert_array_equal(correct, [[1, 1, 1, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(well_formed, [[1, 0, 1, 1], [1, 0, 0, 1]])
+
+  def test_text_reward_pays_the_answer_more_than_the_format(self):
+    correct, well_formed = np.array([[1., 1., 0., 0.]]), np.array([[1., 0., 1., 0.]])
+    np.testing.assert_allclose(rules.text_reward(correct, well_formed), [[1., .8, .2, 0.]])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,142 @@
+"""Tests of lvrpo_jax.sharding; a mesh of one device and meshes that are only described."""
+
+import functools
+import re
+import types as python_types
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+
+from configs import base
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import sharding
+from lvrpo_jax import step as step_lib
+from lvrpo_jax.models import unified
+
+REPLICATED_KERNELS = {
+    'vae2llm/kernel', 'llm2vae/kernel',  # A few channels on one side.
+    'vit/patch_embedding/kernel',
+}
+"""Kernels that no rule of the table splits."""
+
+
+def described(data=1, fsdp=1, tensor=1):
+  """The part of a mesh that `partition` reads."""
+  return python_types.SimpleNamespace(shape=dict(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def names(tree):
+  return {'/'.join(k.key for k in path): leaf.shape
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@functools.cache
+def abstract_params():
+  config = base.get_config()
+  data = job_lib.load_symbol(config.data.source, 'data.source')(
+      seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
+      plan=0., drop=0.)
+  policy = job_lib.build_policy(config, data)
+  return jax.eval_shape(lambda: unified.init(policy.config, jax.random.key(0)))
+
+
+class MeshTest(parameterized.TestCase):
+
+  def test_rest(self):
+    for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, 1)):
+      mesh = sharding.make_mesh(shape, jax.devices()[:1])
+      self.assertEqual(dict(mesh.shape), dict(data=1, fsdp=1, tensor=1))
+
+  @parameterized.parameters((2, 1, 1), (-1, 3, 1), (1, 1, 0))
+  def test_sizes_that_do_not_fit_are_named(self, *shape):
+    message = re.escape(f'parallel.mesh is {shape}, which does not multiply to the 1 devices')
+    with self.assertRaisesRegex(ValueError, message):
+      sharding.make_mesh(shape, jax.devices()[:1])
+
+  def test_two_free_sizes(self):
+    with self.assertRaisesRegex(ValueError, r'parallel.mesh is \(-1, -1, 1\): at most one'):
+      sharding.make_mesh((-1, -1, 1), jax.devices()[:1])
+
+
+class PartitionTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('trunk/layers/und/q_proj/kernel', (2, 16, 8), P(None, 'fsdp', 'tensor')),
+      ('trunk/layers/gen/down_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
+      ('trunk/layers/und/o_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
+      ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'fsdp', None)),
+      ('embed_tokens', (16, 8), P('tensor', 'fsdp')),
+      ('lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
+      ('time_embedder/mlp_0/kernel', (16, 8), P('fsdp', None)),
+      ('connector_fc1/kernel', (16, 8), P('fsdp', None)),
+      ('trunk/layers/und/q_proj/bias', (2, 8), P(None, None)),
+      ('.params/lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
+      ('step', (), P()),
+  )
+  def test_table(self, name, shape, want):
+    self.assertEqual(sharding.partition(name, shape, described(fsdp=4, tensor=2)), want)
+
+  def test_axis_that_does_not_divide_is_named(self):
+    with self.assertRaises(ValueError) as caught:
+      sharding.partition('trunk/layers/und/q_proj/kernel', (2, 16, 9), described(tensor=4))
+    for part in ('trunk/layers/und/q_proj/kernel', '(2, 16, 9)', 'axis of 9', '4 devices',
+                 "'tensor'"):
+      self.assertIn(part, str(caught.exception))
+    with self.assertRaisesRegex(ValueError, "axis of 9 .* 2 devices of mesh axis 'fsdp'"):
+      sharding.partition('lm_head/kernel', (9, 8), described(fsdp=2))
+
+  def test_table_covers_the_kernels(self):
+    shapes = names(abstract_params())
+    kernels = {name for name in shapes if name.endswith('kernel')}
+    self.assertGreater(len(kernels), 20)
+    bare = {name for name in kernels
+            if not any(sharding.partition(name, shapes[name], described()))}
+    self.assertEqual(bare, REPLICATED_KERNELS)
+    for pattern, _ in sharding.TABLE:
+      self.assertTrue(any(re.search(pattern, name) for name in shapes), pattern)
+
+  def test_most_parameters_are_split(self):
+    shapes = names(abstract_params())
+    size = lambda chosen: sum(int(np.prod(shapes[name])) for name in chosen)
+    split = [name for name in shapes if any(sharding.partition(name, shapes[name], described()))]
+    self.assertGreater(size(split) / size(shapes), 0.85)
+
+  def test_default_model_fits_small_meshes(self):
+    for sizes in (dict(fsdp=8), dict(fsdp=2, tensor=2), dict(tensor=2)):
+      for name, shape in names(abstract_params()).items():
+        sharding.partition(name, shape, described(**sizes))
+
+
+class TreeTest(absltest.TestCase):
+
+  def test_state_is_laid_out_like_its_parameters(self):
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = {'lm_head': {'kernel': np.zeros((4, 2), np.float32)}, 'norm': np.zeros(3, np.float32)}
+    state = jax.eval_shape(lambda: step_lib.init(params, optax.adam(1.), ema=True))
+    specs = jax.tree.map(lambda s: s.spec, sharding.tree_shardings(state, mesh))
+    want = P('fsdp', 'tensor')
+    moments = specs.opt_state[0]
+    for tree in (specs.params, specs.ema, moments.mu, moments.nu):
+      self.assertEqual(tree['lm_head']['kernel'], want)
+      self.assertFalse(any(tree['norm']))
+    self.assertFalse(any(specs.step) or any(moments.count))
+
+  def test_split_rows(self):
+    batch = {'a': np.arange(12).reshape(6, 2)}
+    np.testing.assert_array_equal(sharding.split_rows(batch, 3)['a'][1], [[4, 5], [6, 7]])
+    with self.assertRaisesRegex(ValueError, '6 rows do not divide by 4 devices'):
+      sharding.split_rows(batch, 4)
+
+  def test_shard_rows_keeps_values(self):
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    out = sharding.shard_rows({'a': np.arange(6)}, mesh)
+    self.assertEqual(out['a'].sharding.spec, P(('data', 'fsdp')))
+    np.testing.assert_array_equal(out['a'], np.arange(6))
+
+
+if __name__ == '__main__':
+  absltest.main()
