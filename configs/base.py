@@ -59,15 +59,15 @@ def get_config() -> config_dict.ConfigDict:
   config.judge.heads = 4
   config.judge.ff_width = 128
   config.judge.patch = 8  # pixels a side
-  config.judge.steps = 300  # training steps
-  config.judge.batch = 128  # image-text pairs a step
+  config.judge.steps = 150  # training steps
+  config.judge.batch = 64  # image-text pairs a step
   config.judge.learning_rate = 2e-3
 
   config.pretrain = config_dict.ConfigDict()
-  config.pretrain.steps = 1000
+  config.pretrain.steps = 800
   config.pretrain.generate = 48  # captions a step; 0 leaves the task out
-  config.pretrain.understand = 32  # questions a step
-  config.pretrain.edit = 16  # edits a step
+  config.pretrain.understand = 40  # questions a step
+  config.pretrain.edit = 24  # edits a step
   config.pretrain.draws = 2  # noised copies of every image; they share one encoded context
   config.pretrain.weights = config_dict.ConfigDict(dict(  # of the task losses
       generate=1., understand=0.5, edit=1.))
@@ -97,7 +97,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampling.guidance = (2., 3.)  # scales tried for the guided baseline
 
   config.align = config_dict.ConfigDict()
-  config.align.steps = 150  # iterations: rollout, reward, advantage, updates
+  config.align.steps = 90  # iterations: rollout, reward, advantage, updates
   config.align.group = 8  # samples of a prompt
   config.align.generate = 16  # prompts an iteration; 0 leaves the task out
   config.align.understand = 32
@@ -143,13 +143,13 @@ def get_config() -> config_dict.ConfigDict:
   config.align.save_every = 25  # iterations
 
   config.evaluate = config_dict.ConfigDict()
-  config.evaluate.generate = 80  # prompts of every kind
+  config.evaluate.generate = 60  # prompts of every kind
   config.evaluate.unseen = 60
-  config.evaluate.understand = 100
-  config.evaluate.edit = 80
+  config.evaluate.understand = 60
+  config.evaluate.edit = 60
   config.evaluate.images = 4  # images and sampled answers of a prompt
-  config.evaluate.batch = 80  # prompts at once
-  config.evaluate.guided = 40  # prompts of every kind for the guided baseline; 0 leaves it out
+  config.evaluate.batch = 60  # prompts at once
+  config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out
 
   config.parallel = config_dict.ConfigDict()
   config.parallel.mesh = (-1, 1, 1)  # devices along data, fsdp, tensor; one may be -1

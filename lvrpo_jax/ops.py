@@ -30,8 +30,10 @@ def masked_mean(x: Array, mask: Array) -> Array:
 def token_logp(logits_V: Array, ids: Array, temperature: float | Array = 1.) -> Array:
   """Log-probability of `ids` under softmax(logits / temperature), float32, last axis V."""
   logits_V = logits_V.astype(jnp.float32) / temperature
+  # Shifted before anything is summed: differences of large logits keep their digits.
+  logits_V = logits_V - jax.lax.stop_gradient(jnp.max(logits_V, axis=-1, keepdims=True))
   picked = jnp.take_along_axis(logits_V, ids[..., None], axis=-1)[..., 0]
-  return picked - jax.nn.logsumexp(logits_V, axis=-1)
+  return picked - jnp.log(jnp.sum(jnp.exp(logits_V), axis=-1))
 
 
 def token_entropy(logits_V: Array, temperature: float | Array = 1.) -> Array:

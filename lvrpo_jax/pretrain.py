@@ -44,18 +44,21 @@ def fit_autoencoder(job: job_lib.Job) -> types.Params:
 
 
 def initial(job: job_lib.Job) -> types.Params:
-  """Fresh parameters; the vision tower's patches start as whitened principal components.
+  """Fresh parameters; the vision tower's patches start as principal components.
 
   The released models start from a pretrained tower; this is the little that can be had without one.
+  Their deviations are the square roots of what they are in pixels: whitened, the few that carry the
+  colour drown; as they are, those that tell shapes apart do.
   """
   params = unified.init(job.policy.config, jax.random.key(job.config.seed))
   vit = job.policy.config.vit
   if vit.width <= vit.patch ** 2 * 3 // 4:
-    images = job.data.images(job.config.vae.images)
     fit = vae_lib.fit_patch_autoencoder(
-        vae_lib.PatchAutoencoder(patch=vit.patch, z_channels=vit.width), _unit(images))
-    params['vit']['patch_embedding'] = jax.tree.map(
-        lambda x: x * fit['scale'], fit['encoder'])
+        vae_lib.PatchAutoencoder(patch=vit.patch, z_channels=vit.width),
+        _unit(job.data.images(job.config.vae.images)))
+    pixels_C = np.linalg.norm(fit['decoder']['kernel'] / fit['scale'][:, None], axis=1)
+    scale_C = fit['scale'] * np.sqrt(pixels_C / np.mean(pixels_C))
+    params['vit']['patch_embedding'] = jax.tree.map(lambda x: x * scale_C, fit['encoder'])
   return params
 
 

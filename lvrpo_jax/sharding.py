@@ -75,13 +75,15 @@ def shard_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def split_rows(batch: Any, parts: int) -> Any:
-  """Adds a leading device axis, for `pmap`.
+  """Adds a leading axis of parts: devices under `pmap`, or micro-batches.
 
   Raises:
-    ValueError: the rows do not divide by the devices.
+    ValueError: the rows do not divide by the parts.
   """
   def split(x):
     if x.shape[0] % parts:
-      raise ValueError(f'{x.shape[0]} rows do not divide by {parts} devices')
-    return x.reshape(parts, -1, *x.shape[1:])
+      raise ValueError(f'{x.shape[0]} rows do not divide into {parts} parts (devices under pmap, '
+                       'or parallel.micro_batches)')
+    # Not -1: some arrays have no values.
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
   return jax.tree.map(split, batch)

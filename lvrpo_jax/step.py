@@ -59,7 +59,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
     grad = jax.grad(objective, has_aux=True)
     if micro_batches == 1:
       return grad(state.params, batch)
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    parts = sharding.split_rows(batch, micro_batches)
     add = lambda carry, part: (jax.tree.map(jnp.add, carry, grad(state.params, part)), None)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
         grad, state.params, jax.tree.map(lambda x: x[0], parts)))

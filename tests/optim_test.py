@@ -131,19 +131,21 @@ class BuildTest(parameterized.TestCase):
       np.testing.assert_array_equal(new['bias'], old['bias'])
     np.testing.assert_array_equal(after['vit']['pos_embed'], params['vit']['pos_embed'])
 
-  def test_muon_orthogonalises_the_trunk_and_leaves_the_rest_to_adam(self):
+  def test_muon_orthogonalises_the_kernels_of_the_trunk_only(self):
     params, grads = tree(), tree(seed=1)
-    muon, adam = (run(build(kind=kind), params, grads) for kind in ('muon', 'adamw'))
-    moved = jax.tree.map(lambda a, b: np.asarray(a - b), params, muon)
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), params,
+                         run(build(kind='muon'), params, grads))
     for side in ('und', 'gen'):
       kernel, slope = (t['trunk']['layers'][side]['q_proj']['kernel'][0] for t in (moved, grads))
       values = np.linalg.svd(kernel, compute_uv=False)
       # Newton-Schulz brings singular values near one, not to it.
       self.assertLess(values.max() / values.min(), 2.)
       self.assertGreater(np.vdot(kernel, slope), 0.)
-      np.testing.assert_allclose(muon['trunk']['layers'][side]['q_proj']['bias'],
-                                 adam['trunk']['layers'][side]['q_proj']['bias'], rtol=1e-6)
-    np.testing.assert_allclose(muon['vit']['pos_embed'], adam['vit']['pos_embed'], rtol=1e-6)
+    # Adam's first step has one size for all elements, whatever their gradients.
+    rest = [(t['vit']['pos_embed'], t['trunk']['layers']['gen']['q_proj']['bias'])
+            for t in (moved, grads)]
+    step, slope = (np.concatenate(r) for r in rest)
+    np.testing.assert_allclose(step, np.abs(step[0]) * np.sign(slope), rtol=1e-5)
 
   def test_unknown_kind(self):
     with self.assertRaisesRegex(ValueError, "'sgd'"):

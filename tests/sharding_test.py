@@ -126,9 +126,11 @@ class TreeTest(absltest.TestCase):
     self.assertFalse(any(specs.step) or any(moments.count))
 
   def test_split_rows(self):
-    batch = {'a': np.arange(12).reshape(6, 2)}
-    np.testing.assert_array_equal(sharding.split_rows(batch, 3)['a'][1], [[4, 5], [6, 7]])
-    with self.assertRaisesRegex(ValueError, '6 rows do not divide by 4 devices'):
+    batch = {'a': np.arange(12).reshape(6, 2), 'empty': np.zeros((6, 0, 3))}
+    split = sharding.split_rows(batch, 3)
+    np.testing.assert_array_equal(split['a'][1], [[4, 5], [6, 7]])
+    self.assertEqual(split['empty'].shape, (3, 2, 0, 3))
+    with self.assertRaisesRegex(ValueError, '6 rows do not divide into 4 parts'):
       sharding.split_rows(batch, 4)
 
   def test_shard_rows_keeps_values(self):

@@ -33,7 +33,8 @@ def make_batch():
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   return {'x': normal(ROWS, 3), 'y': normal(ROWS),
-          'mask': np.array([1, 1, 1, 0, 0, 0, 0, 1], bool)}
+          'mask': np.array([1, 1, 1, 0, 0, 0, 0, 1], bool),
+          'unused': np.zeros((ROWS, 0), np.float32)}
 
 
 def make_params():
