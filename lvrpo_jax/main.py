@@ -31,7 +31,8 @@ def prepare(workdir: pathlib.Path) -> None:
   if not any(importlib.util.find_spec(name) for name in accelerators):
     # Halves the compile time of LLVM on CPU; steps are as fast, for their time is in libraries.
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
-  jax.config.update('jax_compilation_cache_dir', str((workdir / 'compiled').resolve()))
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str((workdir / 'compiled').resolve()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   # Orbax reports every phase of every save at the level of our progress lines.
   logging.get_absl_handler().addFilter(

@@ -100,8 +100,10 @@ class EndToEndTest(absltest.TestCase):
     lines = self.lines('align')
     self.assertLen(lines, 4)
     for line in lines:
-      for task in ('generate', 'edit', 'understand'):
+      for task in ('generate', 'edit'):
         self.assertLessEqual(line[f'gap/{task}'], 1e-6)
+      # A token's log-probability carries the rounding of logits of order ten.
+      self.assertLessEqual(line['gap/understand'], 5e-6)
 
   def test_report_opens_without_a_server(self):
     text = (self.whole / 'report.html').read_text()
