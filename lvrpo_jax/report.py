@@ -27,8 +27,8 @@ HEADLINES = {'generation/overall': 'generation', 'understanding/accuracy': 'unde
 FIRST_SCORES = ('overall', 'accuracy')
 MARKS = {'up': '▲ ', 'down': '▼ ', '': ''}
 STAGES = {'vae': 'Image tokenizer', 'judge': 'Judge', 'pretrain': 'Pretraining'}
-SCORE_AGAIN = '''# score the stored pictures and answers again; no model is needed
-python -m lvrpo_jax.evaluate WORKDIR
+SCORE_AGAIN = '''# every picture, answer, record and verdict; no model is needed to score them
+WORKDIR/eval/{before,after}/predictions.jsonl
 
 # draw this page again
 python -m lvrpo_jax.report WORKDIR'''

@@ -19,8 +19,21 @@ try:
 except ImportError:
   torch = transformers = None
 
-jax.config.update('jax_default_matmul_precision', 'highest')
-jax.config.update('jax_numpy_rank_promotion', 'raise')
+SETTINGS = {'jax_default_matmul_precision': 'highest', 'jax_numpy_rank_promotion': 'raise'}
+_saved = {}
+
+
+def setUpModule():
+  # Set for this module alone: other tests share the process.
+  for name, value in SETTINGS.items():
+    _saved[name] = jax.config.values[name]
+    jax.config.update(name, value)
+
+
+def tearDownModule():
+  for name, value in _saved.items():
+    jax.config.update(name, value)
+
 
 # Rows: pattern of a Hugging Face name, path in our tree, change of the array before it is reshaped
 # to our shape. A name that matches several rows holds several of our arrays.
