@@ -31,7 +31,7 @@ setuptools.setup(
     extras_require={
         'tpu': ['jax[tpu]'],
         'cuda13': ['jax[cuda13]'],
-        'test': ['pytest>=8'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6'],
         'parity': ['torch', 'transformers'],
     },
 )
