@@ -47,8 +47,8 @@ def initial(job: job_lib.Job) -> types.Params:
   """Fresh parameters; the vision tower's patches start as principal components.
 
   The released models start from a pretrained tower; this is the little that can be had without one.
-  Their deviations are the square roots of what they are in pixels: whitened, the few that carry the
-  colour drown; as they are, those that tell shapes apart do.
+  Their deviations are the square roots of what they are in pixels, between whitened components and
+  components as they are.
   """
   params = unified.init(job.policy.config, jax.random.key(job.config.seed))
   vit = job.policy.config.vit
