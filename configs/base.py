@@ -23,6 +23,7 @@ def get_config() -> config_dict.ConfigDict:
   config.data.wrong = 0.1  # fraction of wrong answers in pretraining, as found on the web
   config.data.chatty = 0.1  # fraction of pretraining answers that keep no format
   config.data.plan = 0.5  # fraction of answers that reason first, where the question has two steps
+  config.data.describe = 0.4  # fraction of pretraining questions that ask for the whole image
   config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
   config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
       single_object=2., two_object=3., counting=3., colors=2., position=7., color_attr=3.))
@@ -37,6 +38,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.kv_heads = 1  # key/value heads; must divide heads
   config.model.ff_width = 256  # feed-forward width of each expert
   config.model.rope_theta = 1e4  # base of the rotary positions
+  config.model.position_side = 16  # of the position tables; images are stretched over them
   config.model.eps = 1e-6  # of the norms
   config.model.dtype = 'float32'  # compute dtype; parameters are float32
   config.model.unroll = 4  # layers unrolled per scan step; depth is fastest on CPU, 1 elsewhere

@@ -26,11 +26,11 @@ def one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
 CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('program', one_of(*PROGRAMS)),
     ('seed', NATURAL),
-    *((f'data.{k}', FRACTION) for k in ('wrong', 'chatty', 'plan', 'drop')),
+    *((f'data.{k}', FRACTION) for k in ('wrong', 'chatty', 'plan', 'describe', 'drop')),
     *((f'data.{k}', COUNT) for k in ('prompt_words', 'answer_words', 'prefetch')),
     *((f'model.{k}', COUNT) for k in (
         'width', 'depth', 'heads', 'kv_heads', 'ff_width', 'unroll', 'vit_width', 'vit_depth',
-        'vit_heads', 'vit_ff_width', 'vit_patch')),
+        'vit_heads', 'vit_ff_width', 'vit_patch', 'position_side')),
     *((f'model.{k}', POSITIVE) for k in ('rope_theta', 'eps')),
     ('model.dtype', one_of('float32', 'bfloat16')),
     ('model.remat', (lambda v: v in ('none', 'full') or v in dir(jax.checkpoint_policies),

@@ -74,7 +74,7 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
   data = load_symbol(d.source, 'data.source')(
       seed=config.seed, generate_kinds=d.generate_kinds.to_dict(),
       question_kinds=d.question_kinds.to_dict(), wrong=d.wrong, chatty=d.chatty, plan=d.plan,
-      drop=d.drop)
+      describe=d.describe, drop=d.drop)
   policy = build_policy(config, data)
   template = pipeline.Template(d.prompt_words, d.answer_words, policy.vit_tokens,
                                policy.latent_shape[0], d.uniform, data.image_size)
@@ -86,14 +86,18 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
 def build_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
   """The unified model with the small autoencoder."""
   m, tokens = config.model, data.tokenizer
+  tokens_a_side = data.image_size // min(config.vae.patch, m.vit_patch)
+  if m.position_side < tokens_a_side:
+    raise ValueError(f'config.model.position_side is {m.position_side}; allowed: at least the '
+                     f'{tokens_a_side} tokens along a side of an image')
   vae = vae_lib.PatchAutoencoder(patch=config.vae.patch, z_channels=config.vae.channels)
   vit = unified.VitConfig(
       width=m.vit_width, depth=m.vit_depth, heads=m.vit_heads, ff_width=m.vit_ff_width,
-      patch=m.vit_patch, side=data.image_size // m.vit_patch)
+      patch=m.vit_patch, side=m.position_side)
   model = unified.ModelConfig(
       vocab=len(tokens), width=m.width, depth=m.depth, heads=m.heads, kv_heads=m.kv_heads,
       ff_width=m.ff_width, latent_channels=config.vae.channels,
-      latent_side=data.image_size // config.vae.patch, vit=vit,
+      latent_side=m.position_side, interpolate_pos=True, vit=vit,
       start_of_image=tokens.start_of_image, end_of_image=tokens.end_of_image, eps=m.eps,
       rope_theta=m.rope_theta, dtype=m.dtype, unroll=m.unroll, remat=m.remat)
   return policy_lib.Policy(model, vae, data.image_size, latent_patch=1, bos=tokens.bos,

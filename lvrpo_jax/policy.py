@@ -72,13 +72,19 @@ class Policy:
   def patches(self, image_BYXC: Array) -> tuple[Array, Array]:
     """Patches (B, N, P) of uint8 images for the vision tower, and their table rows (N,)."""
     side = self.image_size // self.config.vit.patch
-    position = layers.grid_positions(side, side, self.config.vit.side)
+    position = self._positions(side, self.config.vit.side)
     return vae_lib.patchify(to_unit(image_BYXC), self.config.vit.patch), jnp.asarray(position)
 
   def latent_position(self, rows: int) -> Array:
     """Rows (B, N) of the latent position table."""
-    position = layers.grid_positions(self.latent_grid, self.latent_grid, self.config.latent_side)
+    position = self._positions(self.latent_grid, self.config.latent_side)
     return jnp.broadcast_to(jnp.asarray(position), (rows, len(position)))
+
+  def _positions(self, tokens: int, side: int) -> np.ndarray:
+    """Rows of a position table of `side` x `side` for an image of `tokens` x `tokens`."""
+    place = (layers.interpolated_positions if self.config.interpolate_pos else
+             layers.grid_positions)
+    return place(tokens, tokens, side)
 
   def sequence(self, vae_params: types.Params, prompts: types.Prompts) -> types.Sequence:
     """Runs the encoders that need no gradient and lays out the context."""

@@ -44,22 +44,8 @@ def fit_autoencoder(job: job_lib.Job) -> types.Params:
 
 
 def initial(job: job_lib.Job) -> types.Params:
-  """Fresh parameters; the vision tower's patches start as principal components.
-
-  The released models start from a pretrained tower; this is the little that can be had without one.
-  Their deviations are the square roots of what they are in pixels, between whitened components and
-  components as they are.
-  """
-  params = unified.init(job.policy.config, jax.random.key(job.config.seed))
-  vit = job.policy.config.vit
-  if vit.width <= vit.patch ** 2 * 3 // 4:
-    fit = vae_lib.fit_patch_autoencoder(
-        vae_lib.PatchAutoencoder(patch=vit.patch, z_channels=vit.width),
-        _unit(job.data.images(job.config.vae.images)))
-    pixels_C = np.linalg.norm(fit['decoder']['kernel'] / fit['scale'][:, None], axis=1)
-    scale_C = fit['scale'] * np.sqrt(pixels_C / np.mean(pixels_C))
-    params['vit']['patch_embedding'] = jax.tree.map(lambda x: x * scale_C, fit['encoder'])
-  return params
+  """Fresh parameters."""
+  return unified.init(job.policy.config, jax.random.key(job.config.seed))
 
 
 def _unit(images_BYXC: np.ndarray) -> np.ndarray:

@@ -99,22 +99,34 @@ def difference(one, two):
              for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
+def together(parts):
+  """One loss of several, each on its own part of the batch: half the programs to compile."""
+  def label(results):
+    return {f'{name}/{key}': value for name, result in results.items()
+            for key, value in result.items()}
+
+  def sums(params, state, frozen, batch):
+    found = {name: loss.sums(params, state, frozen, batch[name]) for name, loss in parts.items()}
+    return tuple(label({name: pair[i] for name, pair in found.items()}) for i in range(2))
+
+  return step_lib.Loss(
+      lambda batch: label({name: loss.weights(batch[name]) for name, loss in parts.items()}), sums,
+      label({name: loss.coefficients for name, loss in parts.items()}))
+
+
 def updates(job, params, vae_params, batches):
   """Both losses on every mesh against one device."""
   p = job.config.pretrain
-  all_losses = {
+  loss = together({
       'pretrain': losses.pretraining(job.policy, p.weights, p.draws, p.shift, job.config.seed),
-      'align': align.alignment_loss(job)}
-  out = {}
-  for name, loss in all_losses.items():
-    one, metrics = update(loss, params, vae_params, batches[name], (1, 1, 1), 'jit', 1)
-    out[f'{name}/one'] = dict(loss=float(metrics['loss']), skipped=float(metrics['skipped']),
-                              moved=difference(one, params))
-    for mesh, (shape, runner) in MESHES.items():
-      got, got_metrics = update(loss, params, vae_params, batches[name], shape, runner, 8)
-      out[f'{name}/{mesh}'] = dict(
-          params=difference(got, one), loss=abs(float(got_metrics['loss'] - metrics['loss'])),
-          metrics=difference(got_metrics, metrics))
+      'align': align.alignment_loss(job)})
+  one, metrics = update(loss, params, vae_params, batches, (1, 1, 1), 'jit', 1)
+  out = {'one': dict(metrics={k: float(v) for k, v in metrics.items()},
+                     moved=difference(one, params))}
+  for mesh, (shape, runner) in MESHES.items():
+    got, got_metrics = update(loss, params, vae_params, batches, shape, runner, 8)
+    out[mesh] = dict(params=difference(got, one),
+                     metrics={k: float(v) for k, v in got_metrics.items()})
   return out
 
 

@@ -159,7 +159,7 @@ def world():
   return mixture.ShapesData(
       seed=0, generate_kinds=d.generate_kinds.to_dict(),
       question_kinds=d.question_kinds.to_dict(), wrong=d.wrong, chatty=d.chatty, plan=d.plan,
-      drop=d.drop)
+      describe=d.describe, drop=d.drop)
 
 
 class MixtureTest(parameterized.TestCase):
@@ -214,7 +214,7 @@ class MixtureTest(parameterized.TestCase):
   def test_kinds_follow_their_weights(self):
     data = mixture.ShapesData(
         seed=0, generate_kinds={'colors': 3., 'counting': 1.}, question_kinds={'color': 1.},
-        wrong=0., chatty=0., plan=0., drop=0.)
+        wrong=0., chatty=0., plan=0., describe=0., drop=0.)
     kinds = [data.prompt('generate', i).kind for i in range(400)]
     self.assertEqual(set(kinds), {'colors', 'counting'})
     self.assertAlmostEqual(kinds.count('colors') / 400, 0.75, delta=0.07)
@@ -223,7 +223,7 @@ class MixtureTest(parameterized.TestCase):
   def test_answers_as_found(self):
     data = lambda wrong, drop: mixture.ShapesData(
         seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=wrong,
-        chatty=0., plan=0., drop=drop)
+        chatty=0., plan=0., describe=0., drop=drop)
     for wrong in (0., 1.):
       for i in range(20):
         right = data(wrong, 0.).world.question(i, 'train', 'color').answer

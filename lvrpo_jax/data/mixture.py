@@ -29,18 +29,20 @@ class ShapesData:
     generate_kinds, question_kinds: relative frequency of every kind in training.
     wrong, chatty: fractions of pretraining answers that are wrong, and that keep no format.
     plan: fraction of pretraining answers that reason before they answer, where a plan exists.
+    describe: fraction of pretraining's questions that ask for a description of the whole image.
     drop: probability of leaving the text out, for guidance.
   """
 
   def __init__(self, seed: int, generate_kinds: dict[str, float],
                question_kinds: dict[str, float], wrong: float, chatty: float, plan: float,
-               drop: float):
+               describe: float, drop: float):
     self.world = grammar.World(seed)
     self.seed = seed
     self._kinds = {pipeline.GENERATE: _shares(generate_kinds),
                    pipeline.UNDERSTAND: _shares(question_kinds),
                    pipeline.EDIT: _shares(dict.fromkeys(grammar.EDIT_KINDS, 1.))}
-    self._wrong, self._chatty, self._plan, self._drop = wrong, chatty, plan, drop
+    self._wrong, self._chatty, self._plan = wrong, chatty, plan
+    self._describe, self._drop = describe, drop
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer_lib.Tokenizer:
@@ -75,6 +77,9 @@ class ShapesData:
     if task != pipeline.UNDERSTAND:
       return _replace(example, drop_text=bool(rng.random() < self._drop))
     item = self.world.question(index, 'train', example.kind)
+    if rng.random() < self._describe:
+      prompt, answer = grammar.describe(item.scene, rng)
+      return _replace(example, prompt=prompt, answer=answer)
     answer = grammar.web_answer(item, rng, self._wrong, self._chatty)
     if item.plan and rng.random() < self._plan:
       answer = f'think : {item.plan} ; {item.answer}'

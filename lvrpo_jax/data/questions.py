@@ -101,8 +101,15 @@ def _draw_count(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dra
   fits = lambda pair: shape in (None, pair[0]) and color in (None, pair[1])
   pairs = [splits.draw_pair(rng, shape, color) for _ in range(number)]
   name = wording.noun(shape, color, count=2)
-  return _Draft(_place(rng, pairs + _others(rng, extra, fits)), {'type': 'count', 'a': name},
-                f'count {name}', wording.NUMBERS[number])
+  objects = _place(rng, pairs + _others(rng, extra, fits))
+  return _Draft(objects, {'type': 'count', 'a': name}, f'count {name}', wording.NUMBERS[number],
+                _reading(objects))
+
+
+def _reading(objects: tuple[shapes.Object, ...]) -> str:
+  """What stands in the cells, in reading order: 'red circle , nothing , nothing , blue square'."""
+  words = {o.row * shapes.GRID + o.col: f'{o.color} {o.shape}' for o in objects}
+  return ' , '.join(words.get(cell, 'nothing') for cell in range(shapes.MAX_OBJECTS))
 
 
 def _full(item: shapes.Object) -> str:
@@ -168,8 +175,9 @@ def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _D
   names = [wording.noun(*given(v), count=2) for v in (first, second)]
   record = {'type': 'compare', 'a': names[0], 'r': 'more' if more else 'fewer', 'b': names[1]}
   greater, less = names if more else names[::-1]
-  return _Draft(_place(rng, pairs), record, f'{greater} more than {less}',
-                'yes' if target.yes else 'no', f'{wording.NUMBERS[m]} , {wording.NUMBERS[n]}')
+  objects = _place(rng, pairs)
+  return _Draft(objects, record, f'{greater} more than {less}', 'yes' if target.yes else 'no',
+                _reading(objects))
 
 
 def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
@@ -183,9 +191,9 @@ def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dr
   matching = least + int(rng.random() * (shapes.MAX_OBJECTS + 1 - number - least))
   pairs = [splits.draw_pair(rng, color=color) for _ in range(matching)]
   pairs += _others(rng, number, lambda pair: pair[1] == color)
-  plan = f'{wording.NUMBERS[len(pairs)]} , {wording.NUMBERS[matching]}'
-  return _Draft(_place(rng, pairs), {'type': 'others', 'a': 'shapes', 'b': color},
-                f'not {color}', wording.NUMBERS[number], plan)
+  objects = _place(rng, pairs)
+  return _Draft(objects, {'type': 'others', 'a': 'shapes', 'b': color}, f'not {color}',
+                wording.NUMBERS[number], _reading(objects))
 
 
 def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:
@@ -261,6 +269,11 @@ def statement(record: dict[str, str], answer: str) -> str:
     fields.update(a=wording.singular(record['a']), be='is')
   fields['not'] = 'not ' if answer == 'no' else ''
   return wording.STATEMENTS[record['type']].format(**fields)
+
+
+def describe(scene: shapes.Scene, rng: np.random.Generator) -> tuple[str, str]:
+  """A request to describe a scene, and the description: its cells in reading order."""
+  return wording.pick(rng, wording.DESCRIBE), _reading(scene.objects)
 
 
 def web_answer(item: QuestionItem, rng: np.random.Generator, wrong: float, chatty: float) -> str:

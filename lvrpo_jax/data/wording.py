@@ -64,6 +64,9 @@ QUESTIONS = {
                         'tell me which shape is {r} the {b} .'),
 }
 
+DESCRIBE = ('describe the image', 'describe the picture', 'what does the image show ?',
+            'what do you see ?', 'tell me what is in the image .')
+
 EDITS = {
     'recolor': ('make {a} {c}', 'change {a} to {c}', 'paint {a} {c}', 'turn {a} {c}',
                 'change the colour of {a} to {c}', '{a} should be {c}'),
@@ -90,7 +93,7 @@ STATEMENTS = {
 CHATTY = ('i believe it is {answer} .', 'i think it is {answer} .', 'maybe {answer} .',
           'the answer is {answer} .', 'it is {answer} , i believe .', 'maybe it is {answer} ?')
 
-_EXTRA_WORDS = ('think answer it is i believe maybe the a an and than not more fewer shape shapes '
+_EXTRA_WORDS = ('think answer nothing it is i believe maybe the a an and than not more fewer shape shapes '
                 'background grey . ; : , ?')
 _RELATION_WORDS = frozenset('left right above below'.split())
 _REGION_WORDS = frozenset('left right top bottom'.split())
@@ -103,7 +106,7 @@ CONTENT_WORDS = frozenset(
 def vocabulary() -> tuple[str, ...]:
   """All words that any text of the world can contain, sorted."""
   words = set(_EXTRA_WORDS.split()) | CONTENT_WORDS | set(ANSWERS) | {'are', 'yes', 'no'}
-  families = [CAPTIONS, CHATTY, tuple(STATEMENTS.values())]
+  families = [CAPTIONS, CHATTY, DESCRIBE, tuple(STATEMENTS.values())]
   for table in (QUESTIONS, EDITS, REGION_PHRASES, RELATION_PHRASES):
     families.extend(table.values())
   for family in families:

@@ -44,6 +44,8 @@ class ModelConfig:
   Attributes:
     latent_channels: values of a latent token (patch * patch * channels of the autoencoder).
     latent_side: latent tokens along a side of the position table.
+    interpolate_pos: stretches every image over the whole position tables, so that the few tokens of
+      a small grid differ; False starts at the first row and column, as the released models do.
     start_of_image, end_of_image: ids of the frame tokens.
   """
   vocab: int
@@ -62,6 +64,7 @@ class ModelConfig:
   dtype: str = 'float32'
   unroll: int = 1
   remat: str = 'none'
+  interpolate_pos: bool = False
   freeze_und: bool = False
 
 
