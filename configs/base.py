@@ -56,12 +56,12 @@ def get_config() -> config_dict.ConfigDict:
   config.vae.images = 3000  # training images that the autoencoder is fitted to
 
   config.judge = config_dict.ConfigDict()  # the SigLIP dual encoder of the semantic reward
-  config.judge.width = 64  # of both towers and the joint space
-  config.judge.depth = 2  # layers of each tower
+  config.judge.width = 96  # of both towers and the joint space
+  config.judge.depth = 1  # layers of each tower
   config.judge.heads = 4
-  config.judge.ff_width = 128
-  config.judge.patch = 8  # pixels a side
-  config.judge.steps = 150  # training steps
+  config.judge.ff_width = 256
+  config.judge.patch = 16  # pixels a side
+  config.judge.steps = 300  # training steps
   config.judge.batch = 64  # image-text pairs a step
   config.judge.learning_rate = 2e-3
 

@@ -17,14 +17,15 @@ from lvrpo_jax.data import splits
 from lvrpo_jax.data import wording
 from lvrpo_jax.data.grammar_edits import EditItem
 from lvrpo_jax.data.questions import (
-    QuestionItem, derived_questions, describe, statement, web_answer)
+    QuestionItem, derived_questions, describe, reading, statement, web_answer)
 from lvrpo_jax.data.splits import SPLITS, UNSEEN_PAIRS, UNSEEN_RELATIONS
 from lvrpo_jax.data.wording import ANSWERS, CONTENT_WORDS, read_answer, vocabulary
 
 __all__ = (
     'ANSWERS', 'CONTENT_WORDS', 'EDIT_KINDS', 'EditItem', 'GENERATE_KINDS', 'GenerateItem',
     'QUESTION_KINDS', 'QuestionItem', 'SPLITS', 'UNSEEN_GENERATE_KINDS', 'UNSEEN_PAIRS',
-    'UNSEEN_RELATIONS', 'World', 'derived_questions', 'describe', 'read_answer', 'statement', 'vocabulary',
+    'UNSEEN_RELATIONS', 'World', 'derived_questions', 'describe', 'read_answer',
+    'reading', 'statement', 'vocabulary',
     'web_answer')
 
 GENERATE_KINDS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')

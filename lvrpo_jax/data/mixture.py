@@ -103,14 +103,22 @@ class ShapesData:
     return grammar.QUESTION_KINDS if task == pipeline.UNDERSTAND else grammar.EDIT_KINDS
 
   def judge_pair(self, index: int) -> tuple[np.ndarray, str]:
-    """An image and a text that is true of it: a caption, a statement, or a phrase."""
+    """An image and a text that is true of it: a reading, a statement, a caption, or a phrase.
+
+    Colours alone tell most images apart, so most readings leave them out: shapes are learned too.
+    """
     rng = self._rng('judge', index)
-    if rng.random() < .4:
+    kind, words = rng.random(2)
+    if kind < .65:
       item = self.world.question(index, 'train')
-      return shapes.render(item.scene), grammar.statement(item.record, item.answer)
+      image = shapes.render(item.scene)
+      if kind < .15:
+        return image, grammar.statement(item.record, item.answer)
+      words = ('shape',) if words < .55 else ('color',) if words < .7 else ('color', 'shape')
+      return image, grammar.reading(item.scene.objects, words)
     item = self.world.generate(index, 'train')
     image = shapes.render(item.scene)
-    if rng.random() < .6:
+    if kind < .8:
       return image, item.caption
     one = item.scene.objects[rng.integers(len(item.scene.objects))]
     return image, str(rng.choice([one.color, one.shape, f'{one.color} {one.shape}']))

@@ -5,7 +5,7 @@ out and should be repeated. Target answers of yes/no and counting questions are 
 anything else (`_Target`), so that rejected draws do not bias them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 
 import numpy as np
@@ -103,12 +103,15 @@ def _draw_count(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dra
   name = wording.noun(shape, color, count=2)
   objects = _place(rng, pairs + _others(rng, extra, fits))
   return _Draft(objects, {'type': 'count', 'a': name}, f'count {name}', wording.NUMBERS[number],
-                _reading(objects))
+                reading(objects))
 
 
-def _reading(objects: tuple[shapes.Object, ...]) -> str:
-  """What stands in the cells, in reading order: 'red circle , nothing , nothing , blue square'."""
-  words = {o.row * shapes.GRID + o.col: f'{o.color} {o.shape}' for o in objects}
+def reading(objects: Iterable[shapes.Object], words: Sequence[str] = ('color', 'shape')) -> str:
+  """What stands in the cells, in reading order: 'red circle , nothing , nothing , blue square'.
+
+  `words` chooses what is said of every object.
+  """
+  words = {o.row * shapes.GRID + o.col: ' '.join(o.__dict__[w] for w in words) for o in objects}
   return ' , '.join(words.get(cell, 'nothing') for cell in range(shapes.MAX_OBJECTS))
 
 
@@ -177,7 +180,7 @@ def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _D
   greater, less = names if more else names[::-1]
   objects = _place(rng, pairs)
   return _Draft(objects, record, f'{greater} more than {less}', 'yes' if target.yes else 'no',
-                _reading(objects))
+                reading(objects))
 
 
 def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
@@ -193,7 +196,7 @@ def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dr
   pairs += _others(rng, number, lambda pair: pair[1] == color)
   objects = _place(rng, pairs)
   return _Draft(objects, {'type': 'others', 'a': 'shapes', 'b': color}, f'not {color}',
-                wording.NUMBERS[number], _reading(objects))
+                wording.NUMBERS[number], reading(objects))
 
 
 def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:
@@ -273,7 +276,7 @@ def statement(record: dict[str, str], answer: str) -> str:
 
 def describe(scene: shapes.Scene, rng: np.random.Generator) -> tuple[str, str]:
   """A request to describe a scene, and the description: its cells in reading order."""
-  return wording.pick(rng, wording.DESCRIBE), _reading(scene.objects)
+  return wording.pick(rng, wording.DESCRIBE), reading(scene.objects)
 
 
 def web_answer(item: QuestionItem, rng: np.random.Generator, wrong: float, chatty: float) -> str:
