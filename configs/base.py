@@ -18,17 +18,17 @@ def get_config() -> config_dict.ConfigDict:
   config.data = config_dict.ConfigDict()
   config.data.source = 'lvrpo_jax.data.mixture:ShapesData'  # import path of the data class
   config.data.prompt_words = 14  # tokens of the longest caption, question or instruction
-  config.data.answer_words = 16  # tokens of the longest answer, reasoning included
+  config.data.answer_words = 14  # tokens of the longest answer, reasoning included
   config.data.uniform = True  # one row shape for all tasks: one pass, less to compile
   config.data.wrong = 0.1  # fraction of wrong answers in pretraining, as found on the web
   config.data.chatty = 0.1  # fraction of pretraining answers that keep no format
-  config.data.plan = 0.5  # fraction of answers that reason first, where the question has two steps
-  config.data.describe = 0.4  # fraction of pretraining questions that ask for the whole image
+  config.data.plan = 0.7  # fraction of answers that reason first, where the question has two steps
+  config.data.describe = 0.2  # fraction of pretraining questions that ask for the whole image
   config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
   config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
       single_object=2., two_object=3., counting=3., colors=2., position=7., color_attr=3.))
   config.data.question_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
-      color=2., shape=2., count=2., relation=3., compare=2., reason=3.))
+      color=1., shape=1., count=3., relation=5., compare=3., reason=3.))
   config.data.prefetch = 4  # batches made ahead in the background
 
   config.model = config_dict.ConfigDict()
@@ -68,11 +68,11 @@ def get_config() -> config_dict.ConfigDict:
   config.pretrain = config_dict.ConfigDict()
   config.pretrain.steps = 800
   config.pretrain.generate = 48  # captions a step; 0 leaves the task out
-  config.pretrain.understand = 40  # questions a step
+  config.pretrain.understand = 48  # questions a step
   config.pretrain.edit = 24  # edits a step
   config.pretrain.draws = 2  # noised copies of every image; they share one encoded context
   config.pretrain.weights = config_dict.ConfigDict(dict(  # of the task losses
-      generate=1., understand=0.5, edit=1.))
+      generate=1., understand=1., edit=1.))
   config.pretrain.shift = 2.2  # time shift of the logit-normal training times
   config.pretrain.ema = 0.  # decay of the running mean of parameters; 0 keeps none
   config.pretrain.save_every = 200  # steps
@@ -99,7 +99,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampling.guidance = (2., 3.)  # scales tried for the guided baseline
 
   config.align = config_dict.ConfigDict()
-  config.align.steps = 90  # iterations: rollout, reward, advantage, updates
+  config.align.steps = 60  # iterations: rollout, reward, advantage, updates
   config.align.group = 8  # samples of a prompt
   config.align.generate = 16  # prompts an iteration; 0 leaves the task out
   config.align.understand = 32

@@ -15,6 +15,7 @@ from lvrpo_jax.data import mixture
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import splits
 from lvrpo_jax.data import tokenizer as tokenizer_lib
+from lvrpo_jax.data import wording
 
 PAD = types.PADDING
 WORDS = ('a', 'red', 'circle', 'what', 'colour', '?')
@@ -233,6 +234,15 @@ class MixtureTest(parameterized.TestCase):
       self.assertEqual({data(0., drop).pretraining('generate', i).drop_text for i in range(9)},
                        {bool(drop)})
     self.assertFalse(data(0., 1.).prompt('generate', 0).drop_text)
+
+  def test_descriptions_take_their_share(self):
+    data = mixture.ShapesData(
+        seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
+        plan=0., describe=.25, drop=0.)
+    asked = [data.pretraining('understand', i).prompt in wording.DESCRIBE for i in range(400)]
+    self.assertAlmostEqual(np.mean(asked), 0.25, delta=0.07)
+    self.assertNoCommonElements(
+        [data.prompt('understand', i).prompt for i in range(50)], wording.DESCRIBE)
 
   def test_judge_pairs_speak_the_vocabulary(self):
     for i in range(30):

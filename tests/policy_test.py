@@ -1,5 +1,6 @@
 """Tests of lvrpo_jax.policy, on contexts as the pipeline encodes them."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -43,6 +44,18 @@ def prompts(task, uniform, count=2, **changes):
       uniform, template.image_size))
   examples = [job().data.prompt(task, i) for i in range(count)]
   return encoder(task, [pipeline.Example(**{**e.__dict__, **changes}) for e in examples]).prompts
+
+
+class PositionsTest(absltest.TestCase):
+
+  def test_small_images_are_stretched_over_the_tables(self):
+    policy = job().policy
+    side = policy.config.latent_side
+    np.testing.assert_array_equal(
+        policy.latent_position(2), [[0, side // 2, side ** 2 // 2, side * (side + 1) // 2]] * 2)
+    released = dataclasses.replace(
+        policy, config=dataclasses.replace(policy.config, interpolate_pos=False))
+    np.testing.assert_array_equal(released.latent_position(1), [[0, 1, side, side + 1]])
 
 
 @jax.jit

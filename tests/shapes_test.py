@@ -300,7 +300,7 @@ class QuestionTest(parameterized.TestCase):
   def test_answers(self, split):
     for item in items('question', split, 2000):
       self.assertEqual(recompute(item), item.answer, item.question)
-      self.assertEqual(bool(item.plan), item.kind in ('relation', 'compare', 'reason'))
+      self.assertEqual(bool(item.plan), item.kind not in ('color', 'shape'))
 
   @parameterized.product(kind=('relation', 'compare'), split=('train', 'eval'))
   def test_yes_and_no_are_balanced(self, kind, split):
@@ -310,15 +310,35 @@ class QuestionTest(parameterized.TestCase):
   def test_plans_lead_to_the_answer(self):
     for index in range(800):
       item = WORLD.question(index, 'train', 'compare')
-      first, second = (wording.NUMBERS.index(w) for w in item.plan.split(' , '))
-      more = item.record['r'] == 'more'
-      self.assertEqual(item.answer == 'yes', first > second if more else first < second)
-      item = WORLD.question(index, 'train', 'reason')
-      if item.record['type'] == 'others':
-        total, matching = (wording.NUMBERS.index(w) for w in item.plan.split(' , '))
-        self.assertEqual(item.answer, wording.NUMBERS[total - matching])
-      else:
-        self.assertIn(item.answer, item.plan.split(' , ')[1].split())
+      counts, verdict = item.plan.split(' , ')
+      for side in counts.split(' than '):
+        *words, number = side.split()
+        self.assertLen(words, wording.NUMBERS.index(number))
+      self.assertEqual(item.answer == 'yes', verdict == item.record['r'])
+      item = WORLD.question(index, 'train', 'relation')
+      if item.record['type'] == 'relation':
+        self.assertEqual(item.answer == 'yes', item.plan.split()[-1] in item.record['r'].split())
+      for kind in ('count', 'reason'):
+        item = WORLD.question(index, 'train', kind)
+        if item.record['type'] in ('count', 'others'):
+          named = item.plan.replace('nothing', '').split()
+          self.assertEqual(item.answer, wording.NUMBERS[len(named) // 2])
+        else:
+          self.assertIn(item.answer, item.plan.split(' , ')[1].split())
+
+  def test_a_description_names_every_cell(self):
+    rng = np.random.default_rng(0)
+    for index in range(200):
+      scene = WORLD.question(index, 'train').scene
+      prompt, text = grammar.describe(scene, rng)
+      self.assertIn(prompt, wording.DESCRIBE)
+      cells = text.split(' , ')
+      self.assertLen(cells, shapes.MAX_OBJECTS)
+      self.assertEqual(
+          {(cell, number) for number, cell in enumerate(cells) if cell != 'nothing'},
+          {(f'{color} {shape}', cell) for shape, color, cell in scene.content()})
+      shapes_only = grammar.reading(scene.objects, ('shape',)).split(' , ')
+      self.assertEqual([cell.split()[-1] for cell in cells], shapes_only)
 
   def test_statement(self):
     say = grammar.statement

@@ -103,7 +103,7 @@ def _draw_count(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dra
   name = wording.noun(shape, color, count=2)
   objects = _place(rng, pairs + _others(rng, extra, fits))
   return _Draft(objects, {'type': 'count', 'a': name}, f'count {name}', wording.NUMBERS[number],
-                reading(objects))
+                _listing(objects, lambda o: fits((o.shape, o.color))))
 
 
 def reading(objects: Iterable[shapes.Object], words: Sequence[str] = ('color', 'shape')) -> str:
@@ -113,6 +113,12 @@ def reading(objects: Iterable[shapes.Object], words: Sequence[str] = ('color', '
   """
   words = {o.row * shapes.GRID + o.col: ' '.join(o.__dict__[w] for w in words) for o in objects}
   return ' , '.join(words.get(cell, 'nothing') for cell in range(shapes.MAX_OBJECTS))
+
+
+def _listing(objects: Iterable[shapes.Object], fits: Callable[[shapes.Object], bool]) -> str:
+  """The objects that fit, in reading order: 'red circle blue circle'; 'nothing' if none does."""
+  found = sorted((o.row, o.col, f'{o.color} {o.shape}') for o in objects if fits(o))
+  return ' '.join(name for _, _, name in found) or 'nothing'
 
 
 def _full(item: shapes.Object) -> str:
@@ -142,7 +148,7 @@ def _draw_relation(rng: np.random.Generator, target: _Target, unseen: bool) -> _
   record = {'type': 'relation', 'a': name_a, 'r': relation, 'b': name_b}
   key = ' '.join(splits.canonical_relation(a.corner, relation, b.corner))
   return _Draft(objects, record, key, 'yes' if target.yes else 'no',
-                f'{_full(a)} , {_full(b)}', needs_unseen)
+                f'{_full(a)} {_full(b)} , {true_relation.removesuffix(" of")}', needs_unseen)
 
 
 def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
@@ -179,8 +185,11 @@ def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _D
   record = {'type': 'compare', 'a': names[0], 'r': 'more' if more else 'fewer', 'b': names[1]}
   greater, less = names if more else names[::-1]
   objects = _place(rng, pairs)
+  plan = ' than '.join(' '.join([value] * k + [wording.NUMBERS[k]])
+                       for value, k in ((first, m), (second, n)))
+  plan += ' , ' + ('more' if m > n else 'fewer' if m < n else 'equal')
   return _Draft(objects, record, f'{greater} more than {less}', 'yes' if target.yes else 'no',
-                reading(objects))
+                plan)
 
 
 def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
@@ -196,7 +205,7 @@ def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dr
   pairs += _others(rng, number, lambda pair: pair[1] == color)
   objects = _place(rng, pairs)
   return _Draft(objects, {'type': 'others', 'a': 'shapes', 'b': color}, f'not {color}',
-                wording.NUMBERS[number], reading(objects))
+                wording.NUMBERS[number], _listing(objects, lambda o: o.color != color))
 
 
 def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:

@@ -53,8 +53,8 @@ QUESTIONS = {
                'do you see the {a} {r} ?', 'is it true that the {a} is {r} ?'),
     'compare': ('are there {r} {a} than {b} ?', 'does the image show {r} {a} than {b} ?',
                 'do you see {r} {a} than {b} ?', 'is it true that there are {r} {a} than {b} ?'),
-    'others': ('how many shapes are not {a} ?', 'what is the number of shapes that are not {a} ?',
-               'count the shapes that are not {a} .', 'how many shapes do you see not in {a} ?'),
+    'others': ('how many shapes are not {b} ?', 'what is the number of shapes that are not {b} ?',
+               'count the shapes that are not {b} .', 'how many shapes do you see not in {b} ?'),
     'neighbour_color': ('what colour is the shape {r} the {b} ?',
                         'which colour is the shape {r} the {b} ?',
                         'what is the colour of the shape {r} the {b} ?',
@@ -93,7 +93,7 @@ STATEMENTS = {
 CHATTY = ('i believe it is {answer} .', 'i think it is {answer} .', 'maybe {answer} .',
           'the answer is {answer} .', 'it is {answer} , i believe .', 'maybe it is {answer} ?')
 
-_EXTRA_WORDS = ('think answer nothing it is i believe maybe the a an and than not more fewer shape shapes '
+_EXTRA_WORDS = ('think answer nothing it is i believe maybe the a an and than not more fewer equal shape shapes '
                 'background grey . ; : , ?')
 _RELATION_WORDS = frozenset('left right above below'.split())
 _REGION_WORDS = frozenset('left right top bottom'.split())
