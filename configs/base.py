@@ -23,12 +23,12 @@ def get_config() -> config_dict.ConfigDict:
   config.data.wrong = 0.1  # fraction of wrong answers in pretraining, as found on the web
   config.data.chatty = 0.1  # fraction of pretraining answers that keep no format
   config.data.plan = 0.7  # fraction of answers that reason first, where the question has two steps
-  config.data.describe = 0.2  # fraction of pretraining questions that ask for the whole image
+  config.data.describe = 0.15  # fraction of pretraining questions that ask for the whole image
   config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
   config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
       single_object=2., two_object=3., counting=3., colors=2., position=7., color_attr=3.))
   config.data.question_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
-      color=1., shape=1., count=3., relation=5., compare=3., reason=3.))
+      color=1., shape=1., count=3., relation=6., compare=3., reason=3.))
   config.data.prefetch = 4  # batches made ahead in the background
 
   config.model = config_dict.ConfigDict()
@@ -66,7 +66,7 @@ def get_config() -> config_dict.ConfigDict:
   config.judge.learning_rate = 2e-3
 
   config.pretrain = config_dict.ConfigDict()
-  config.pretrain.steps = 800
+  config.pretrain.steps = 950
   config.pretrain.generate = 48  # captions a step; 0 leaves the task out
   config.pretrain.understand = 48  # questions a step
   config.pretrain.edit = 24  # edits a step

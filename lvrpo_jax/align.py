@@ -53,6 +53,7 @@ class Aligner:
     self.step = step_lib.compile_step(
         alignment_loss(job), optimizer, job.mesh,
         micro_batches=job.config.parallel.micro_batches, runner=job.config.parallel.runner)
+    self._replay = jax.jit(functools.partial(losses.replay, job.policy))
     self._velocities = jax.jit(functools.partial(losses.velocities, job.policy))
     self._answer_logp = jax.jit(functools.partial(losses.answer_logp, job.policy))
     self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler))
@@ -95,6 +96,7 @@ class Aligner:
       metrics.update(reward_metrics(task, rewards, facts, advantage))
     if answers is not None:
       task = pipeline.UNDERSTAND
+      metrics['gap/decode'] = answers.drift
       rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params)
       advantage = c.advantages[task](self.job.place(rewards))
       rows = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
@@ -115,12 +117,11 @@ class Aligner:
 
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
+    velocities, logp = self._replay(self.state.params, self.frozen, batch)
     out = {f'gap/{task}': self._image_gap(v, batch[task].transitions)
-           for task, v in self.velocities(self.state.params, batch).items()}
-    if pipeline.UNDERSTAND in batch:
-      b = batch[pipeline.UNDERSTAND]
-      out['gap/understand'] = self._text_gap(
-          self._answer_logp(self.state.params, self.frozen, b), b)
+           for task, v in velocities.items()}
+    if logp is not None:
+      out['gap/understand'] = self._text_gap(logp, batch[pipeline.UNDERSTAND])
     return out
 
   def with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:

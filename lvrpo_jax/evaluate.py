@@ -200,14 +200,17 @@ def _save_pictures(folder, task, split, kind, examples, drawn, records):
 
 def guided(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools: Samplers
            ) -> dict[str, Any]:
-  """Generation scores of every guidance scale, on fewer prompts of the same kinds."""
+  """Generation scores of every guidance scale, on fewer prompts of the same kinds.
+
+  Empty where `evaluate.guided` is 0.
+  """
   c = job.config
   count = lambda task, split: (c.evaluate.guided if task == pipeline.GENERATE and split == 'eval'
                                else 0)
-  out = {}
-  for scale in (1., *c.sampling.guidance):
+  sets, out = prompt_sets(job, count), {}
+  for scale in (1., *c.sampling.guidance) if sets else ():
     groups = {}
-    for task, _, kind, examples in prompt_sets(job, count):
+    for task, _, kind, examples in sets:
       records, _ = _pictures(job, params, vae_params, tools, task, examples, scale)
       groups[kind] = ([np.mean(r['correct']) for r in records], [e.meaning for e in examples])
     out[f'{scale:g}'] = scores.summary(groups, c.seed)

@@ -106,6 +106,8 @@ class Collector:
       answers = text_rollout.rollout(
           decode, unified.empty_row(policy.config, key_BG.shape, length), key_BG, policy.bos,
           policy.eos, length, a.temperature)
+      ids = text_rollout.teacher_ids(answers.tokens_BGT, policy.bos)
+      answers = text_rollout.rescore(answers, policy.read(params, cache, ids))
     for tasks in policy_lib.alike({t: c.valid_BS for t, c in caches.items()}):
       cache = policy_lib.join_caches([caches[t] for t in tasks])
       velocity = lambda x, t, c=cache: policy.velocity(params, c, x, t)

@@ -212,6 +212,22 @@ def answer_logp(policy, params, frozen, b: types.TextExperience) -> Array:
   return jnp.where(b.mask_BGT, ops.token_logp(_logits(policy, params, cache, b), b.tokens_BGT), 0.)
 
 
+def replay(policy, params, frozen, batch: dict[str, Any]) -> tuple[dict[str, Array], Array | None]:
+  """What the forward pass of the update gives: velocities, and log-probabilities of the answers.
+
+  It encodes the contexts of all tasks together, as rollout and update do.
+  """
+  caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
+  images = {t: b for t, b in batch.items() if t != UNDERSTAND}
+  v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
+                          {t: b.time_BM for t, b in images.items()})
+  if UNDERSTAND not in batch:
+    return v, None
+  b = batch[UNDERSTAND]
+  logits = _logits(policy, params, caches[UNDERSTAND], b)
+  return v, jnp.where(b.mask_BGT, ops.token_logp(logits, b.tokens_BGT), 0.)
+
+
 def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> Array:
   """Largest absolute log-ratio between rollout and replay."""
   s = transitions

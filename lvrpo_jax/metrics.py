@@ -177,17 +177,33 @@ class Progress:
     self.close()
 
 
+class Compilations:
+  """Counts the programs that XLA compiles in this process."""
+  total = 0
+
+  @classmethod
+  def listen(cls, event: str, duration: float, **kwargs):
+    """Called by JAX; see https://docs.jax.dev/en/latest/jax.monitoring.html."""
+    del duration, kwargs
+    cls.total += event == '/jax/core/compile/backend_compile_duration'
+
+
+jax.monitoring.register_event_duration_secs_listener(Compilations.listen)
+
+
 class Late:
   """Holds the device metrics of one step until the next step has been dispatched.
 
   Fetching a metric waits for the device. One step late, the device already has its next work
-  queued, so the wait costs nothing.
+  queued, so the wait costs nothing. Adds 'compiled', the number of programs compiled since the first
+  step: where it grows, something changes its shape.
   """
 
   def __init__(self, stage: str, consume: Callable[[int, dict[str, float]], None]):
     """`consume(step, scalars)` receives each step's metrics in order, as floats."""
     self._stage, self._consume = stage, consume
     self._held: tuple[int, Scalars] | None = None
+    self._compiled: int | None = None
 
   def push(self, step: int, metrics: Scalars):
     """Takes the metrics of a step just dispatched and consumes those of the step before.
@@ -197,7 +213,9 @@ class Late:
         the record shows it.
     """
     self.flush()
-    self._held = (step, metrics)
+    if self._compiled is None:
+      self._compiled = Compilations.total
+    self._held = (step, {**metrics, 'compiled': Compilations.total - self._compiled})
 
   def flush(self):
     """Consumes what is held: call it before a checkpoint and after the last step.

@@ -102,12 +102,14 @@ class TextRollout:
   """Sampled answers. `logp_BGT` is the log-probability under the sampling distribution.
 
   `tokens_BGT` holds the answer and its end token; `mask_BGT` is True on both. The temperature
-  that sampled is kept, so that scoring uses the same one.
+  that sampled is kept, so that scoring uses the same one. `drift` is the largest difference between
+  the log-probabilities kept here and those of the decoding steps.
   """
   tokens_BGT: Array
   logp_BGT: Array
   mask_BGT: Array
   temperature: Array
+  drift: Array
 
 
 @struct.dataclass

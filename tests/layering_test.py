@@ -17,7 +17,7 @@ LAYERS = (
     ('rollouts', 'rewards', 'objectives', 'hf', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
     ('losses', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run'),
-    ('main', 'report'),
+    ('main', 'report', 'summary'),
 )
 """Rooms by layer, the lowest first. A room is a file or a folder."""
 

@@ -8,6 +8,7 @@ import pathlib
 import tempfile
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax import numpy as jnp
@@ -177,10 +178,22 @@ class LateTest(parameterized.TestCase):
     late.push(1, {'loss': jnp.float32(1.)})
     self.assertEmpty(seen)
     late.push(2, {'loss': jnp.float32(2.)})
-    self.assertEqual(seen, [(1, {'loss': 1.})])
+    self.assertEqual(seen, [(1, {'loss': 1., 'compiled': 0})])
     late.flush()
     late.flush()
-    self.assertEqual(seen, [(1, {'loss': 1.}), (2, {'loss': 2.})])
+    self.assertEqual(seen, [(1, {'loss': 1., 'compiled': 0}), (2, {'loss': 2., 'compiled': 0})])
+
+  def test_programs_compiled_after_the_first_step_are_counted(self):
+    seen = []
+    late = metrics.Late('align', lambda step, scalars: seen.append(scalars['compiled']))
+    step = jax.jit(lambda x: {'loss': jnp.sum(x * 3.)})
+    one, two = np.ones(3, np.float32), np.ones(5, np.float32)
+    for number, x in enumerate((one, one, two, two), 1):
+      late.push(number, step(x))
+    late.flush()
+    self.assertEqual(seen[:2], [0, 0])
+    self.assertGreater(seen[2], 0)
+    self.assertEqual(seen[3], seen[2])
 
   @parameterized.parameters('loss', 'understand/loss', 'loss/text')
   def test_a_loss_that_is_not_finite_stops_the_run_after_it_was_recorded(self, key):

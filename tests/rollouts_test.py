@@ -136,6 +136,18 @@ class ModelTextTest(parameterized.TestCase):
     want = np.take_along_axis(want, np.asarray(out.tokens_BGT)[..., None], -1)[..., 0]
     np.testing.assert_allclose(out.logp_BGT, np.where(out.mask_BGT, want, 0.), atol=1e-5)
 
+  def test_rescored_answers_keep_what_teacher_forcing_says(self):
+    out = answer(parameters(), context(), keys(3, 2), 0.7)
+    logits = read(parameters(), context(), text.teacher_ids(out.tokens_BGT, BOS))
+    scored = text.rescore(out, logits)
+    self.assertLess(float(scored.drift), 1e-5)
+    np.testing.assert_array_equal(scored.tokens_BGT, out.tokens_BGT)
+    np.testing.assert_array_equal(scored.logp_BGT[~out.mask_BGT], 0.)
+    wrong = text.rescore(out, logits.at[..., 0].add(1.))
+    self.assertGreater(float(wrong.drift), 1e-2)
+    np.testing.assert_allclose(
+        wrong.drift, np.abs(np.asarray(wrong.logp_BGT) - np.asarray(out.logp_BGT)).max(), rtol=1e-6)
+
   def test_greedy_takes_the_most_likely_token(self):
     out = answer(parameters(), context(), keys(3, 2), 0.)
     logits = read(parameters(), context(), text.teacher_ids(out.tokens_BGT, BOS))

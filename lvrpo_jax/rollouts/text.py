@@ -57,7 +57,19 @@ def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length:
            jnp.zeros((B, G, length), bool))
   unfinished = lambda carry: (carry[0] < length) & ~jnp.all(carry[3])
   _, _, _, _, tokens, logps, mask = jax.lax.while_loop(unfinished, step, start)
-  return types.TextRollout(tokens, logps, mask, jnp.float32(scale))
+  return types.TextRollout(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.))
+
+
+def rescore(rollout: types.TextRollout, logits_BGTV: Array) -> types.TextRollout:
+  """The rollout with log-probabilities of teacher forcing in place of those of decoding.
+
+  Decoding adds up in another order, and a float32 logit of 16 has steps of 1e-6. Kept as they are,
+  its log-probabilities would make the first ratio of an update differ from 1; scored by the pass
+  that the update replays, they do not. What decoding was off by stays in `drift`.
+  """
+  logp = ops.token_logp(logits_BGTV, rollout.tokens_BGT, rollout.temperature)
+  logp = jnp.where(rollout.mask_BGT, logp, 0.)
+  return rollout.replace(logp_BGT=logp, drift=jnp.max(jnp.abs(logp - rollout.logp_BGT)))
 
 
 def teacher_ids(tokens_BGT: Array, bos: int) -> Array:

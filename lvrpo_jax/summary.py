@@ -1,0 +1,106 @@
+"""Several finished runs in one table, and before/after pictures of the first.
+
+    python -m lvrpo_jax.summary runs/seed0 runs/seed1 runs/seed2 --picture before_after.png
+
+Prints Markdown: for every score its value before and after in each run, the mean of the paired
+differences over runs, and the largest p of them. A control run (`configs/base_control.py`) can be
+given like any other; name it by its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROWS = (
+    ('generation, overall', 'generation/overall'),
+    ('… unseen compositions', 'generation/unseen'),
+    *((f'… {kind.replace("_", " ")}', f'generation/{kind}') for kind in (
+        'single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')),
+    ('understanding, sampled', 'understanding/accuracy'),
+    ('… greedy', 'understanding/greedy'),
+    *((f'… {kind}, sampled', f'understanding/{kind}') for kind in (
+        'color', 'shape', 'count', 'relation', 'compare', 'reason')),
+    ('editing', 'editing/overall'),
+)
+PICTURED = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
+SCALE = 3  # screen pixels a pixel
+
+
+def load(workdir: pathlib.Path) -> dict[str, Any]:
+  """The scores of a finished run.
+
+  Raises:
+    ValueError: there is none in the folder, or it has not been measured after alignment.
+  """
+  path = workdir / 'scores.json'
+  if not path.is_file():
+    raise ValueError(f'{path} is missing; expected the workdir of a finished run')
+  scores = json.loads(path.read_text())
+  if 'paired' not in scores:
+    raise ValueError(f'{path} has no scores after alignment; the run is not finished')
+  return scores
+
+
+def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
+  """A Markdown table of several runs."""
+  lines = [f'| held-out score | {" | ".join(names)} | mean difference | largest p |',
+           '|---' * (len(runs) + 3) + '|']
+  for name, key in ROWS:
+    family, part = key.split('/')
+    if any(key not in run['paired'] for run in runs):
+      continue
+    cells = [f'{run["before"][family][part]["value"]:.3f} → '
+             f'{run["after"][family][part]["value"]:.3f}' for run in runs]
+    differences = [run['paired'][key]['difference'] for run in runs]
+    largest = max(run['paired'][key]['p'] for run in runs)
+    lines.append(f'| {name} | {" | ".join(cells)} | {np.mean(differences):+.3f} | {largest:.1g} |')
+  guided = [f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} '
+            f'(scale {run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
+            for run in runs if run.get('before_guided')]
+  lines += ['', 'guided before alignment, on its own subset of prompts: ' + '; '.join(guided),
+            'minutes: ' + '; '.join(f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs),
+            'alarms: ' + '; '.join(', '.join(run['panel'].get('alarms', [])) or 'none'
+                                   for run in runs)]
+  return '\n'.join(lines)
+
+
+def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
+  """uint8 (Y, X, 3): the first held-out prompts of every kind, before above after, same noise."""
+  def row(moment):
+    folder = workdir / 'eval' / moment / 'generate' / 'eval'
+    cells = []
+    for kind in PICTURED:
+      for number in range(columns):
+        image = np.asarray(Image.open(folder / kind / f'{number:03d}_0.png').convert('RGB'))
+        cells.append(np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255))
+    return np.concatenate(cells, axis=1)
+  both = np.concatenate([row('before'), row('after')], axis=0)
+  return both.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prints the table; returns 2 where a folder is no finished run."""
+  parser = argparse.ArgumentParser(prog='python -m lvrpo_jax.summary', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
+  parser.add_argument('--picture', type=pathlib.Path, help='PNG of the first run to write')
+  args = parser.parse_args(argv)
+  try:
+    runs = [load(workdir) for workdir in args.workdirs]
+  except ValueError as error:
+    parser.exit(2, f'{error}\n')
+  print(table([workdir.name for workdir in args.workdirs], runs))
+  if args.picture:
+    Image.fromarray(picture(args.workdirs[0])).save(args.picture)
+  return 0
+
+
+if __name__ == '__main__':
+  main()
