@@ -15,17 +15,19 @@ from lvrpo_jax import stats
 from lvrpo_jax.data import detect
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import shapes
+from lvrpo_jax.rewards import geneval
 
 ALARMS = {
     'color_entropy': ('fell', 0.15),
     'cell_entropy': ('fell', 0.15),
     'scene_diversity': ('fell', 0.2),
     'leftovers': ('rose', 0.1),
+    'surplus': ('rose', 0.1),
     'saturation': ('fell', 0.15),
     'edge_density': ('fell', 0.3),
 }
 """Statistic: direction and size of the change that raises an alarm; relative to the value before,
-except for leftovers, which are blobs an image."""
+except for leftovers and surplus, which are blobs and unasked objects an image."""
 
 
 def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]]
@@ -35,6 +37,7 @@ def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]
   Args:
     shown: (task, split, kind, images_BGYXC uint8, examples) of all picture sets.
   """
+  surplus = []
   picked = [(images, examples) for task, split, _, images, examples in shown
             if task == pipeline.GENERATE and split == 'eval']
   colors, cells, diversity = collections.Counter(), collections.Counter(), []
@@ -44,6 +47,7 @@ def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]
     for number, example in enumerate(examples):
       group = found[number * G:(number + 1) * G]
       diversity.append(len({_scene(objects) for objects in group}) / G)
+      surplus.extend(geneval.surplus(objects, example.spec) for objects in group)
       for entry in example.spec['include']:
         named = [d for objects in group for d in objects if d.label == entry['class']]
         if 'color' not in entry:
@@ -55,7 +59,7 @@ def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]
       'color_entropy': stats.entropy(colors), 'colors': _shares(colors),
       'cell_entropy': stats.entropy(cells), 'cells': _shares(cells),
       'scene_diversity': float(np.mean(diversity)),
-      'leftovers': float(detect.leftovers(everything)),
+      'leftovers': float(detect.leftovers(everything)), 'surplus': float(np.mean(surplus)),
       **_pixels([i for i, _ in picked], everything)}
 
 
@@ -64,7 +68,7 @@ def alarms(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
   out = []
   for name, (direction, bound) in ALARMS.items():
     change = after[name] - before[name]
-    relative = change if name == 'leftovers' else change / max(abs(before[name]), 1e-9)
+    relative = change if name in ('leftovers', 'surplus') else change / max(abs(before[name]), 1e-9)
     if (relative > bound) if direction == 'rose' else (relative < -bound):
       out.append(f'{name.replace("_", " ")} {direction} from {before[name]:.3g} to '
                  f'{after[name]:.3g}')

@@ -94,7 +94,7 @@ class MeasureTest(absltest.TestCase):
 
 
 class AlarmTest(parameterized.TestCase):
-  before = dict(color_entropy=1., cell_entropy=1.2, scene_diversity=.8, leftovers=.05,
+  before = dict(color_entropy=1., cell_entropy=1.2, scene_diversity=.8, leftovers=.05, surplus=.05,
                 saturation=.7, edge_density=.06)
 
   def test_no_change_raises_none(self):
@@ -102,16 +102,16 @@ class AlarmTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('color_entropy', .86, .84), ('cell_entropy', 1.03, 1.01), ('scene_diversity', .65, .63),
-      ('leftovers', .14, .16), ('saturation', .6, .59), ('edge_density', .043, .041))
+      ('leftovers', .14, .16), ('surplus', .14, .16), ('saturation', .6, .59), ('edge_density', .043, .041))
   def test_bounds(self, name, quiet, loud):
     self.assertEmpty(panel.alarms(self.before, self.before | {name: quiet}))
     (sentence,) = panel.alarms(self.before, self.before | {name: loud})
-    direction = 'rose' if name == 'leftovers' else 'fell'
+    direction = 'rose' if name in ('leftovers', 'surplus') else 'fell'
     self.assertEqual(sentence, f'{name.replace("_", " ")} {direction} from '
                      f'{self.before[name]:.3g} to {loud:.3g}')
 
   def test_improvements_raise_none(self):
-    better = {k: 0. if k == 'leftovers' else 2 * v for k, v in self.before.items()}
+    better = {k: 0. if k in ('leftovers', 'surplus') else 2 * v for k, v in self.before.items()}
     self.assertEmpty(panel.alarms(self.before, better))
 
   def test_a_collapse_that_pixels_hide(self):

@@ -105,7 +105,11 @@ class RuleTest(parameterized.TestCase):
                                   [one('circle', 'red'), one('cross')])
     np.testing.assert_array_equal(correct, [[1, 0, 1], [1, 1, 0]])
     self.assertEqual((correct.dtype, parts.dtype), (np.float32, np.float32))
-    self.assertTrue(np.all(parts[correct == 1] == 1) and np.all(parts[correct == 0] < 1))
+    self.assertTrue(np.all(parts[correct == 0] < 1))
+    # A right image with an object that nobody asked for is paid less.
+    fewer = 1 - rules.SURPLUS_PENALTY
+    np.testing.assert_array_equal(parts[correct == 1], [1, fewer, 1, fewer])
+    self.assertGreaterEqual(parts.min(), 0)
 
   def test_the_detector_sees_pixels_only(self):
     seen = []

@@ -146,6 +146,12 @@ def evaluate(detections: Sequence[Detection], spec: dict, strict: bool = False,
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
+def surplus(detections: Sequence[Detection], spec: dict, threshold: float = THRESHOLD) -> int:
+  """How many known objects score above the threshold beyond those that the record asks for."""
+  known = sum(d.label != UNKNOWN and d.score > threshold for d in detections)
+  return max(known - sum(entry['count'] for entry in spec['include']), 0)
+
+
 def _touched(spec: dict, shape: tuple[int, int]) -> np.ndarray:
   """Mask_YX of the quarters that the edit may change: those of its gone boxes and new regions."""
   height, width = shape

@@ -21,18 +21,28 @@ detector; ours scores 0.8 on an object that has been through the small autoencod
 EDIT_TOLERANCE = 12.
 """Mean grey levels by which untouched pixels may differ; the autoencoder's round trip takes 8."""
 
+SURPLUS_PENALTY = 0.25
+"""Taken from the reward of an image for every object beyond those asked for. GenEval's rules allow
+them outside counting, so a policy that is paid by the rules alone draws more and more objects: one of
+them will stand in the right place."""
+
 FORMAT_SHARE = 0.2
 """Share of the text reward that pays the format; the rest pays the answer."""
 
 
 def images(detector: Detector, images_BGYXC: np.ndarray, specs: Sequence[dict[str, Any]],
            strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
-  """(correct_BG, parts_BG) of generated images under their GenEval records."""
+  """(correct_BG, parts_BG) of generated images under their GenEval records.
+
+  `parts` is the soft score less `SURPLUS_PENALTY` for every surplus object, at least 0.
+  """
   B, G = images_BGYXC.shape[:2]
   found = detector(images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:]))
+  surplus = np.array([geneval.surplus(d, specs[i // G]) for i, d in enumerate(found)], np.float32)
   verdicts = [geneval.evaluate(d, specs[i // G], strict=strict,
                                counting_threshold=COUNTING_THRESHOLD) for i, d in enumerate(found)]
-  return _arrays(verdicts, B, G)
+  correct, parts = _arrays(verdicts, B, G)
+  return correct, np.maximum(parts - SURPLUS_PENALTY * surplus.reshape(B, G), 0.)
 
 
 def edits(detector: Detector, source_BYXC: np.ndarray, images_BGYXC: np.ndarray,
