@@ -37,7 +37,7 @@ def alignment_loss(job: job_lib.Job) -> step_lib.Loss:
       weights={task: a.weights[task] for task in pretrain.sizes(a)}, objective=a.objective,
       sampler=a.sampler, nft_beta=a.nft_beta, nft_scale=a.nft_scale, image_clip=a.image_clip,
       velocity_penalty=a.velocity_penalty, text_low=a.text_low, text_high=a.text_high,
-      text_aggregation=a.text_aggregation, text_penalty=a.text_penalty))
+      text_objective=a.text_objective, text_penalty=a.text_penalty))
 
 
 class Aligner:
@@ -62,7 +62,7 @@ class Aligner:
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.state = sharding.shard_state(
-        step_lib.init(params, optimizer, old=a.objective == 'nft', reference=True), job.mesh)
+        step_lib.init(params, optimizer, old=a.objective in losses.FORWARD, reference=True), job.mesh)
     self.frozen = {'vae': vae_params}
     self.judges = experience.Judges(
         jax.tree.map(jnp.copy, self.state.reference), siglip_params,
@@ -127,7 +127,7 @@ class Aligner:
   def with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
     """Adds what the reference and the old policy say at the points of the next update."""
     batch = dict(batch)
-    forward = self.job.config.align.objective == 'nft'
+    forward = self.job.config.align.objective in losses.FORWARD
     for task, b in batch.items():
       if task != pipeline.UNDERSTAND and forward:
         x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
@@ -151,8 +151,10 @@ class Aligner:
     for _ in range(a.updates):
       self.state, update = self.step(self.state, self.frozen, self.with_reference(batch))
     metrics.update(update)
-    if a.objective == 'nft':
-      decay = flow_objectives.old_policy_decay(iteration, a.old_flat, a.old_rise, a.old_hold)
+    if a.objective in losses.FORWARD:
+      # Importance ratios are to the policy that sampled: a plain copy.
+      decay = flow_objectives.old_policy_decay(iteration, a.old_flat, a.old_rise, a.old_hold
+                                               ) if a.objective == 'nft' else 0.
       self.state = self.state.replace(
           old=self._mix(self.state.old, self.state.params, jnp.float32(decay)))
       metrics['old_decay'] = decay

@@ -52,10 +52,11 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     *((f'align.{k}', COUNT) for k in ('steps', 'updates', 'draws', 'window', 'save_every')),
     ('align.group', (lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings')),
     ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),
-    ('align.advantage', one_of('gdpo', 'sum')),
-    ('align.objective', one_of('nft', 'sde')),
-    ('align.sampler', one_of('sde', 'cps')),
-    ('align.text_aggregation', one_of('token', 'sequence')),
+    ('align.advantage', one_of('gdpo', 'sum')), ('align.ddof', one_of(0, 1)),
+    ('align.scope', one_of('group', 'batch', 'none')),
+    ('align.objective', one_of('nft', 'sde', 'guard', 'awm')),
+    ('align.sampler', one_of('sde', 'cps', 'dance')),
+    ('align.text_objective', one_of('grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo')),
     *((f'align.{k}', POSITIVE) for k in (
         'floor', 'eta', 'nft_beta', 'nft_scale', 'image_clip', 'temperature')),
     *((f'align.{k}', NATURAL) for k in (

@@ -77,7 +77,8 @@ class Collector:
         for task in pipeline.TASKS if a.custom[task]}
     self.advantages = {
         task: jax.jit(functools.partial(
-            advantage_lib.combine, weights=self.weights(task), method=a.advantage, floor=a.floor))
+            advantage_lib.combine, weights=self.weights(task), method=a.advantage, floor=a.floor,
+            ddof=a.ddof, scope=a.scope))
         for task in pipeline.TASKS}
 
   def weights(self, task: str) -> dict[str, float]:

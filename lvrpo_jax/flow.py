@@ -83,7 +83,20 @@ def cps_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: f
   return Transition(mean, std)
 
 
-STEPS = {'sde': sde_step, 'cps': cps_step}
+def dance_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: float
+               ) -> Transition:
+  """DanceGRPO's step (arXiv 2505.07818): the same noise per time at all times.
+
+  `mean = x + v dt - eta^2/2 score dt`, `score = -(x - (1 - t) x0) / t^2`, `std = eta sqrt(-dt)`.
+  """
+  del first_t
+  dt = t_next - t
+  x0 = x - t * v
+  score = -(x - (1 - t) * x0) / jnp.square(jnp.maximum(t, 1e-6))
+  return Transition(x + v * dt - 0.5 * eta ** 2 * score * dt, eta * jnp.sqrt(-dt))
+
+
+STEPS = {'sde': sde_step, 'cps': cps_step, 'dance': dance_step}
 """Stochastic samplers by config name; each has the arguments of `sde_step`."""
 
 

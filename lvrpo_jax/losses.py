@@ -92,7 +92,7 @@ class Alignment:
   velocity_penalty: float
   text_low: float
   text_high: float
-  text_aggregation: str
+  text_objective: str
   text_penalty: float
 
 
@@ -105,15 +105,15 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   Raises:
     ValueError: unknown objective.
   """
-  image_sums = {'nft': _nft_sums, 'sde': _sde_sums}
-  if a.objective not in image_sums:
-    raise ValueError(f'align.objective is {a.objective!r}; allowed: {sorted(image_sums)}')
+  if a.objective not in _IMAGE_SUMS:
+    raise ValueError(f'align.objective is {a.objective!r}; allowed: {sorted(_IMAGE_SUMS)}')
 
   def weights(batch):
     out = {}
     for task, b in batch.items():
       if task == UNDERSTAND:
-        w = jnp.sum(text.token_weights(b.mask_BGT, b.valid_BG, a.text_aggregation))
+        w = text.total_weight(b.mask_BGT, b.valid_BG,
+                              text.OBJECTIVES[a.text_objective].aggregation)
       else:
         w = jnp.sum(_per_point(b.valid_BG, b))
       out[task] = out[f'{task}_penalty'] = w
@@ -125,7 +125,7 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
     images = {t: b for t, b in batch.items() if t != UNDERSTAND}
     v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
                             {t: b.time_BM for t, b in images.items()})
-    parts = {t: image_sums[a.objective](a, v[t], b) for t, b in images.items()}
+    parts = {t: _IMAGE_SUMS[a.objective](a, v[t], b) for t, b in images.items()}
     if UNDERSTAND in batch:
       b = batch[UNDERSTAND]
       parts[UNDERSTAND] = _text_sums(a, _logits(policy, params, caches[UNDERSTAND], b), b)
@@ -153,11 +153,13 @@ def _logits(policy, params, cache, b: types.TextExperience) -> Array:
 
 
 def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
-  """Clipped GRPO on tokens, k3 to the reference (arXiv 2402.03300)."""
+  """The text objective, and k3 to the reference (arXiv 2402.03300)."""
   logp = ops.token_logp(logits, b.tokens_BGT)
   log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
-  weight = text.token_weights(b.mask_BGT, b.valid_BG, a.text_aggregation)
-  loss = text.clipped(log_ratio, b.advantage_BG[..., None], a.text_low, a.text_high)
+  objective = text.OBJECTIVES[a.text_objective]
+  weight = text.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
+  loss, log_ratio = text.loss(objective, log_ratio, logp, b.mask_BGT, b.advantage_BG, a.text_low,
+                              a.text_high)
   kl = jnp.where(b.mask_BGT, text.k3(logp, b.reference_BGT), 0.)
   ratio = jnp.exp(log_ratio)
   clipped = (ratio < 1 - a.text_low) | (ratio > 1 + a.text_high)
@@ -181,6 +183,28 @@ def _sde_sums(a: Alignment, v: Array, b: types.ImageExperience):
       transition_mean(a.sampler, v, b.transitions), b.transitions.mean_BMNC,
       b.transitions.noise_BMNC, b.transitions.std_BM, _per_point(b.advantage_BG, b), a.image_clip)
   return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
+
+
+def _guard_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """GRPO-Guard on the replayed steps, and velocity MSE to the reference."""
+  s = b.transitions
+  loss, log_ratio = flow_objectives.guard(
+      transition_mean(a.sampler, v, s), s.mean_BMNC, s.noise_BMNC, s.std_BM,
+      s.next_time_BM - s.time_BM, _per_point(b.advantage_BG, b), a.image_clip)
+  return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
+
+
+def _awm_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """Advantage-weighted matching, and velocity MSE to the reference."""
+  x0 = jnp.tile(b.latents_BGNC, (1, v.shape[1] // b.latents_BGNC.shape[1], 1, 1))
+  loss, log_ratio = flow_objectives.awm(v, b.old_BMNC, x0, b.x_BMNC, b.time_BM,
+                                        _per_point(b.advantage_BG, b), a.image_clip)
+  return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
+
+
+_IMAGE_SUMS = {'nft': _nft_sums, 'sde': _sde_sums, 'guard': _guard_sums, 'awm': _awm_sums}
+FORWARD = ('nft', 'awm')
+"""Objectives on freshly noised final images; the others replay steps of the rollout."""
 
 
 def _image_sums(loss: Array, v: Array, b: types.ImageExperience, extra: dict[str, Array]):

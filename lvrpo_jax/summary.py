@@ -3,13 +3,15 @@
     python -m lvrpo_jax.summary runs/seed0 runs/seed1 runs/seed2 --picture before_after.png
 
 Prints Markdown: for every score its value before and after in each run, the mean of the paired
-differences over runs, and the largest p of them. A control run (`configs/base_control.py`) can be
-given like any other; name it by its folder.
+differences over runs, and the largest p of them; then the guided baseline on its own prompts, and how
+often a relation holds where the two objects are right, which ignoring the relation gives a sixth of
+the time. A control run (`configs/base_control.py`) can be given like any other.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 from collections.abc import Sequence
 import json
 import pathlib
@@ -17,6 +19,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from lvrpo_jax.data import detect
+from lvrpo_jax.rewards import geneval
 
 ROWS = (
     ('generation, overall', 'generation/overall'),
@@ -64,11 +69,44 @@ def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
   guided = [f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} '
             f'(scale {run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
             for run in runs if run.get('before_guided')]
-  lines += ['', 'guided before alignment, on its own subset of prompts: ' + '; '.join(guided),
-            'minutes: ' + '; '.join(f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs),
+  lines += ['', 'guided before alignment: ' + '; '.join(guided), 'minutes: ' + '; '.join(f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs),
             'alarms: ' + '; '.join(', '.join(run['panel'].get('alarms', [])) or 'none'
                                    for run in runs)]
   return '\n'.join(lines)
+
+
+def records(workdir: pathlib.Path, moment: str, **wanted: str) -> list[dict[str, Any]]:
+  """Prediction records of a moment whose fields have the wanted values."""
+  path = workdir / 'eval' / moment / 'predictions.jsonl'
+  lines = map(json.loads, path.read_text().splitlines())
+  return [r for r in lines if all(r.get(key) == value for key, value in wanted.items())]
+
+
+def on_guided_prompts(workdir: pathlib.Path, moment: str) -> float:
+  """Unguided generation score on the prompts that the guided baseline was measured on."""
+  count = json.loads((workdir / 'config.json').read_text())['evaluate']['guided']
+  kinds = collections.defaultdict(list)
+  for record in records(workdir, moment, task='generate', split='eval'):
+    if int(record['id'].rpartition('/')[2]) < count:
+      kinds[record['kind']].append(np.mean(record['correct']))
+  return float(np.mean([np.mean(values) for values in kinds.values()]))
+
+
+def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
+  """(pictures whose relation holds, pictures with just the two objects asked for) of 'position'."""
+  folder = workdir / 'eval' / moment
+  held = total = 0
+  for record in records(workdir, moment, task='generate', split='eval', kind='position'):
+    images = np.stack([np.asarray(Image.open(folder / name)) for name in record['images']])
+    asked = sorted(((e['class'], e.get('color')) for e in record['spec']['include']), key=str)
+    for found, correct in zip(detect.detect_by_rendering(images), record['correct']):
+      found = [d for d in found if d.score > geneval.THRESHOLD]
+      named = sorted(((d.label, next((c for s, c in asked if s == d.label and c in (None, d.color)),
+                                    d.color)) for d in found), key=str)
+      if named == asked:
+        total += 1
+        held += correct
+  return held, total
 
 
 def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
@@ -97,6 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ValueError as error:
     parser.exit(2, f'{error}\n')
   print(table([workdir.name for workdir in args.workdirs], runs))
+  for workdir in args.workdirs:
+    after = on_guided_prompts(workdir, 'after')
+    parts = [f'{held} of {total} {moment}' for moment in ('before', 'after')
+             for held, total in [relations_held(workdir, moment)]]
+    print(f'{workdir.name}: unguided after alignment on the prompts of the guided baseline '
+          f'{after:.3f}; relation holds, given just the two objects: {", ".join(parts)}')
   if args.picture:
     Image.fromarray(picture(args.workdirs[0])).save(args.picture)
   return 0

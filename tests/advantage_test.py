@@ -18,10 +18,15 @@ def rewards(values, valid=None):
           for name, v in values.items()}
 
 
-def oracle(values, valid, weights, method, floor, ddof=0, clip=5.):
+def oracle(values, valid, weights, method, floor, ddof=0, scope='group', clip=5.):
   """Advantages (B, G) by loops in float64; `valid` (B, G) holds for all components."""
   B, G = valid.shape
   total = np.zeros((B, G))
+  def divided(x, everything):
+    if scope == 'none':
+      return 1.
+    sample = x if scope == 'group' else everything
+    return max(sample.std(ddof=ddof) if sample.size > ddof else 0., floor)
   for b, (name, weight) in itertools.product(range(B), weights.items()):
     rows = np.flatnonzero(valid[b])
     if not rows.size:
@@ -29,13 +34,14 @@ def oracle(values, valid, weights, method, floor, ddof=0, clip=5.):
     x = np.float64(values[name][b][rows])
     scale = 1.
     if method == 'gdpo':
-      scale = max(x.std(ddof=ddof) if rows.size > ddof else 0., floor)
+      scale = divided(x, np.float64(values[name])[valid])
     total[b, rows] += weight * (x - x.mean()) / scale
+  everything = total[valid]
   for b in range(B):
     rows = np.flatnonzero(valid[b])
     if method == 'sum' and rows.size:
-      total[b, rows] /= max(total[b, rows].std(ddof=ddof) if rows.size > ddof else 0., floor)
-  if method == 'gdpo':
+      total[b, rows] /= divided(total[b, rows], everything)
+  if method == 'gdpo' and scope != 'none':
     total /= max(total[valid].std(), floor)
   return np.clip(total, -clip, clip)
 
@@ -81,17 +87,22 @@ class CombineTest(parameterized.TestCase):
     return {'rule': (rng.random((B, G)) < .5).astype(np.float32),
             'cosine': .3 + .1 * rng.random((B, G)).astype(np.float32)}
 
-  @parameterized.product(method=('sum', 'gdpo'), ddof=(0, 1), floor=(1e-4, .05))
-  def test_against_loops(self, method, ddof, floor):
+  @parameterized.product(method=('sum', 'gdpo'), ddof=(0, 1), floor=(1e-4, .05),
+                         scope=('group', 'batch', 'none'))
+  def test_against_loops(self, method, ddof, floor, scope):
     values = self.values()
     valid = {'rule': np.random.default_rng(3).random((4, 8)) < .8,
              'cosine': np.random.default_rng(4).random((4, 8)) < .9}
     both = valid['rule'] & valid['cosine']
-    out = advantage.combine(rewards(values, valid), self.weights, method, floor, ddof)
+    out = advantage.combine(rewards(values, valid), self.weights, method, floor, ddof, scope)
     np.testing.assert_array_equal(out.valid_BG, both)
     np.testing.assert_allclose(
-        out.value_BG, oracle(values, both, self.weights, method, floor, ddof), rtol=1e-5,
-        atol=2e-6)
+        out.value_BG, oracle(values, both, self.weights, method, floor, ddof, scope),
+        rtol=1e-5, atol=2e-6)
+
+  def test_unknown_scope(self):
+    with self.assertRaisesRegex(ValueError, "'prompt'"):
+      advantage.divisor(jnp.ones((2, 2)), jnp.ones((2, 2), bool), .1, scope='prompt')
 
   @parameterized.parameters(0, 1)
   def test_one_component_is_group_normalisation(self, ddof):

@@ -78,7 +78,7 @@ class StepTest(parameterized.TestCase):
       x = flow.ode_step(x, jnp.float32(noise - x0), t, t_next)
     np.testing.assert_allclose(x, x0, rtol=1e-5, atol=1e-5)
 
-  @parameterized.product(sampler=('sde', 'cps'), t=(1., .6, .2))
+  @parameterized.product(sampler=('sde', 'cps', 'dance'), t=(1., .6, .2))
   def test_without_noise_every_sampler_is_the_euler_step(self, sampler, t):
     with jax.enable_x64(True):
       x, v = jnp.asarray(random(5)), jnp.asarray(random(5, seed=1))
@@ -97,6 +97,17 @@ class StepTest(parameterized.TestCase):
                            jnp.float64(first), a)
       np.testing.assert_allclose(step.mean, mean, rtol=1e-12)
       np.testing.assert_allclose(step.std, s * math.sqrt(-dt), rtol=1e-12)
+
+  @parameterized.parameters((1., .8), (.8, .5), (.3, 0.))
+  def test_dance_against_the_published_formula(self, t, t_next):
+    x, v, eta, dt = random(5), random(5, seed=1), .3, t_next - t
+    x0 = x - t * v
+    score = -(x - (1 - t) * x0) / t**2
+    with jax.enable_x64(True):
+      step = flow.dance_step(jnp.asarray(x), jnp.asarray(v), jnp.float64(t), jnp.float64(t_next),
+                             jnp.float64(.8), eta)
+      np.testing.assert_allclose(step.mean, x + v * dt - .5 * eta**2 * score * dt, rtol=1e-12)
+      np.testing.assert_allclose(step.std, eta * math.sqrt(-dt), rtol=1e-12)
 
   def test_scale_of_ten_steps(self):
     # Published for shift 3 and a = 0.7: 0.70, 0.74, ..., and 0.20 at the last step.

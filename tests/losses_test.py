@@ -24,7 +24,7 @@ from lvrpo_jax.models import unified
 NUMBERS = losses.Alignment(
     weights={'generate': 1., 'understand': .5, 'edit': 2.}, objective='nft', sampler='sde',
     nft_beta=.7, nft_scale=2., image_clip=1e-3, velocity_penalty=.3, text_low=.2, text_high=.28,
-    text_aggregation='token', text_penalty=.4)
+    text_objective='dapo', text_penalty=.4)
 GENERATION = ('layers/gen/', 'norm_gen', 'llm2vae', 'vae2llm', 'time_embedder')
 """Parts of the names of parameters that belong to the generation expert."""
 POINTS = jax.jit(functools.partial(losses.noise_points, shift=2.2))
@@ -89,20 +89,34 @@ def image_case(B, G, K, N, C, prompts, seed=0, objective='nft'):
       valid_BG=valid)
 
 
-def text_oracle(a, table, b):
-  """(loss, k3) of a batch of answers by loops in float64."""
+def text_oracle(a, table, b, cut):
+  """(loss, k3) of a batch of answers by loops in float64.
+
+  `cut` holds CISPO's weights of the first call: they carry no gradient.
+  """
   loss = kl = weight = 0.
+  T = b.mask_BGT.shape[-1]
   for i, g in np.ndindex(*b.valid_BG.shape):
-    length = b.mask_BGT[i, g].sum()
+    length, A = b.mask_BGT[i, g].sum(), b.advantage_BG[i, g]
     ids = [0, *b.tokens_BGT[i, g]]
-    for t in range(length if b.valid_BG[i, g] else 0):
-      w = 1. if a.text_aggregation == 'token' else 1 / length
-      logp = special.log_softmax(table[ids[t]] / b.temperature_B[i])[ids[t + 1]]
-      ratio, A = np.exp(logp - b.logp_BGT[i, g, t]), b.advantage_BG[i, g]
+    if not b.valid_BG[i, g]:
+      continue
+    logps = np.array([special.log_softmax(table[ids[t]] / b.temperature_B[i])[ids[t + 1]]
+                      for t in range(length)])
+    ratios = np.exp(logps - b.logp_BGT[i, g, :length])
+    if a.text_objective == 'gspo':
+      ratios = np.full(length, np.exp(np.mean(logps - b.logp_BGT[i, g, :length])))
+    if a.text_objective == 'dr_grpo':
+      weight += 1.
+    for t, (logp, ratio) in enumerate(zip(logps, ratios)):
+      w = {'dapo': 1., 'cispo': 1., 'dr_grpo': 1 / T}.get(a.text_objective, 1 / length)
+      if a.text_objective == 'cispo':
+        loss -= w * cut.setdefault((i, g, t), min(ratio, 1 + a.text_high)) * A * logp
+      else:
+        loss += w * max(-A * ratio, -A * np.clip(ratio, 1 - a.text_low, 1 + a.text_high))
       d = b.reference_BGT[i, g, t] - logp
-      loss += w * max(-A * ratio, -A * np.clip(ratio, 1 - a.text_low, 1 + a.text_high))
       kl += w * (np.exp(d) - d - 1)
-      weight += w
+      weight += 0. if a.text_objective == 'dr_grpo' else w
   return loss / weight, kl / weight
 
 
@@ -139,20 +153,21 @@ def image_oracle(a, scale, offset, b, frozen):
 
 class LinearPolicyTest(parameterized.TestCase):
 
-  @parameterized.parameters(('nft', 'token'), ('sde', 'sequence'))
-  def test_value_and_gradient_against_loops(self, objective, aggregation):
-    a = dataclasses.replace(NUMBERS, objective=objective, text_aggregation=aggregation)
+  @parameterized.parameters(('nft', 'dapo'), ('sde', 'grpo'), ('nft', 'dr_grpo'), ('nft', 'gspo'),
+                            ('nft', 'cispo'))
+  def test_value_and_gradient_against_loops(self, objective, text_objective):
+    a = dataclasses.replace(NUMBERS, objective=objective, text_objective=text_objective)
     batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1, objective),
              'understand': text_case(2, 3, 4, 5, ()),
              'edit': image_case(3, 2, 1, 3, 2, (), 2, objective)}
     params = fake_params()
-    frozen = {'generate': {}, 'edit': {}}
+    frozen = {'generate': {}, 'edit': {}, 'understand': {}}
 
     def oracle(p):
       out = 0.
       for task, weight in a.weights.items():
         if task == 'understand':
-          loss, penalty = text_oracle(a, p['table'], batch[task])
+          loss, penalty = text_oracle(a, p['table'], batch[task], frozen[task])
           out += weight * (loss + a.text_penalty * penalty)
         else:
           loss, penalty = image_oracle(a, p['scale'], p['offset'], batch[task], frozen[task])

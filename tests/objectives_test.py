@@ -62,6 +62,25 @@ class ClippedTest(parameterized.TestCase):
     np.testing.assert_array_equal(grad, -A)
 
 
+class SequenceTest(absltest.TestCase):
+
+  def test_one_ratio_an_answer(self):
+    mask = np.array([[[1, 1, 1], [1, 0, 0]]], bool)
+    log_ratio = np.array([[[.1, .2, .3], [-.4, 9., 9.]]], np.float32)
+    np.testing.assert_allclose(text.sequence_log_ratio(log_ratio, mask), [[[.2], [-.4]]], rtol=1e-6)
+    loss, used = text.loss(text.OBJECTIVES['gspo'], jnp.asarray(log_ratio), None, mask,
+                           jnp.array([[1., -1.]]), .1, .1)
+    np.testing.assert_allclose(used[mask], [.2, .2, .2, -.4], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(loss)[mask], [-1.1, -1.1, -1.1, .9], rtol=1e-6)
+
+  def test_a_token_beyond_the_cap_keeps_its_gradient(self):
+    logp, old = jnp.array([-1., -1.]), jnp.array([-1.1, -4.])
+    def f(x):
+      return text.loss(text.OBJECTIVES['cispo'], (x - old)[None, None], x[None, None], None,
+                       jnp.array([[2.]]), 0., 4.)[0].sum()
+    np.testing.assert_allclose(jax.grad(f)(logp), [-2 * math.exp(.1), -2 * 5.], rtol=1e-5)
+
+
 class KlTest(parameterized.TestCase):
   p = special.softmax(random(6))
   q = special.softmax(random(6) + .5 * random(6, seed=1))
@@ -136,6 +155,14 @@ class TokenWeightTest(absltest.TestCase):
       w = text.token_weights(self.mask_BGT, jnp.array([[False, True, True]]), aggregation)
       self.assertEqual(float(w[0, 0].sum()), 0.)
       self.assertGreater(float(w[0, 1].sum()), 0.)
+
+  def test_constant_divides_by_the_longest_answer(self):
+    mask, valid = self.mask_BGT, jnp.array([[True, True, False]])
+    w = text.token_weights(mask, valid, 'constant')
+    np.testing.assert_array_equal(w, [[[.25] * 4, [.25, .25, 0., 0.], [0.] * 4]])
+    self.assertEqual(float(text.total_weight(mask, valid, 'constant')), 2.)
+    self.assertEqual(float(text.total_weight(mask, valid, 'token')), 6.)
+    self.assertEqual(float(text.total_weight(mask, valid, 'sequence')), 2.)
 
   def test_unknown_aggregation(self):
     with self.assertRaisesRegex(ValueError, "'batch'"):
@@ -244,6 +271,66 @@ class SdeTest(parameterized.TestCase):
     loss, log_ratio = flow.sde(mean, mean, noise, jnp.full(3, .3), A, 1e-3)
     np.testing.assert_array_equal(log_ratio, np.zeros(3))
     np.testing.assert_array_equal(loss, -A)
+
+
+class GuardTest(parameterized.TestCase):
+
+  @parameterized.parameters(2e-6, 1e-2)
+  def test_is_the_centred_and_scaled_ratio(self, clip):
+    old, noise, A = random(4, 3, 2), random(4, 3, 2, seed=1), np.array([1., -1., 2., -.5])
+    mean, std, dt = old + .02 * random(4, 3, 2, seed=2), np.array([.3, .05, .7, .2]), -.1
+    def oracle(mean):
+      total = 0.
+      for i in range(4):
+        x = old[i] + std[i] * noise[i]
+        density = lambda m: scipy_stats.norm(m, std[i]).logpdf(x).mean()
+        centre = ((mean[i] - old[i])**2).mean() / (2 * std[i]**2)
+        ratio = np.exp(std[i] * (density(mean[i]) - density(old[i]) + centre))
+        total += max(-A[i] * ratio, -A[i] * np.clip(ratio, 1 - clip, 1 + clip)) / abs(dt)
+      return total
+    with jax.enable_x64(True):
+      f = lambda m: flow.guard(m, *map(jnp.asarray, (old, noise, std)), dt, jnp.asarray(A), clip
+                               )[0].sum()
+      value, grad = jax.value_and_grad(f)(jnp.asarray(mean))
+    np.testing.assert_allclose(value, oracle(mean), rtol=1e-9)
+    np.testing.assert_allclose(grad, finite_difference(oracle, mean), rtol=1e-5, atol=1e-8)
+
+  def test_replay_has_ratio_one_at_every_deviation(self):
+    mean, noise = jnp.float32(random(2, 3, 2)), jnp.float32(random(2, 3, 2, seed=1))
+    loss, log_ratio = flow.guard(mean, mean, noise, jnp.array([1e-3, .7]), -.25, jnp.array([1., -2.]),
+                                 1e-4)
+    np.testing.assert_array_equal(log_ratio, 0.)
+    np.testing.assert_array_equal(loss, [-4., 8.])
+
+
+class AwmTest(parameterized.TestCase):
+
+  @parameterized.parameters(1e-4, .5)
+  def test_value_and_gradient_against_loops(self, clip):
+    x0, noise, t = random(4, 3, 2), random(4, 3, 2, seed=1), np.array([.2, .5, .9, 1.])
+    x_t = (1 - t)[:, None, None] * x0 + t[:, None, None] * noise
+    old, A = random(4, 3, 2, seed=2), np.array([1., -1., 2., -.5])
+    v = old + .03 * random(4, 3, 2, seed=3)
+    def oracle(v):
+      total = 0.
+      for i in range(4):
+        likelihood = lambda u: -((u - (noise[i] - x0[i]))**2).mean()
+        ratio = np.exp(likelihood(v[i]) - likelihood(old[i]))
+        total += max(-A[i] * ratio, -A[i] * np.clip(ratio, 1 - clip, 1 + clip))
+      return total
+    with jax.enable_x64(True):
+      f = lambda u: flow.awm(u, *map(jnp.asarray, (old, x0, x_t, t, A)), clip)[0].sum()
+      value, grad = jax.value_and_grad(f)(jnp.asarray(v))
+    np.testing.assert_allclose(value, oracle(v), rtol=1e-9)
+    np.testing.assert_allclose(grad, finite_difference(oracle, v), rtol=1e-5, atol=1e-8)
+
+  def test_first_update_is_weighted_flow_matching(self):
+    x0, noise, v = random(1, 3, 2), random(1, 3, 2, seed=1), random(1, 3, 2, seed=2)
+    x_t, A = .5 * x0 + .5 * noise, 1.5
+    with jax.enable_x64(True):
+      arrays = [jnp.asarray(x) for x in (v, x0, x_t, np.array([.5]), np.array([A]))]
+      grad = jax.grad(lambda u: flow.awm(u, *arrays, .1)[0].sum())(arrays[0])
+    np.testing.assert_allclose(grad, A * 2 * (v - (noise - x0)) / 6, rtol=1e-9)
 
 
 class PenaltyTest(absltest.TestCase):

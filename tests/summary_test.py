@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lvrpo_jax import summary
+from lvrpo_jax.data import shapes
 
 
 def scores(before, after, p):
@@ -31,6 +32,24 @@ class SummaryTest(absltest.TestCase):
   def write(self, name, content):
     (self.folder / name).mkdir()
     (self.folder / name / 'scores.json').write_text(json.dumps(content))
+    (self.folder / name / 'config.json').write_text('{"evaluate": {"guided": 1}}')
+    include = [{'class': 'circle', 'count': 1},
+               {'class': 'cross', 'count': 1, 'color': 'blue', 'position': ['left of', 0]}]
+    for moment, number in (('before', 1), ('after', 2)):
+      folder = self.folder / name / 'eval' / moment
+      folder.mkdir(parents=True)
+      images = [((3, 0), 0), ((0, 3), 0), ((0, 1), number - 1)]  # Cells of circle and cross, verdict.
+      for i, ((circle, cross), _) in enumerate(images):
+        rng = np.random.default_rng(i)
+        objects = [shapes.draw_object(rng, 'circle', 'red', circle),
+                   shapes.draw_object(rng, 'cross', 'blue', cross)]
+        if i == 0:
+          objects.append(shapes.draw_object(rng, 'circle', 'red', 1))
+        Image.fromarray(shapes.render(shapes.Scene(tuple(objects)))).save(folder / f'{i}.png')
+      (folder / 'predictions.jsonl').write_text(''.join(json.dumps(dict(
+          task='generate', split='eval', kind='position', id=f'generate/eval/position/{row:03d}',
+          spec={'include': include}, images=[f'{i}.png' for i in range(3)],
+          correct=[verdict for _, verdict in images])) + '\n' for row in range(2)))
     return self.folder / name
 
   def test_table(self):
@@ -43,6 +62,10 @@ class SummaryTest(absltest.TestCase):
                      '0.002 |')
     self.assertIn('0.500 (scale 3), unguided 0.400', out.getvalue())
     self.assertIn('minutes: 1.5; 1.5', out.getvalue())
+    # The first picture of each prompt has an object too many and is left out.
+    self.assertIn('one: unguided after alignment on the prompts of the guided baseline 0.333; '
+                  'relation holds, given just the two objects: 0 of 4 before, 2 of 4 after',
+                  out.getvalue())
 
   def test_a_run_that_is_not_finished_is_named(self):
     unfinished = scores(.5, .7, .1)

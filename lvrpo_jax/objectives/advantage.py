@@ -36,18 +36,41 @@ def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array
   return mean, jnp.sqrt(ops.divide(square, count - ddof))
 
 
-def normalise(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0) -> Array:
-  """`(x - mean) / max(std, floor)` in every group; 0 for invalid samples and constant groups.
+def divisor(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group'
+            ) -> Array:
+  """What a centred reward is divided by, (B, 1) or (1, 1).
+
+  Args:
+    floor: smallest value.
+    ddof: 0 for the population's deviation, 1 for Bessel's; peers disagree, at 8 samples by 7 %.
+    scope: 'group', 'batch' (one deviation of all samples, as Flow-GRPO's default), or 'none'
+      (1: Dr. GRPO, arXiv 2503.20783).
+
+  Raises:
+    ValueError: unknown scope.
+  """
+  if scope == 'none':
+    return jnp.ones((1, 1))
+  if scope == 'batch':
+    x_BG, valid_BG = x_BG.reshape(1, -1), valid_BG.reshape(1, -1)
+  elif scope != 'group':
+    raise ValueError(f"advantage scope is {scope!r}; allowed: 'group', 'batch', 'none'")
+  return jnp.maximum(group_statistics(x_BG, valid_BG, ddof)[1], floor)
+
+
+def normalise(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group'
+              ) -> Array:
+  """`(x - group mean) / max(std, floor)`; 0 for invalid samples and constant groups.
 
   GRPO (arXiv 2402.03300, eq. 3) adds a constant to the deviation; a maximum leaves groups above
-  the floor untouched and stops groups below it from being blown up.
+  the floor untouched and stops groups below it from being blown up. See `divisor`.
   """
-  mean, std = group_statistics(x_BG, valid_BG, ddof)
-  return jnp.where(valid_BG, (x_BG - mean) / jnp.maximum(std, floor), 0.)
+  mean, _ = group_statistics(x_BG, valid_BG)
+  return jnp.where(valid_BG, (x_BG - mean) / divisor(x_BG, valid_BG, floor, ddof, scope), 0.)
 
 
 def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], method: str,
-            floor: float, ddof: int = 0, clip: float = 5.) -> Advantages:
+            floor: float, ddof: int = 0, scope: str = 'group', clip: float = 5.) -> Advantages:
   """Advantages of one task.
 
   Args:
@@ -55,7 +78,7 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
     method: 'sum' adds the weighted components and normalises the sum in its group (LVRPO);
       'gdpo' normalises every component in its group, adds them with the weights, and whitens over
       the batch (GDPO, as in arXiv 2601.05242).
-    floor: smallest deviation that is divided by, in units of the reward.
+    floor, ddof, scope: see `divisor`; with scope 'none' 'gdpo' does not whiten either.
     clip: bound on the absolute advantage.
 
   Raises:
@@ -65,7 +88,7 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
   parts = {}
   for name, reward in rewards.items():
     if method == 'gdpo':
-      parts[name] = weights[name] * normalise(reward.value_BG, valid, floor, ddof)
+      parts[name] = weights[name] * normalise(reward.value_BG, valid, floor, ddof, scope)
     elif method == 'sum':
       mean, _ = group_statistics(reward.value_BG, valid)
       parts[name] = jnp.where(valid, weights[name] * (reward.value_BG - mean), 0.)
@@ -73,13 +96,12 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
       raise ValueError(f"advantage method is {method!r}; allowed: 'sum', 'gdpo'")
   total = sum(parts.values())
   if method == 'sum':
-    divisor = jnp.maximum(group_statistics(total, valid, ddof)[1], floor)
+    divide = divisor(total, valid, floor, ddof, scope)
   else:
-    mean = ops.masked_mean(total, valid)
-    divisor = jnp.maximum(jnp.sqrt(ops.masked_mean(jnp.square(total - mean), valid)), floor)
-  value = jnp.where(valid, total / divisor, 0.)
+    divide = divisor(total, valid, floor, scope='none' if scope == 'none' else 'batch')
+  value = jnp.where(valid, total / divide, 0.)
   variance = ops.masked_mean(jnp.square(value), valid)
-  share = {name: ops.divide(ops.masked_mean(value * part / divisor, valid), variance)
+  share = {name: ops.divide(ops.masked_mean(value * part / divide, valid), variance)
            for name, part in parts.items()}
   dead = {name: jnp.mean(group_statistics(r.value_BG, valid)[1] < 1e-6)
           for name, r in rewards.items()}

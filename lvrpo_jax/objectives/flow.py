@@ -28,6 +28,41 @@ def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
   return text.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
+def guard(mean: Array, old_mean: Array, noise: Array, std: Array, dt: Array, advantage: Array,
+          clip: float) -> tuple[Array, Array]:
+  """GRPO-Guard's loss of one step (arXiv 2510.22319), per sample: ratios of all times alike.
+
+  The log-ratio of `sde` is centred and scaled by the step's deviation, which leaves
+  `mean(noise * (mean - old_mean))`; the loss is divided by the step's length `|dt|`.
+
+  Returns:
+    (loss, log_ratio), both (...).
+  """
+  del std  # It cancels.
+  log_ratio = jnp.mean(noise * (mean - old_mean), TOKENS)
+  return text.clipped(log_ratio, advantage, clip, clip) / jnp.abs(dt), log_ratio
+
+
+def awm(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, clip: float
+        ) -> tuple[Array, Array]:
+  """Advantage-weighted matching (arXiv 2509.25050), per sample: PPO on a flow-matching likelihood.
+
+  The log-likelihood is `-mean((v - (eps - x0))^2)`; `eps - x0 = (x_t - x0) / t`.
+
+  Args:
+    v, v_old, x0, x_t, t: as in `nft`.
+    clip: bound on |ratio - 1|.
+
+  Returns:
+    (loss, log_ratio), both (...).
+  """
+  v_old = jax.lax.stop_gradient(v_old)
+  target = (x_t - x0) / jnp.maximum(t, 1e-3)[..., None, None]
+  # A difference of squares as a product: equal velocities give exactly 0.
+  log_ratio = jnp.mean((v_old - v) * (v_old + v - 2 * target), TOKENS)
+  return text.clipped(log_ratio, advantage, clip, clip), log_ratio
+
+
 def nft(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, beta: float,
         scale: float) -> Array:
   """DiffusionNFT's forward-process loss (arXiv 2509.16117), per sample.
