@@ -20,9 +20,9 @@ def get_config() -> config_dict.ConfigDict:
   config.data.prompt_words = 14  # tokens of the longest caption, question or instruction
   config.data.answer_words = 14  # tokens of the longest answer, reasoning included
   config.data.uniform = True  # one row shape for all tasks: one pass, less to compile
-  config.data.wrong = 0.1  # fraction of wrong answers in pretraining, as found on the web
-  config.data.chatty = 0.1  # fraction of pretraining answers that keep no format
-  config.data.plan = 0.7  # fraction of answers that reason first, where the question has two steps
+  config.data.wrong = 0.1  # fraction of wrong answers without a plan in pretraining, as on the web
+  config.data.chatty = 0.1  # fraction of answers without a plan that keep no format
+  config.data.plan = 0.7  # fraction of answers that reason first; not those about a colour or a shape
   config.data.describe = 0.15  # fraction of pretraining questions that ask for the whole image
   config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
   config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training

@@ -61,8 +61,8 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
         'floor', 'eta', 'nft_beta', 'nft_scale', 'image_clip', 'temperature')),
     *((f'align.{k}', NATURAL) for k in (
         'velocity_penalty', 'text_penalty', 'understand_rate', 'old_flat', 'old_rise')),
-    *((f'align.{k}', FRACTION) for k in ('text_low', 'text_high', 'old_hold', 'noise_low',
-                                         'noise_high')),
+    *((f'align.{k}', FRACTION) for k in ('text_low', 'old_hold', 'noise_low', 'noise_high')),
+    ('align.text_high', NATURAL),
     *((f'evaluate.{k}', COUNT) for k in ('generate', 'unseen', 'understand', 'edit', 'images',
                                          'batch')),
     ('evaluate.guided', NATURAL),
@@ -110,6 +110,9 @@ def validate(config: ml_collections.ConfigDict):
     if config.align[task] and not any(rewards.values()) and not custom[task]:
       raise ValueError(f'config.align.rewards.{task} is {rewards.to_dict()}; allowed: at least '
                        'one weight above 0, or a reward of your own')
+  if config.align.sampler == 'cps' and config.align.eta > 1:
+    raise ValueError(f"config.align.eta is {config.align.eta}; allowed: at most 1 with "
+                     "config.align.sampler = 'cps'")
   if config.align.noise_low >= config.align.noise_high:
     raise ValueError(f'config.align.noise_low is {config.align.noise_low}; allowed: below '
                      f'config.align.noise_high = {config.align.noise_high}')

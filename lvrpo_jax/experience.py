@@ -16,6 +16,7 @@ from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import types
 from lvrpo_jax.data import detect
 from lvrpo_jax.data import pipeline
+from lvrpo_jax.data import tokenizer as tokenizer_lib
 from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.rewards import knowledge
@@ -206,7 +207,8 @@ class Collector:
     texts = [[job.data.tokenizer.decode(ids) for ids in row] for row in np.asarray(tokens_BGT)]
     correct, well_formed = rules.answers(texts, [e.answer for e in examples])
     words = [[job.data.read_answer(text) for text in row] for row in texts]
-    statements = [e.statement(word) if word else text
+    # A policy may say that it does not know the word; the judge has no token for that.
+    statements = [e.statement(word) if word else text.replace(tokenizer_lib.UNKNOWN, '')
                   for e, row, said in zip(examples, words, texts)
                   for word, text in zip(row, said)]
     number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],

@@ -86,6 +86,11 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
 def build_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
   """The unified model with the small autoencoder."""
   m, tokens = config.model, data.tokenizer
+  for key, patch in (('vae.patch', config.vae.patch), ('model.vit_patch', m.vit_patch),
+                     ('judge.patch', config.judge.patch)):
+    if data.image_size % patch:
+      raise ValueError(f'config.{key} is {patch}; allowed: a divisor of the {data.image_size} '
+                       'pixels along a side of an image')
   tokens_a_side = data.image_size // min(config.vae.patch, m.vit_patch)
   if m.position_side < tokens_a_side:
     raise ValueError(f'config.model.position_side is {m.position_side}; allowed: at least the '

@@ -162,7 +162,7 @@ def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
                               a.text_high)
   kl = jnp.where(b.mask_BGT, text.k3(logp, b.reference_BGT), 0.)
   ratio = jnp.exp(log_ratio)
-  clipped = (ratio < 1 - a.text_low) | (ratio > 1 + a.text_high)
+  clipped = ((ratio < 1 - a.text_low) & (not objective.cut)) | (ratio > 1 + a.text_high)
   return jnp.sum(loss * weight), jnp.sum(kl * weight), {
       'kl_k3': (jnp.sum(kl * weight), jnp.sum(weight)),
       'entropy': ops.masked_sum(ops.token_entropy(logits), weight),

@@ -82,7 +82,7 @@ class Policy:
 
   def _positions(self, tokens: int, side: int) -> np.ndarray:
     """Rows of a position table of `side` x `side` for an image of `tokens` x `tokens`."""
-    place = (layers.interpolated_positions if self.config.interpolate_pos else
+    place = (layers.spread_positions if self.config.interpolate_pos else
              layers.grid_positions)
     return place(tokens, tokens, side)
 

@@ -15,6 +15,7 @@ import ml_collections
 from lvrpo_jax import align
 from lvrpo_jax import checkpoint
 from lvrpo_jax import evaluate
+from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
 from lvrpo_jax import panel
@@ -54,8 +55,9 @@ def kept(workdir: pathlib.Path, name: str, template: types.Params,
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Builds the world, pretrains, measures, aligns, measures again; returns the scores."""
-  checkpoint.check_config(workdir, config)
   job = job_lib.build(config, workdir)
+  experience.Collector(job)  # Refuses settings of alignment before any work.
+  checkpoint.check_config(workdir, config)
   job.data.tokenizer.save(workdir / 'tokenizer.json')
   writer = metrics_lib.MetricWriter(workdir, jax.process_index())
   clock = Clock(workdir / 'seconds.json')

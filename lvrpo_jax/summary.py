@@ -69,7 +69,7 @@ def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
   guided = [f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} '
             f'(scale {run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
             for run in runs if run.get('before_guided')]
-  lines += ['', 'guided before alignment: ' + '; '.join(guided), 'minutes: ' + '; '.join(f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs),
+  lines += ['', 'guided before alignment: ' + ('; '.join(guided) or 'not measured'), 'minutes: ' + '; '.join(f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs),
             'alarms: ' + '; '.join(', '.join(run['panel'].get('alarms', [])) or 'none'
                                    for run in runs)]
   return '\n'.join(lines)
@@ -135,12 +135,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ValueError as error:
     parser.exit(2, f'{error}\n')
   print(table([workdir.name for workdir in args.workdirs], runs))
-  for workdir in args.workdirs:
-    after = on_guided_prompts(workdir, 'after')
+  for workdir, run in zip(args.workdirs, runs):
     parts = [f'{held} of {total} {moment}' for moment in ('before', 'after')
              for held, total in [relations_held(workdir, moment)]]
-    print(f'{workdir.name}: unguided after alignment on the prompts of the guided baseline '
-          f'{after:.3f}; relation holds, given just the two objects: {", ".join(parts)}')
+    print(f'{workdir.name}: relation holds, given just the two objects: {", ".join(parts)}')
+    if run.get('before_guided'):
+      print(f'{workdir.name}: unguided after alignment, on the prompts of the guided baseline: '
+            f'{on_guided_prompts(workdir, "after"):.3f}')
   if args.picture:
     Image.fromarray(picture(args.workdirs[0])).save(args.picture)
   return 0

@@ -221,6 +221,10 @@ class LayersTest(parameterized.TestCase):
     np.testing.assert_array_equal(layers.grid_positions(2, 3, 5), [0, 1, 2, 5, 6, 7])
     np.testing.assert_array_equal(layers.interpolated_positions(5, 5, 5), np.arange(25))
     np.testing.assert_array_equal(layers.interpolated_positions(1, 2, 4), [0, 2])
+    np.testing.assert_array_equal(layers.spread_positions(1, 2, 4), [0, 2])
+    for side in range(1, 33):
+      for tokens in range(1, side + 1):
+        self.assertLen(set(layers.spread_positions(tokens, tokens, side).tolist()), tokens ** 2)
 
   def test_time_features(self):
     got = layers.time_features(jnp.array([0., 0.5]), 8)

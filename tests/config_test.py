@@ -62,6 +62,7 @@ class ValidateTest(parameterized.TestCase):
       ('model__dtype', 'float16', "'float32', 'bfloat16'"),
       ('align__objective', 'SDE', "'nft', 'sde'"),
       ('align__text_objective', 'ppo', "'grpo', 'dr_grpo'"),
+      ('align__text_high', -.1, 'at least 0'),
       ('align__scope', 'prompt', "'group', 'batch', 'none'"),
       ('model__heads', 5, 'divisor of config.model.width = 96'),
       ('model__kv_heads', 3, 'divisor of config.model.heads'),

@@ -139,12 +139,14 @@ class EndToEndTest(absltest.TestCase):
     deadline = time.monotonic() + 400
     folder = workdir / 'checkpoints' / stage
     # The step's folder appears under a temporary name while it is being written.
-    while process.poll() is None and time.monotonic() < deadline:
-      if folder.exists() and any(p.name.startswith('2') for p in folder.iterdir()):
-        break
+    seen = False
+    while not seen and process.poll() is None and time.monotonic() < deadline:
+      seen = folder.exists() and any(p.name.startswith('2') for p in folder.iterdir())
       time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    self.assertTrue(seen, f'no second step in {folder}')
+    self.assertEqual(process.returncode, -signal.SIGKILL)
 
   def test_killed_and_started_again_equals_undisturbed(self):
     wanted = final_state(self.whole)

@@ -14,6 +14,7 @@ from configs import tiny
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import layers
 from lvrpo_jax.models import unified
 
 
@@ -168,7 +169,8 @@ class PixelsTest(absltest.TestCase):
     patches, position = policy.patches(image)
     np.testing.assert_array_equal(np.asarray(patches).mean(-1)[0],
                                   [1. if n == 1 else -1. for n in range(policy.vit_tokens)])
-    np.testing.assert_array_equal(position, np.arange(policy.vit_tokens))
+    grid, table = side // patch, policy.config.vit.side
+    np.testing.assert_array_equal(position, layers.spread_positions(grid, grid, table))
 
 
 if __name__ == '__main__':

@@ -63,9 +63,18 @@ class SummaryTest(absltest.TestCase):
     self.assertIn('0.500 (scale 3), unguided 0.400', out.getvalue())
     self.assertIn('minutes: 1.5; 1.5', out.getvalue())
     # The first picture of each prompt has an object too many and is left out.
-    self.assertIn('one: unguided after alignment on the prompts of the guided baseline 0.333; '
-                  'relation holds, given just the two objects: 0 of 4 before, 2 of 4 after',
+    self.assertIn('one: relation holds, given just the two objects: 0 of 4 before, 2 of 4 after\n'
+                  'one: unguided after alignment, on the prompts of the guided baseline: 0.333\n',
                   out.getvalue())
+
+  def test_a_run_without_the_guided_baseline(self):
+    content = scores(.5, .7, .1) | {'guidance': {}}
+    del content['before_guided']
+    run = self.write('plain', content)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+      summary.main([str(run)])
+    self.assertIn('guided before alignment: not measured', out.getvalue())
+    self.assertNotIn('nan', out.getvalue())
 
   def test_a_run_that_is_not_finished_is_named(self):
     unfinished = scores(.5, .7, .1)

@@ -23,7 +23,7 @@ REGION_SHARE = 0.3  # of relation questions: 'is the circle in the top left ?'
 class QuestionItem:
   """A question with a unique one-word answer.
 
-  `plan` is a short reading of the scene that leads to the answer ('' for one-step kinds);
+  `plan` is a short reading of the scene that leads to the answer ('' for colour and shape);
   `record` is JSON-able and holds what `statement` needs; `meaning` includes the scene's content.
   """
   index: int

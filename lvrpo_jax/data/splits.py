@@ -106,13 +106,6 @@ def relation_cells(rng: np.random.Generator, relation: str) -> tuple[int, int]:
   return (first, second) if relation in ('left of', 'above') else (second, first)
 
 
-def relation_holds(a: shapes.Object, relation: str, b: shapes.Object) -> bool:
-  """Whether a is strictly `relation` b: same row (left, right) or same column (above, below)."""
-  if relation in ('left of', 'right of'):
-    return a.row == b.row and (a.col < b.col) == (relation == 'left of') and a.col != b.col
-  return a.col == b.col and (a.row < b.row) == (relation == 'above') and a.row != b.row
-
-
 def name_object(rng: np.random.Generator, item: shapes.Object,
                 objects: Iterable[shapes.Object]) -> str | None:
   """A name that fits only `item` among `objects`: 'circle' or 'red circle'; None if there is none.

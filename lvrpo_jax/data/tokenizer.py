@@ -13,6 +13,9 @@ SPECIAL = {'bos': '<|im_start|>', 'eos': '<|im_end|>', 'start_of_image': '<|visi
            'end_of_image': '<|vision_end|>'}
 """Special tokens by role, as Qwen2.5 names them."""
 
+UNKNOWN = '[UNK]'
+"""What a word-level tokenizer says in place of a word it does not know."""
+
 
 class Tokenizer:
   """Encodes and decodes text; special tokens are looked up by name and appended if absent.
@@ -39,7 +42,7 @@ class Tokenizer:
       ValueError: the text has a word that the vocabulary cannot express.
     """
     encoding = self.backend.encode(text, add_special_tokens=False)
-    unknown = self.backend.token_to_id('[UNK]')
+    unknown = self.backend.token_to_id(UNKNOWN)
     if unknown is not None and unknown in encoding.ids:
       word = text[slice(*encoding.offsets[encoding.ids.index(unknown)])]
       raise ValueError(f'the tokenizer has no token for {word!r} in {text!r}')
@@ -59,8 +62,8 @@ class Tokenizer:
 
 def from_words(words: Sequence[str]) -> Tokenizer:
   """A word-level tokenizer: one token a word, split at white space."""
-  vocabulary = {word: i for i, word in enumerate(('[UNK]', *words))}
-  backend = tokenizers.Tokenizer(token_models.WordLevel(vocabulary, unk_token='[UNK]'))
+  vocabulary = {word: i for i, word in enumerate((UNKNOWN, *words))}
+  backend = tokenizers.Tokenizer(token_models.WordLevel(vocabulary, unk_token=UNKNOWN))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   return Tokenizer(backend)
 

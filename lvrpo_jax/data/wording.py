@@ -93,8 +93,8 @@ STATEMENTS = {
 CHATTY = ('i believe it is {answer} .', 'i think it is {answer} .', 'maybe {answer} .',
           'the answer is {answer} .', 'it is {answer} , i believe .', 'maybe it is {answer} ?')
 
-_EXTRA_WORDS = ('think answer nothing it is i believe maybe the a an and than not more fewer equal shape shapes '
-                'background grey . ; : , ?')
+_EXTRA_WORDS = ('think answer nothing it is i believe maybe the a an and than not more fewer equal '
+                'shape shapes background . ; : , ?')
 _RELATION_WORDS = frozenset('left right above below'.split())
 _REGION_WORDS = frozenset('left right top bottom'.split())
 

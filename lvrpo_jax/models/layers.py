@@ -89,6 +89,16 @@ def interpolated_positions(rows: int, columns: int, side: int) -> np.ndarray:
   return (bucket(rows)[:, None] * side + bucket(columns)[None]).reshape(-1).astype(np.int32)
 
 
+def spread_positions(rows: int, columns: int, side: int) -> np.ndarray:
+  """Rows of a position table for an image that is stretched over all of it: `floor(i side / n)`.
+
+  Distinct for at most `side` rows and columns, which the rounding of `interpolated_positions` does
+  not grant (9 of 9 give 8).
+  """
+  place = lambda n: np.arange(n) * side // n
+  return (place(rows)[:, None] * side + place(columns)[None]).reshape(-1).astype(np.int32)
+
+
 def time_features(t: Array, width: int = 256) -> Array:
   """`[cos(t f_j), sin(t f_j)]`, `f_j = 10000^(-j / (width / 2))`; t in [0, 1] is not scaled."""
   half = width // 2

@@ -147,7 +147,7 @@ def evaluate(detections: Sequence[Detection], spec: dict, strict: bool = False,
 
 
 def surplus(detections: Sequence[Detection], spec: dict, threshold: float = THRESHOLD) -> int:
-  """How many known objects score above the threshold beyond those that the record asks for."""
+  """How many more known objects score above the threshold than the record asks for."""
   known = sum(d.label != UNKNOWN and d.score > threshold for d in detections)
   return max(known - sum(entry['count'] for entry in spec['include']), 0)
 

@@ -22,7 +22,7 @@ EDIT_TOLERANCE = 12.
 """Mean grey levels by which untouched pixels may differ; the autoencoder's round trip takes 8."""
 
 SURPLUS_PENALTY = 0.25
-"""Taken from the reward of an image for every object beyond those asked for. GenEval's rules allow
+"""Taken from the reward of an image for every object more than the number asked for. GenEval's rules allow
 them outside counting, so a policy that is paid by the rules alone draws more and more objects: one of
 them will stand in the right place."""
 
