@@ -22,8 +22,8 @@ def get_config() -> config_dict.ConfigDict:
   config.data.uniform = True  # one row shape for all tasks: one pass, less to compile
   config.data.wrong = 0.1  # fraction of wrong answers without a plan in pretraining, as on the web
   config.data.chatty = 0.1  # fraction of answers without a plan that keep no format
-  config.data.plan = 0.7  # fraction of answers that reason first; not those about a colour or a shape
-  config.data.describe = 0.15  # fraction of pretraining questions that ask for the whole image
+  config.data.plan = 0.7  # fraction of answers that reason first, where one word is not enough
+  config.data.describe = 0.3  # fraction of pretraining questions that ask for the whole image
   config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
   config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
       single_object=2., two_object=3., counting=3., colors=2., position=7., color_attr=3.))
@@ -43,10 +43,10 @@ def get_config() -> config_dict.ConfigDict:
   config.model.dtype = 'float32'  # compute dtype; parameters are float32
   config.model.unroll = 4  # layers unrolled per scan step; depth is fastest on CPU, 1 elsewhere
   config.model.remat = 'none'  # 'none', 'full', or a name in jax.checkpoint_policies
-  config.model.vit_width = 64  # vision tower
+  config.model.vit_width = 96  # vision tower
   config.model.vit_depth = 1
   config.model.vit_heads = 4
-  config.model.vit_ff_width = 128
+  config.model.vit_ff_width = 256
   config.model.vit_patch = 16  # pixels a side
 
   config.vae = config_dict.ConfigDict()
@@ -66,7 +66,7 @@ def get_config() -> config_dict.ConfigDict:
   config.judge.learning_rate = 2e-3
 
   config.pretrain = config_dict.ConfigDict()
-  config.pretrain.steps = 950
+  config.pretrain.steps = 1000
   config.pretrain.generate = 48  # captions a step; 0 leaves the task out
   config.pretrain.understand = 48  # questions a step
   config.pretrain.edit = 24  # edits a step
@@ -99,7 +99,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampling.guidance = (2., 3.)  # scales tried for the guided baseline
 
   config.align = config_dict.ConfigDict()
-  config.align.steps = 60  # iterations: rollout, reward, advantage, updates
+  config.align.steps = 70  # iterations: rollout, reward, advantage, updates
   config.align.group = 8  # samples of a prompt
   config.align.generate = 16  # prompts an iteration; 0 leaves the task out
   config.align.understand = 32
@@ -128,7 +128,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.eta = 0.7  # noise scale of the sampler
   config.align.noise_low = 0.4  # steps that start at a time in (low, high] are noisy
   config.align.noise_high = 1.
-  config.align.window = 2  # noisy steps that are replayed, and trained by 'sde' and 'guard', an iteration
+  config.align.window = 2  # noisy steps replayed an iteration; 'sde' and 'guard' train on them
   config.align.draws = 2  # noised copies of every sample for 'nft' and 'awm'
   config.align.nft_beta = 1.  # mixture of policy and old policy
   config.align.nft_scale = 2.  # advantage at which the optimality probability saturates

@@ -62,7 +62,8 @@ class Aligner:
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.state = sharding.shard_state(
-        step_lib.init(params, optimizer, old=a.objective in losses.FORWARD, reference=True), job.mesh)
+        step_lib.init(params, optimizer, old=a.objective in losses.FORWARD, reference=True),
+        job.mesh)
     self.frozen = {'vae': vae_params}
     self.judges = experience.Judges(
         jax.tree.map(jnp.copy, self.state.reference), siglip_params,

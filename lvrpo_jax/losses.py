@@ -105,8 +105,9 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   Raises:
     ValueError: unknown objective.
   """
-  if a.objective not in _IMAGE_SUMS:
-    raise ValueError(f'align.objective is {a.objective!r}; allowed: {sorted(_IMAGE_SUMS)}')
+  allowed = sorted(FORWARD + REPLAYED)
+  if a.objective not in allowed:
+    raise ValueError(f'align.objective is {a.objective!r}; allowed: {allowed}')
 
   def weights(batch):
     out = {}
@@ -121,14 +122,10 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
 
   def sums(params, state, frozen, batch):
     del state
-    caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
-    images = {t: b for t, b in batch.items() if t != UNDERSTAND}
-    v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
-                            {t: b.time_BM for t, b in images.items()})
-    parts = {t: _IMAGE_SUMS[a.objective](a, v[t], b) for t, b in images.items()}
-    if UNDERSTAND in batch:
-      b = batch[UNDERSTAND]
-      parts[UNDERSTAND] = _text_sums(a, _logits(policy, params, caches[UNDERSTAND], b), b)
+    v, logits = _forward(policy, params, frozen, batch)
+    parts = {t: _image_sums(a, v[t], batch[t]) for t in v}
+    if logits is not None:
+      parts[UNDERSTAND] = _text_sums(a, logits, batch[UNDERSTAND])
     terms, metrics = {}, {}
     for task, (loss, penalty, extra) in parts.items():
       terms[task], terms[f'{task}_penalty'] = loss, penalty
@@ -152,9 +149,29 @@ def _logits(policy, params, cache, b: types.TextExperience) -> Array:
   return policy.read(params, cache, ids) / b.temperature_B[:, None, None, None]
 
 
+def _logp(logits: Array, b: types.TextExperience) -> Array:
+  """Log-probabilities (B, G, T) of the answers' tokens, 0 outside the answers."""
+  return jnp.where(b.mask_BGT, ops.token_logp(logits, b.tokens_BGT), 0.)
+
+
+def _forward(policy, params, frozen, batch: dict[str, Any]
+             ) -> tuple[dict[str, Array], Array | None]:
+  """Velocities of all image tasks and tempered logits of the answers, if there are any.
+
+  The contexts of all tasks are encoded together, as in the rollout.
+  """
+  caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
+  images = {t: b for t, b in batch.items() if t != UNDERSTAND}
+  v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
+                          {t: b.time_BM for t, b in images.items()})
+  if UNDERSTAND not in batch:
+    return v, None
+  return v, _logits(policy, params, caches[UNDERSTAND], batch[UNDERSTAND])
+
+
 def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
   """The text objective, and k3 to the reference (arXiv 2402.03300)."""
-  logp = ops.token_logp(logits, b.tokens_BGT)
+  logp = _logp(logits, b)
   log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
   objective = text.OBJECTIVES[a.text_objective]
   weight = text.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
@@ -169,45 +186,39 @@ def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
       'clip_fraction': ops.masked_sum(clipped, weight)}
 
 
-def _nft_sums(a: Alignment, v: Array, b: types.ImageExperience):
-  """DiffusionNFT, and velocity MSE to the reference."""
+def _forward_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """DiffusionNFT, or advantage-weighted matching, at freshly noised final images."""
   x0 = jnp.tile(b.latents_BGNC, (1, v.shape[1] // b.latents_BGNC.shape[1], 1, 1))
-  loss = flow_objectives.nft(v, b.old_BMNC, x0, b.x_BMNC, b.time_BM,
-                             _per_point(b.advantage_BG, b), a.nft_beta, a.nft_scale)
-  return _image_sums(loss, v, b, {'old_mse': flow_objectives.velocity_mse(v, b.old_BMNC)})
+  points = (v, b.old_BMNC, x0, b.x_BMNC, b.time_BM, _per_point(b.advantage_BG, b))
+  if a.objective == 'nft':
+    loss = flow_objectives.nft(*points, a.nft_beta, a.nft_scale)
+    return loss, {'old_mse': flow_objectives.velocity_mse(v, b.old_BMNC)}
+  loss, log_ratio = flow_objectives.awm(*points, a.image_clip)
+  return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
 
 
-def _sde_sums(a: Alignment, v: Array, b: types.ImageExperience):
-  """Flow-GRPO on the replayed steps, and velocity MSE to the reference."""
-  loss, log_ratio = flow_objectives.sde(
-      transition_mean(a.sampler, v, b.transitions), b.transitions.mean_BMNC,
-      b.transitions.noise_BMNC, b.transitions.std_BM, _per_point(b.advantage_BG, b), a.image_clip)
-  return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
-
-
-def _guard_sums(a: Alignment, v: Array, b: types.ImageExperience):
-  """GRPO-Guard on the replayed steps, and velocity MSE to the reference."""
+def _replayed_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """Flow-GRPO, or GRPO-Guard, on the replayed steps of the rollout."""
   s = b.transitions
-  loss, log_ratio = flow_objectives.guard(
-      transition_mean(a.sampler, v, s), s.mean_BMNC, s.noise_BMNC, s.std_BM,
-      s.next_time_BM - s.time_BM, _per_point(b.advantage_BG, b), a.image_clip)
-  return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
+  moves = (transition_mean(a.sampler, v, s), s.mean_BMNC, s.noise_BMNC)
+  advantage = _per_point(b.advantage_BG, b)
+  if a.objective == 'sde':
+    loss, log_ratio = flow_objectives.sde(*moves, s.std_BM, advantage, a.image_clip)
+  else:
+    loss, log_ratio = flow_objectives.guard(*moves, s.next_time_BM - s.time_BM, advantage,
+                                            a.image_clip)
+  return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
 
 
-def _awm_sums(a: Alignment, v: Array, b: types.ImageExperience):
-  """Advantage-weighted matching, and velocity MSE to the reference."""
-  x0 = jnp.tile(b.latents_BGNC, (1, v.shape[1] // b.latents_BGNC.shape[1], 1, 1))
-  loss, log_ratio = flow_objectives.awm(v, b.old_BMNC, x0, b.x_BMNC, b.time_BM,
-                                        _per_point(b.advantage_BG, b), a.image_clip)
-  return _image_sums(loss, v, b, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip})
-
-
-_IMAGE_SUMS = {'nft': _nft_sums, 'sde': _sde_sums, 'guard': _guard_sums, 'awm': _awm_sums}
 FORWARD = ('nft', 'awm')
-"""Objectives on freshly noised final images; the others replay steps of the rollout."""
+"""Objectives on freshly noised final images."""
+REPLAYED = ('sde', 'guard')
+"""Objectives on steps of the rollout."""
 
 
-def _image_sums(loss: Array, v: Array, b: types.ImageExperience, extra: dict[str, Array]):
+def _image_sums(a: Alignment, v: Array, b: types.ImageExperience):
+  """The image objective, and velocity MSE to the reference."""
+  loss, extra = (_forward_sums if a.objective in FORWARD else _replayed_sums)(a, v, b)
   valid = _per_point(b.valid_BG, b)
   drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
   metrics = {'velocity_mse': drift, **extra}
@@ -233,23 +244,13 @@ def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dic
 def answer_logp(policy, params, frozen, b: types.TextExperience) -> Array:
   """Log-probabilities (B, G, T) of the answers' tokens under any policy."""
   cache = policy.prefill(params, frozen['vae'], b.prompts)
-  return jnp.where(b.mask_BGT, ops.token_logp(_logits(policy, params, cache, b), b.tokens_BGT), 0.)
+  return _logp(_logits(policy, params, cache, b), b)
 
 
 def replay(policy, params, frozen, batch: dict[str, Any]) -> tuple[dict[str, Array], Array | None]:
-  """What the forward pass of the update gives: velocities, and log-probabilities of the answers.
-
-  It encodes the contexts of all tasks together, as rollout and update do.
-  """
-  caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
-  images = {t: b for t, b in batch.items() if t != UNDERSTAND}
-  v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
-                          {t: b.time_BM for t, b in images.items()})
-  if UNDERSTAND not in batch:
-    return v, None
-  b = batch[UNDERSTAND]
-  logits = _logits(policy, params, caches[UNDERSTAND], b)
-  return v, jnp.where(b.mask_BGT, ops.token_logp(logits, b.tokens_BGT), 0.)
+  """What the forward pass of the update gives: velocities, and log-probabilities of the answers."""
+  v, logits = _forward(policy, params, frozen, batch)
+  return v, None if logits is None else _logp(logits, batch[UNDERSTAND])
 
 
 def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> Array:

@@ -25,10 +25,29 @@ CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', 'Configura
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<config name>.')
 
 
+ACCELERATORS = ('libtpu', 'jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin')
+HUGE_PAGES = 'glibc.malloc.hugetlb=1'
+
+
+def cpu_only() -> bool:
+  """Whether no package is installed that drives an accelerator."""
+  return not any(importlib.util.find_spec(name) for name in ACCELERATORS)
+
+
+def use_huge_pages() -> None:
+  """Starts this process again with glibc's huge pages, which only its environment can ask for.
+
+  XLA on CPU allocates and frees the same large blocks in every step. In pages of 4 kB that costs a
+  fifth of a step of the default job. A `GLIBC_TUNABLES` that is set already is left alone; other C
+  libraries ignore it.
+  """
+  if sys.platform == 'linux' and cpu_only() and 'GLIBC_TUNABLES' not in os.environ:
+    os.execve(sys.executable, sys.orig_argv, os.environ | {'GLIBC_TUNABLES': HUGE_PAGES})
+
+
 def prepare(workdir: pathlib.Path) -> None:
   """Process-wide settings, before the first computation."""
-  accelerators = ('libtpu', 'jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin')
-  if not any(importlib.util.find_spec(name) for name in accelerators):
+  if cpu_only():
     # Halves the compile time of LLVM on CPU; steps are as fast, for their time is in libraries.
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -63,4 +82,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  use_huge_pages()
   app.run(main)

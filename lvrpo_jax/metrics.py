@@ -195,8 +195,8 @@ class Late:
   """Holds the device metrics of one step until the next step has been dispatched.
 
   Fetching a metric waits for the device. One step late, the device already has its next work
-  queued, so the wait costs nothing. Adds 'compiled', the number of programs compiled since the first
-  step: where it grows, something changes its shape.
+  queued, so the wait costs nothing. Adds 'compiled', the number of programs compiled since the
+  first step: where it grows, something changes its shape.
   """
 
   def __init__(self, stage: str, consume: Callable[[int, dict[str, float]], None]):

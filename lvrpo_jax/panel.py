@@ -16,6 +16,7 @@ from lvrpo_jax.data import detect
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import shapes
 from lvrpo_jax.rewards import geneval
+from lvrpo_jax.rewards import rules
 
 ALARMS = {
     'color_entropy': ('fell', 0.15),
@@ -47,7 +48,9 @@ def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]
     for number, example in enumerate(examples):
       group = found[number * G:(number + 1) * G]
       diversity.append(len({_scene(objects) for objects in group}) / G)
-      surplus.extend(geneval.surplus(objects, example.spec) for objects in group)
+      surplus.extend(geneval.surplus(objects, example.spec,
+                                     counting_threshold=rules.COUNTING_THRESHOLD)
+                     for objects in group)
       for entry in example.spec['include']:
         named = [d for objects in group for d in objects if d.label == entry['class']]
         if 'color' not in entry:

@@ -37,7 +37,8 @@ def fit_autoencoder(job: job_lib.Job) -> types.Params:
   over channels: between unit latents (1) and principal components as they are (0).
   """
   images = job.data.images(job.config.vae.images)
-  params = vae_lib.fit_patch_autoencoder(job.policy.vae, _unit(images), job.config.seed)
+  params = vae_lib.fit_patch_autoencoder(job.policy.vae, policy_lib.to_unit(images),
+                                           job.config.seed)
   pixels_C = np.linalg.norm(params['decoder']['kernel'] / params['scale'][:, None], axis=1)
   factor_C = pixels_C ** (1 - job.config.vae.whiten)
   return {**params, 'scale': params['scale'] * factor_C / np.sqrt(np.mean(factor_C ** 2))}
@@ -46,10 +47,6 @@ def fit_autoencoder(job: job_lib.Job) -> types.Params:
 def initial(job: job_lib.Job) -> types.Params:
   """Fresh parameters."""
   return unified.init(job.policy.config, jax.random.key(job.config.seed))
-
-
-def _unit(images_BYXC: np.ndarray) -> np.ndarray:
-  return np.asarray(images_BYXC, np.float32) / 127.5 - 1.
 
 
 def train_judge(job: job_lib.Job, writer: metrics_lib.MetricWriter) -> types.Params:

@@ -3,9 +3,9 @@
     python -m lvrpo_jax.summary runs/seed0 runs/seed1 runs/seed2 --picture before_after.png
 
 Prints Markdown: for every score its value before and after in each run, the mean of the paired
-differences over runs, and the largest p of them; then the guided baseline on its own prompts, and how
-often a relation holds where the two objects are right, which ignoring the relation gives a sixth of
-the time. A control run (`configs/base_control.py`) can be given like any other.
+differences over runs, and the largest p of them; then the guided baseline on its own prompts, and
+how often a relation holds where the two objects are right, which ignoring the relation gives a
+sixth of the time. A control run (`configs/base_control.py`) can be given like any other.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ import numpy as np
 from PIL import Image
 
 from lvrpo_jax.data import detect
+from lvrpo_jax.data import grammar
 from lvrpo_jax.rewards import geneval
 
 ROWS = (
     ('generation, overall', 'generation/overall'),
     ('… unseen compositions', 'generation/unseen'),
-    *((f'… {kind.replace("_", " ")}', f'generation/{kind}') for kind in (
-        'single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')),
+    *((f'… {kind.replace("_", " ")}', f'generation/{kind}') for kind in grammar.GENERATE_KINDS),
     ('understanding, sampled', 'understanding/accuracy'),
     ('… greedy', 'understanding/greedy'),
-    *((f'… {kind}, sampled', f'understanding/{kind}') for kind in (
-        'color', 'shape', 'count', 'relation', 'compare', 'reason')),
+    *((f'… {kind}, sampled', f'understanding/{kind}') for kind in grammar.QUESTION_KINDS),
     ('editing', 'editing/overall'),
 )
-PICTURED = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
 SCALE = 3  # screen pixels a pixel
 
 
@@ -66,12 +64,13 @@ def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
     differences = [run['paired'][key]['difference'] for run in runs]
     largest = max(run['paired'][key]['p'] for run in runs)
     lines.append(f'| {name} | {" | ".join(cells)} | {np.mean(differences):+.3f} | {largest:.1g} |')
-  guided = [f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} '
-            f'(scale {run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
+  guided = [f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} (scale '
+            f'{run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
             for run in runs if run.get('before_guided')]
-  lines += ['', 'guided before alignment: ' + ('; '.join(guided) or 'not measured'), 'minutes: ' + '; '.join(f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs),
-            'alarms: ' + '; '.join(', '.join(run['panel'].get('alarms', [])) or 'none'
-                                   for run in runs)]
+  alarms = [', '.join(run['panel'].get('alarms', [])) or 'none' for run in runs]
+  minutes = [f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs]
+  lines += ['', f'guided before alignment: {"; ".join(guided) or "not measured"}',
+            f'minutes: {"; ".join(minutes)}', f'alarms: {"; ".join(alarms)}']
   return '\n'.join(lines)
 
 
@@ -98,12 +97,11 @@ def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
   held = total = 0
   for record in records(workdir, moment, task='generate', split='eval', kind='position'):
     images = np.stack([np.asarray(Image.open(folder / name)) for name in record['images']])
-    asked = sorted(((e['class'], e.get('color')) for e in record['spec']['include']), key=str)
+    spec = record['spec']
+    objects = {**spec, 'include': [{k: v for k, v in entry.items() if k != 'position'}
+                                   for entry in spec['include']]}
     for found, correct in zip(detect.detect_by_rendering(images), record['correct']):
-      found = [d for d in found if d.score > geneval.THRESHOLD]
-      named = sorted(((d.label, next((c for s, c in asked if s == d.label and c in (None, d.color)),
-                                    d.color)) for d in found), key=str)
-      if named == asked:
+      if geneval.evaluate(found, objects, strict=True).correct and not geneval.surplus(found, spec):
         total += 1
         held += correct
   return held, total
@@ -114,7 +112,7 @@ def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
   def row(moment):
     folder = workdir / 'eval' / moment / 'generate' / 'eval'
     cells = []
-    for kind in PICTURED:
+    for kind in grammar.GENERATE_KINDS:
       for number in range(columns):
         image = np.asarray(Image.open(folder / kind / f'{number:03d}_0.png').convert('RGB'))
         cells.append(np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255))

@@ -66,7 +66,7 @@ class ValidateTest(parameterized.TestCase):
       ('align__scope', 'prompt', "'group', 'batch', 'none'"),
       ('model__heads', 5, 'divisor of config.model.width = 96'),
       ('model__kv_heads', 3, 'divisor of config.model.heads'),
-      ('model__vit_heads', 5, 'divisor of config.model.vit_width = 64'),
+      ('model__vit_heads', 5, 'divisor of config.model.vit_width = 96'),
       ('judge__heads', 5, 'divisor of config.judge.width = 96'),
       ('model__heads', 32, 'a head width'),
       ('parallel__micro_batches', 5, 'divisor of config.pretrain.'),

@@ -155,7 +155,8 @@ class EndToEndTest(absltest.TestCase):
     self.kill_while_saving(workdir, 'pretrain')
     request.touch()
     run = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True,
-                         env={**environment(self.cache), interrupting_reward.VARIABLE: str(request)})
+                         env=environment(self.cache) |
+                         {interrupting_reward.VARIABLE: str(request)})
     self.assertEqual(run.returncode, -signal.SIGKILL, run.stderr[-2000:])  # Between two saves.
     self.assertFalse(request.exists())
     self.kill_while_saving(workdir, 'align')

@@ -289,16 +289,15 @@ class GuardTest(parameterized.TestCase):
         total += max(-A[i] * ratio, -A[i] * np.clip(ratio, 1 - clip, 1 + clip)) / abs(dt)
       return total
     with jax.enable_x64(True):
-      f = lambda m: flow.guard(m, *map(jnp.asarray, (old, noise, std)), dt, jnp.asarray(A), clip
-                               )[0].sum()
+      fixed = jnp.asarray(old), jnp.asarray(noise), dt, jnp.asarray(A), clip
+      f = lambda m: flow.guard(m, *fixed)[0].sum()
       value, grad = jax.value_and_grad(f)(jnp.asarray(mean))
     np.testing.assert_allclose(value, oracle(mean), rtol=1e-9)
     np.testing.assert_allclose(grad, finite_difference(oracle, mean), rtol=1e-5, atol=1e-8)
 
-  def test_replay_has_ratio_one_at_every_deviation(self):
+  def test_replay_has_ratio_one(self):
     mean, noise = jnp.float32(random(2, 3, 2)), jnp.float32(random(2, 3, 2, seed=1))
-    loss, log_ratio = flow.guard(mean, mean, noise, jnp.array([1e-3, .7]), -.25, jnp.array([1., -2.]),
-                                 1e-4)
+    loss, log_ratio = flow.guard(mean, mean, noise, -.25, jnp.array([1., -2.]), 1e-4)
     np.testing.assert_array_equal(log_ratio, 0.)
     np.testing.assert_array_equal(loss, [-4., 8.])
 

@@ -102,7 +102,8 @@ class AlarmTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('color_entropy', .86, .84), ('cell_entropy', 1.03, 1.01), ('scene_diversity', .65, .63),
-      ('leftovers', .14, .16), ('surplus', .14, .16), ('saturation', .6, .59), ('edge_density', .043, .041))
+      ('leftovers', .14, .16), ('surplus', .14, .16), ('saturation', .6, .59),
+      ('edge_density', .043, .041))
   def test_bounds(self, name, quiet, loud):
     self.assertEmpty(panel.alarms(self.before, self.before | {name: quiet}))
     (sentence,) = panel.alarms(self.before, self.before | {name: loud})

@@ -16,6 +16,7 @@ from unittest import mock
 from absl.testing import absltest
 import jax
 from jax import numpy as jnp
+import jax_settings
 import numpy as np
 
 from lvrpo_jax import flow
@@ -43,25 +44,11 @@ THINK_POINTS = 4  # of the time grid of the think case; the golden folder's note
 GROUPS = ('train/grad', 'train/', 'pack/', 'und/', 'und2/', 'gen/batch', 'gen/', 'cfgmix/', 'edit/',
           'think/', 'vit/', 'vae/', 'misc/')
 
-CONFIG = {
-    'jax_default_matmul_precision': 'highest',
+setUpModule, tearDownModule = jax_settings.of_module(
+    jax_default_matmul_precision='highest',
     # Compilation takes nearly all the time; the numbers agree with full optimization too.
-    'jax_disable_most_optimizations': True,
-}
+    jax_disable_most_optimizations=True)
 
-
-def setUpModule():
-  for name, value in CONFIG.items():
-    BEFORE[name] = jax.config.values[name]
-    jax.config.update(name, value)
-
-
-def tearDownModule():
-  for name, value in BEFORE.items():
-    jax.config.update(name, value)
-
-
-BEFORE = {}
 to_last = lambda image_CYX: np.moveaxis(image_CYX, -3, -1)
 to_first = lambda image_YXC: np.moveaxis(np.asarray(image_YXC), -1, -3)
 

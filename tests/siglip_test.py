@@ -8,6 +8,7 @@ from absl.testing import parameterized
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import jax_settings
 import numpy as np
 
 from lvrpo_jax.models import siglip
@@ -19,21 +20,8 @@ try:
 except ImportError:
   torch = transformers = None
 
-SETTINGS = {'jax_default_matmul_precision': 'highest', 'jax_numpy_rank_promotion': 'raise'}
-_saved = {}
-
-
-def setUpModule():
-  # Set for this module alone: other tests share the process.
-  for name, value in SETTINGS.items():
-    _saved[name] = jax.config.values[name]
-    jax.config.update(name, value)
-
-
-def tearDownModule():
-  for name, value in _saved.items():
-    jax.config.update(name, value)
-
+setUpModule, tearDownModule = jax_settings.of_module(
+    jax_default_matmul_precision='highest', jax_numpy_rank_promotion='raise')
 
 # Rows: pattern of a Hugging Face name, path in our tree, change of the array before it is reshaped
 # to our shape. A name that matches several rows holds several of our arrays.

@@ -11,12 +11,14 @@ import numpy as np
 from PIL import Image
 
 from lvrpo_jax import summary
+from lvrpo_jax.data import grammar
 from lvrpo_jax.data import shapes
 
 
 def scores(before, after, p):
   value = lambda x: {'generation': {'overall': {'value': x}}}
-  return {'before': value(before), 'after': value(after), 'seconds': {'pretrain': 60., 'align': 30.},
+  return {'before': value(before), 'after': value(after),
+          'seconds': {'pretrain': 60., 'align': 30.},
           'guidance': {'1': {'value': .4}, '3': {'value': .5}},
           'before_guided': {'generation': {'overall': {'value': .5}}, 'scale': 3.},
           'paired': {'generation/overall': {'difference': after - before, 'p': p}},
@@ -38,7 +40,8 @@ class SummaryTest(absltest.TestCase):
     for moment, number in (('before', 1), ('after', 2)):
       folder = self.folder / name / 'eval' / moment
       folder.mkdir(parents=True)
-      images = [((3, 0), 0), ((0, 3), 0), ((0, 1), number - 1)]  # Cells of circle and cross, verdict.
+      # Cells of circle and cross, and the verdict.
+      images = [((3, 0), 0), ((0, 3), 0), ((0, 1), number - 1)]
       for i, ((circle, cross), _) in enumerate(images):
         rng = np.random.default_rng(i)
         objects = [shapes.draw_object(rng, 'circle', 'red', circle),
@@ -48,7 +51,7 @@ class SummaryTest(absltest.TestCase):
         Image.fromarray(shapes.render(shapes.Scene(tuple(objects)))).save(folder / f'{i}.png')
       (folder / 'predictions.jsonl').write_text(''.join(json.dumps(dict(
           task='generate', split='eval', kind='position', id=f'generate/eval/position/{row:03d}',
-          spec={'include': include}, images=[f'{i}.png' for i in range(3)],
+          spec={'tag': 'position', 'include': include}, images=[f'{i}.png' for i in range(3)],
           correct=[verdict for _, verdict in images])) + '\n' for row in range(2)))
     return self.folder / name
 
@@ -58,8 +61,8 @@ class SummaryTest(absltest.TestCase):
       self.assertEqual(summary.main([str(run) for run in runs]), 0)
     lines = out.getvalue().splitlines()
     self.assertEqual(lines[0], '| held-out score | one | two | mean difference | largest p |')
-    self.assertEqual(lines[2], '| generation, overall | 0.500 → 0.700 | 0.400 → 0.500 | +0.150 | '
-                     '0.002 |')
+    self.assertEqual(
+        lines[2], '| generation, overall | 0.500 → 0.700 | 0.400 → 0.500 | +0.150 | 0.002 |')
     self.assertIn('0.500 (scale 3), unguided 0.400', out.getvalue())
     self.assertIn('minutes: 1.5; 1.5', out.getvalue())
     # The first picture of each prompt has an object too many and is left out.
@@ -90,7 +93,7 @@ class SummaryTest(absltest.TestCase):
   def test_picture(self):
     run = self.write('run', scores(.5, .7, .1))
     for moment, shade in (('before', 10), ('after', 200)):
-      for kind in summary.PICTURED:
+      for kind in grammar.GENERATE_KINDS:
         folder = run / 'eval' / moment / 'generate' / 'eval' / kind
         folder.mkdir(parents=True)
         for number in range(2):
@@ -98,7 +101,8 @@ class SummaryTest(absltest.TestCase):
               folder / f'{number:03d}_0.png')
     image = summary.picture(run)
     self.assertEqual(image.shape, (2 * 6 * summary.SCALE, 12 * 6 * summary.SCALE, 3))
-    at = lambda row, column: image[(6 * row + 3) * summary.SCALE, (6 * column + 3) * summary.SCALE, 0]
+    middle = lambda cell: (6 * cell + 3) * summary.SCALE
+    at = lambda row, column: image[middle(row), middle(column), 0]
     self.assertEqual([at(0, 0), at(0, 1), at(1, 0), at(1, 11)], [10, 11, 200, 201])
 
 

@@ -11,26 +11,14 @@ from absl.testing import parameterized
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import jax_settings
 import numpy as np
 from safetensors import numpy as safetensors
 
 from lvrpo_jax.models import vae
 
-SETTINGS = {'jax_default_matmul_precision': 'highest', 'jax_numpy_rank_promotion': 'raise'}
-_saved = {}
-
-
-def setUpModule():
-  # Set for this module alone: other tests share the process.
-  for name, value in SETTINGS.items():
-    _saved[name] = jax.config.values[name]
-    jax.config.update(name, value)
-
-
-def tearDownModule():
-  for name, value in _saved.items():
-    jax.config.update(name, value)
-
+setUpModule, tearDownModule = jax_settings.of_module(
+    jax_default_matmul_precision='highest', jax_numpy_rank_promotion='raise')
 
 _DEFAULT_PARITY = pathlib.Path(__file__).parents[2] / 'shared' / 'parity' / 'A'
 PARITY_DIR = pathlib.Path(os.environ.get('LVRPO_PARITY_DIR', _DEFAULT_PARITY))

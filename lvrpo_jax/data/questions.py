@@ -111,14 +111,14 @@ def reading(objects: Iterable[shapes.Object], words: Sequence[str] = ('color', '
 
   `words` chooses what is said of every object.
   """
-  words = {o.row * shapes.GRID + o.col: ' '.join(o.__dict__[w] for w in words) for o in objects}
-  return ' , '.join(words.get(cell, 'nothing') for cell in range(shapes.MAX_OBJECTS))
+  said = {o.cell: ' '.join(getattr(o, word) for word in words) for o in objects}
+  return ' , '.join(said.get(cell, 'nothing') for cell in range(shapes.MAX_OBJECTS))
 
 
 def _listing(objects: Iterable[shapes.Object], fits: Callable[[shapes.Object], bool]) -> str:
   """The objects that fit, in reading order: 'red circle blue circle'; 'nothing' if none does."""
-  found = sorted((o.row, o.col, f'{o.color} {o.shape}') for o in objects if fits(o))
-  return ' '.join(name for _, _, name in found) or 'nothing'
+  found = sorted((o.cell, f'{o.color} {o.shape}') for o in objects if fits(o))
+  return ' '.join(name for _, name in found) or 'nothing'
 
 
 def _full(item: shapes.Object) -> str:
@@ -158,8 +158,10 @@ def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
   name = splits.name_object(rng, item, objects)
   if name is None:
     return None
-  cell = shapes.CORNERS.index(item.corner)
-  regions = [r for r in wording.REGIONS if (cell in wording.REGION_CELLS[r]) == target.yes]
+  # The size of the region is drawn first: by itself it must not tell the answer.
+  size = wording.pick(rng, (1, 2))
+  regions = [r for r in wording.REGIONS if len(wording.REGION_CELLS[r]) == size
+             and (item.cell in wording.REGION_CELLS[r]) == target.yes]
   region = wording.pick(rng, regions)
   record = {'type': 'region', 'a': name, 'r': region}
   return _Draft(objects, record, f'{item.corner} in {region}', 'yes' if target.yes else 'no',

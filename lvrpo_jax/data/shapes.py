@@ -46,9 +46,14 @@ class Object:
   radius: float
 
   @property
+  def cell(self) -> int:
+    """Number of the cell, row-major."""
+    return self.row * GRID + self.col
+
+  @property
   def corner(self) -> str:
     """Name of the cell, for example 'top left'."""
-    return CORNERS[self.row * GRID + self.col]
+    return CORNERS[self.cell]
 
   @property
   def box(self) -> tuple[float, float, float, float]:
@@ -75,7 +80,7 @@ class Scene:
 
   def content(self) -> frozenset[tuple[str, str, int]]:
     """What the scene shows, without jitter and size: a set of (shape, colour, cell number)."""
-    return frozenset((o.shape, o.color, o.row * GRID + o.col) for o in self.objects)
+    return frozenset((o.shape, o.color, o.cell) for o in self.objects)
 
 
 def draw_object(rng: np.random.Generator, shape: str, color: str, cell: int) -> Object:

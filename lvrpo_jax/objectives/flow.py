@@ -28,17 +28,16 @@ def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
   return text.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
-def guard(mean: Array, old_mean: Array, noise: Array, std: Array, dt: Array, advantage: Array,
-          clip: float) -> tuple[Array, Array]:
+def guard(mean: Array, old_mean: Array, noise: Array, dt: Array, advantage: Array, clip: float
+          ) -> tuple[Array, Array]:
   """GRPO-Guard's loss of one step (arXiv 2510.22319), per sample: ratios of all times alike.
 
-  The log-ratio of `sde` is centred and scaled by the step's deviation, which leaves
+  The log-ratio of `sde` is centred and scaled by the step's deviation, which cancels and leaves
   `mean(noise * (mean - old_mean))`; the loss is divided by the step's length `|dt|`.
 
   Returns:
     (loss, log_ratio), both (...).
   """
-  del std  # It cancels.
   log_ratio = jnp.mean(noise * (mean - old_mean), TOKENS)
   return text.clipped(log_ratio, advantage, clip, clip) / jnp.abs(dt), log_ratio
 

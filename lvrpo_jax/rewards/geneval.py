@@ -146,8 +146,11 @@ def evaluate(detections: Sequence[Detection], spec: dict, strict: bool = False,
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
-def surplus(detections: Sequence[Detection], spec: dict, threshold: float = THRESHOLD) -> int:
-  """How many more known objects score above the threshold than the record asks for."""
+def surplus(detections: Sequence[Detection], spec: dict, threshold: float = THRESHOLD,
+            counting_threshold: float = COUNTING_THRESHOLD) -> int:
+  """How many more known objects score above the threshold of `evaluate` than the record asks for.
+  """
+  threshold = counting_threshold if spec['tag'] == 'counting' else threshold
   known = sum(d.label != UNKNOWN and d.score > threshold for d in detections)
   return max(known - sum(entry['count'] for entry in spec['include']), 0)
 

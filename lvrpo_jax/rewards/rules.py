@@ -22,9 +22,9 @@ EDIT_TOLERANCE = 12.
 """Mean grey levels by which untouched pixels may differ; the autoencoder's round trip takes 8."""
 
 SURPLUS_PENALTY = 0.25
-"""Taken from the reward of an image for every object more than the number asked for. GenEval's rules allow
-them outside counting, so a policy that is paid by the rules alone draws more and more objects: one of
-them will stand in the right place."""
+"""Taken from the reward of an image for every object more than the number asked for. GenEval's
+rules allow them outside counting, so a policy that is paid by the rules alone draws more and more
+objects: one of them will stand in the right place."""
 
 FORMAT_SHARE = 0.2
 """Share of the text reward that pays the format; the rest pays the answer."""
@@ -38,7 +38,8 @@ def images(detector: Detector, images_BGYXC: np.ndarray, specs: Sequence[dict[st
   """
   B, G = images_BGYXC.shape[:2]
   found = detector(images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:]))
-  surplus = np.array([geneval.surplus(d, specs[i // G]) for i, d in enumerate(found)], np.float32)
+  surplus = np.array([geneval.surplus(d, specs[i // G], counting_threshold=COUNTING_THRESHOLD)
+                      for i, d in enumerate(found)], np.float32)
   verdicts = [geneval.evaluate(d, specs[i // G], strict=strict,
                                counting_threshold=COUNTING_THRESHOLD) for i, d in enumerate(found)]
   correct, parts = _arrays(verdicts, B, G)
