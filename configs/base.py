@@ -12,8 +12,13 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
   """Returns the default configuration."""
   config = config_dict.ConfigDict()
-  config.program = 'run'  # 'run': all stages; 'control': more pretraining instead of alignment
+  # 'run': all stages; 'control': more pretraining instead of alignment; 'sample': one answer or
+  # picture; 'convert': a released model in, an aligned one out
+  config.program = 'run'
   config.seed = 0  # of initialisation, data, rollouts and noise
+  config.checkpoint = ''  # folder of a released model; '' trains the small one of config.model
+  # The released model's sizes in its own format, see configs/bagel_7b.py; empty: the folder's.
+  config.architecture = config_dict.ConfigDict()
 
   config.data = config_dict.ConfigDict()
   config.data.source = 'lvrpo_jax.data.mixture:ShapesData'  # import path of the data class
@@ -66,7 +71,7 @@ def get_config() -> config_dict.ConfigDict:
   config.judge.learning_rate = 2e-3
 
   config.pretrain = config_dict.ConfigDict()
-  config.pretrain.steps = 1000
+  config.pretrain.steps = 800
   config.pretrain.generate = 48  # captions a step; 0 leaves the task out
   config.pretrain.understand = 48  # questions a step
   config.pretrain.edit = 24  # edits a step
@@ -78,7 +83,7 @@ def get_config() -> config_dict.ConfigDict:
   config.pretrain.save_every = 200  # steps
 
   config.control = config_dict.ConfigDict()  # continued pretraining, see configs/base_control.py
-  config.control.steps = 500
+  config.control.steps = 600
   config.control.rate = 0.5  # factor of the pretraining learning rates
 
   config.optimizer = config_dict.ConfigDict()  # of pretraining
@@ -155,6 +160,29 @@ def get_config() -> config_dict.ConfigDict:
   config.evaluate.images = 4  # images and sampled answers of a prompt
   config.evaluate.batch = 60  # prompts at once
   config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out
+
+  config.sample = config_dict.ConfigDict()  # of the program 'sample'
+  config.sample.task = 'generate'  # 'generate', 'understand' or 'edit'
+  config.sample.prompt = ''
+  config.sample.image = ''  # file of the image to ask about or to edit
+  config.sample.think = False  # writes a thought first
+  config.sample.system = config_dict.ConfigDict(dict(  # text before all else, where it thinks
+      generate='', understand='', edit=''))
+  config.sample.size = (0, 0)  # pixels (width, height) of a new image; 0 is the model's own
+  config.sample.points = 50  # of the time grid; the steps are one fewer
+  config.sample.shift = 2.2  # time shift of the grid
+  config.sample.guidance = config_dict.ConfigDict({  # scales of 1 turn a branch off
+      task: dict(text_scale=1., image_scale=1., low=0.4, high=1., renorm='global', renorm_min=0.)
+      for task in ('generate', 'edit')})
+  config.sample.max_tokens = 512  # of an answer or a thought
+  config.sample.temperature = 0.  # 0 takes the most likely token
+  config.sample.top_p = 1.  # probability mass of the tokens drawn from
+  config.sample.buckets = True  # a few image sizes and text lengths, so that little compiles
+
+  config.convert = config_dict.ConfigDict()  # of the program 'convert'
+  config.convert.direction = 'import'  # a released folder into the workdir, or 'export'
+  config.convert.target = ''  # new folder to export to
+  config.convert.shards = 1  # files of the exported model
 
   config.parallel = config_dict.ConfigDict()
   config.parallel.mesh = (-1, 1, 1)  # devices along data, fsdp, tensor; one may be -1

@@ -78,18 +78,28 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
     ValueError: the workdir holds a run of another config; the message lists the differing keys.
   """
   path = workdir / 'config.json'
-  mine = flatten(json.loads(config.to_json()))
   if path.exists():
-    theirs = flatten(json.loads(path.read_text()))
-    different = [f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
-                 for key in sorted(mine.keys() | theirs.keys())
-                 if mine.get(key) != theirs.get(key)]
-    if different:
-      raise ValueError(f'{workdir} holds a run of another config; use another --workdir, or the '
-                       'same values:\n  ' + '\n  '.join(different))
+    compare_config(workdir, config)
   elif jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, json.loads(config.to_json()))
+
+
+def compare_config(workdir: pathlib.Path, config: ml_collections.ConfigDict,
+                   parts: tuple[str, ...] = ()):
+  """Compares with the `config.json` of a workdir; with `parts`, only keys that start with one.
+
+  Raises:
+    ValueError: the message lists the differing keys.
+  """
+  mine = flatten(json.loads(config.to_json()))
+  theirs = flatten(json.loads((workdir / 'config.json').read_text()))
+  different = [f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
+               for key in sorted(mine.keys() | theirs.keys())
+               if mine.get(key) != theirs.get(key) and (not parts or key.startswith(parts))]
+  if different:
+    raise ValueError(f'{workdir} holds a run of another config; use another --workdir, or the '
+                     'same values:\n  ' + '\n  '.join(different))
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

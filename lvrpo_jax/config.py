@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 TASKS = ('generate', 'understand', 'edit')
-PROGRAMS = ('run', 'control')
+PROGRAMS = ('run', 'control', 'sample', 'convert')
 Check = tuple[str, Callable[[Any], bool], str]
 
 POSITIVE = (lambda v: v > 0, 'a number above 0')
@@ -66,6 +66,13 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     *((f'evaluate.{k}', COUNT) for k in ('generate', 'unseen', 'understand', 'edit', 'images',
                                          'batch')),
     ('evaluate.guided', NATURAL),
+    ('sample.task', one_of(*TASKS)), ('convert.direction', one_of('import', 'export')),
+    ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),
+    *((f'{k}', COUNT) for k in ('sample.max_tokens', 'convert.shards')),
+    ('sample.shift', POSITIVE), ('sample.temperature', NATURAL),
+    ('sample.top_p', (lambda v: 0 < v <= 1, 'above 0 and at most 1')),
+    *((f'sample.guidance.{task}.renorm', one_of('global', 'channel', 'text_channel'))
+      for task in ('generate', 'edit')),
     ('parallel.runner', one_of('jit', 'pmap')),
     ('parallel.micro_batches', COUNT),
     ('log_every', POSITIVE),

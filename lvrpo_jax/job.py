@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import pathlib
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import sharding
 from lvrpo_jax.data import pipeline
+from lvrpo_jax.data import tokenizer as tokenizer_lib
+from lvrpo_jax.models import released
 from lvrpo_jax.models import siglip
 from lvrpo_jax.models import unified
 from lvrpo_jax.models import vae as vae_lib
@@ -71,11 +74,14 @@ def load_symbol(path: str, key: str) -> Any:
 def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
   """Builds all fixed parts; nothing is trained or loaded yet."""
   d = config.data
+  tokenizer = released_tokenizer(config.checkpoint) if config.checkpoint else None
   data = load_symbol(d.source, 'data.source')(
       seed=config.seed, generate_kinds=d.generate_kinds.to_dict(),
       question_kinds=d.question_kinds.to_dict(), wrong=d.wrong, chatty=d.chatty, plan=d.plan,
-      describe=d.describe, drop=d.drop)
-  policy = build_policy(config, data)
+      describe=d.describe, drop=d.drop, tokenizer=tokenizer)
+  architecture = find_architecture(config)
+  policy = (released_policy(config, data, architecture) if architecture else
+            small_policy(config, data))
   template = pipeline.Template(d.prompt_words, d.answer_words, policy.vit_tokens,
                                policy.latent_shape[0], d.uniform, data.image_size)
   return Job(config=ml_collections.FrozenConfigDict(config), workdir=workdir, data=data,
@@ -83,8 +89,60 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
              judge=build_judge(config, data), mesh=sharding.make_mesh(config.parallel.mesh))
 
 
-def build_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
-  """The unified model with the small autoencoder."""
+def find_architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Sizes of a released model in its own format, from its folder or the config; {} for neither.
+
+  Raises:
+    ValueError: the folder holds another model than the config describes.
+  """
+  mine = config.architecture.to_dict()
+  if not config.checkpoint:
+    return mine
+  theirs = released.read_config(config.checkpoint)
+  if mine:
+    here, there = (dataclasses.asdict(released.model_config(a)) for a in (mine, theirs))
+    for key, value in here.items():
+      if value != there[key]:
+        raise ValueError(f'config.architecture gives {key} = {value!r}, but the model in '
+                         f'config.checkpoint = {config.checkpoint!r} has {there[key]!r}')
+  return theirs
+
+
+def released_tokenizer(folder: str | os.PathLike) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of a released folder.
+
+  Raises:
+    ValueError: there is none.
+  """
+  try:
+    return tokenizer_lib.from_path(folder)
+  except FileNotFoundError as error:
+    raise ValueError(f'config.checkpoint: {error}') from error
+
+
+def released_policy(config: ml_collections.ConfigDict, data: Any, architecture: dict[str, Any]
+                    ) -> policy_lib.Policy:
+  """A model of the released architecture.
+
+  Where a tokenizer is given (`config.checkpoint`) its special tokens hold; one that lacked them
+  has them behind its last word, and the embedding table grows if it must.
+  """
+  m, tokens = config.model, data.tokenizer
+  model = dataclasses.replace(
+      released.model_config(architecture), dtype=m.dtype, unroll=m.unroll, remat=m.remat)
+  vae, patch = released.autoencoder(architecture), architecture['latent_patch_size']
+  if config.checkpoint:
+    model = dataclasses.replace(
+        model, vocab=max(model.vocab, len(tokens)), start_of_image=tokens.start_of_image,
+        end_of_image=tokens.end_of_image)
+  if data.image_size % (vae.downsample * patch):
+    raise ValueError(f'config.data.source {config.data.source!r} has images of {data.image_size} '
+                     f'pixels a side; allowed: multiples of {vae.downsample * patch}')
+  return policy_lib.Policy(model, vae, data.image_size, patch, bos=tokens.bos, eos=tokens.eos)
+
+
+def small_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
+  """The unified model of `config.model` with the small autoencoder."""
   m, tokens = config.model, data.tokenizer
   for key, patch in (('vae.patch', config.vae.patch), ('model.vit_patch', m.vit_patch),
                      ('judge.patch', config.judge.patch)):

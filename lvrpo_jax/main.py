@@ -14,11 +14,15 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
+import ml_collections
 from ml_collections import config_flags
 
 from lvrpo_jax import config as config_lib
+from lvrpo_jax import job as job_lib
 from lvrpo_jax import report
 from lvrpo_jax import run
+from lvrpo_jax import sample
+from lvrpo_jax import weights
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', 'Configuration file.',
                                          lock_config=True)
@@ -59,6 +63,19 @@ def prepare(workdir: pathlib.Path) -> None:
       ABSL_TO_STANDARD[logging.INFO])
 
 
+def convert(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Imports a released model into the workdir, or exports the aligned one."""
+  job = job_lib.build(config, workdir)
+  if config.convert.direction == 'import':
+    weights.import_released(job)
+  else:
+    weights.export(job, config.convert.target, config.convert.shards)
+
+
+PROGRAMS = {'run': run.run, 'control': run.run, 'sample': sample.run, 'convert': convert}
+"""What `config.program` names; each takes (config, workdir)."""
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
@@ -69,10 +86,12 @@ def main(argv: list[str]) -> None:
   try:
     config_lib.validate(config)
     prepare(workdir)
-    scores = run.run(config, workdir)
+    scores = PROGRAMS[config.program](config, workdir)
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))
     sys.exit(2)
+  if config.program not in ('run', 'control'):
+    return
   for score, test in scores.get('paired', {}).items():
     if score.endswith(('overall', 'unseen', 'accuracy')):
       logging.info('%s: %+.3f, standard error %.3f, p = %.2g', score, test['difference'],

@@ -53,8 +53,14 @@ class Policy:
     return self.latent_grid ** 2, self.config.latent_channels
 
   @property
+  def vit_size(self) -> int:
+    """Pixels along each side for the vision tower: the nearest multiple of its patch."""
+    patch = self.config.vit.patch
+    return max(round(self.image_size / patch), 1) * patch
+
+  @property
   def vit_tokens(self) -> int:
-    return (self.image_size // self.config.vit.patch) ** 2
+    return (self.vit_size // self.config.vit.patch) ** 2
 
   def encode(self, vae_params: types.Params, image_BYXC: Array) -> Array:
     """Latent tokens (B, N, C) of uint8 images: the posterior mean."""
@@ -71,20 +77,24 @@ class Policy:
 
   def patches(self, image_BYXC: Array) -> tuple[Array, Array]:
     """Patches (B, N, P) of uint8 images for the vision tower, and their table rows (N,)."""
-    side = self.image_size // self.config.vit.patch
-    position = self._positions(side, self.config.vit.side)
-    return vae_lib.patchify(to_unit(image_BYXC), self.config.vit.patch), jnp.asarray(position)
+    patch, size = self.config.vit.patch, self.vit_size
+    pixels = to_unit(image_BYXC)
+    if size != self.image_size:
+      shape = (image_BYXC.shape[0], size, size, 3)
+      pixels = jnp.clip(jax.image.resize(pixels, shape, 'cubic', antialias=True), -1., 1.)
+    position = self.positions(size // patch, size // patch, self.config.vit.side)
+    return vae_lib.patchify(pixels, patch), jnp.asarray(position)
 
   def latent_position(self, rows: int) -> Array:
     """Rows (B, N) of the latent position table."""
-    position = self._positions(self.latent_grid, self.config.latent_side)
+    position = self.positions(self.latent_grid, self.latent_grid, self.config.latent_side)
     return jnp.broadcast_to(jnp.asarray(position), (rows, len(position)))
 
-  def _positions(self, tokens: int, side: int) -> np.ndarray:
-    """Rows of a position table of `side` x `side` for an image of `tokens` x `tokens`."""
+  def positions(self, rows: int, columns: int, side: int) -> np.ndarray:
+    """Rows of a position table of `side` x `side` for an image of rows x columns tokens."""
     place = (layers.spread_positions if self.config.interpolate_pos else
              layers.grid_positions)
-    return place(tokens, tokens, side)
+    return place(rows, columns, side)
 
   def sequence(self, vae_params: types.Params, prompts: types.Prompts) -> types.Sequence:
     """Runs the encoders that need no gradient and lays out the context."""

@@ -21,7 +21,7 @@ from lvrpo_jax import metrics as metrics_lib
 from lvrpo_jax import panel
 from lvrpo_jax import pretrain
 from lvrpo_jax import scores
-from lvrpo_jax import types
+from lvrpo_jax import weights
 
 
 class Clock:
@@ -41,18 +41,6 @@ class Clock:
     return out
 
 
-def kept(workdir: pathlib.Path, name: str, template: types.Params,
-         make: Callable[[], types.Params]) -> types.Params:
-  """Parameters that are made once and then read back."""
-  store = checkpoint.Checkpoints(workdir / 'checkpoints' / name, keep=1)
-  restored = store.restore(template)
-  params = restored[0] if restored else make()
-  if not restored:
-    store.save(0, params, {})
-  store.close()
-  return params
-
-
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Builds the world, pretrains, measures, aligns, measures again; returns the scores."""
   job = job_lib.build(config, workdir)
@@ -63,15 +51,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   clock = Clock(workdir / 'seconds.json')
   image = (1, job.policy.image_size, job.policy.image_size, 3)
   zeros = lambda shapes: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
-  key = jax.random.key(0)
-  vae_params = clock('vae', lambda: kept(
-      workdir, 'vae', zeros(jax.eval_shape(job.policy.vae.init, key, jax.numpy.zeros(image))
-                            )['params'], lambda: pretrain.fit_autoencoder(job)))
-  siglip_params = clock('judge', lambda: kept(
+  siglip_params = lambda: clock('judge', lambda: weights.kept(
       workdir, 'judge', zeros(jax.eval_shape(
-          job.judge.init, key, jax.numpy.zeros(image), job.captions(['']))['params']),
+          job.judge.init, jax.random.key(0), jax.numpy.zeros(image), job.captions(['']))['params']),
       lambda: pretrain.train_judge(job, writer)))
-  params = clock('pretrain', lambda: pretrain.run(job, vae_params, writer))
+  if config.checkpoint:
+    vae_params = clock('vae', lambda: weights.base(job, weights.VAE))
+    siglip_params = siglip_params()
+    params = clock('load', lambda: weights.base(job, weights.BASE))
+  else:
+    vae_params = clock('vae', lambda: weights.kept(
+        workdir, weights.VAE, weights.template(job, weights.VAE),
+        lambda: pretrain.fit_autoencoder(job)))
+    siglip_params = siglip_params()
+    params = clock('pretrain', lambda: pretrain.run(job, vae_params, writer))
   tools = evaluate.samplers(job)
   measure = lambda name, p: evaluate.run(job, p, vae_params, tools, workdir / 'eval' / name)
   before = clock('evaluate_before', lambda: measure('before', params))
@@ -81,6 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     params = clock('control', lambda: pretrain.run(job, vae_params, writer, 'control', params))
   else:
     params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer))
+    weights.kept(workdir, weights.ALIGNED, params, lambda: params)
   after = clock('evaluate_after', lambda: measure('after', params))
   writer.close()
   return write_scores(workdir, config, clock, guided, before, after)

@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors
 
+from configs import bagel_1p5b
+from configs import bagel_7b
 from lvrpo_jax import hf
 from lvrpo_jax.models import layers
 from lvrpo_jax.models import released
@@ -264,7 +266,7 @@ class LoadTest(parameterized.TestCase):
       hf.load(self.path, dataclasses.replace(MODEL, vocab=2000))
 
 
-class ReleasedTest(absltest.TestCase):
+class ReleasedTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
@@ -295,6 +297,23 @@ class ReleasedTest(absltest.TestCase):
         f'{tower}encoder.layers.25.mlp.fc1.weight': (4304, 1152)}.items():
       self.assertEqual(places[name].shape, shape, name)
     self.assertNotIn(f'{tower}encoder.layers.26.mlp.fc1.weight', places)
+
+  @parameterized.named_parameters(('7b', bagel_7b, 14_607_260_128), ('1p5b', bagel_1p5b, None))
+  def test_configs_of_the_released_sizes(self, module, total):
+    config = released.model_config(module.get_config().architecture.to_dict())
+    places = hf.places(config)
+    self.assertLen(places, 1223)
+    count = sum(np.prod(place.shape, dtype=np.int64) for place in places.values())
+    H, I, V, K = config.width, config.ff_width, config.vocab, config.width // config.heads
+    kv = config.kv_heads * K
+    layer = 2 * H * H + 2 * H * kv + H + 2 * kv + 2 * K + 3 * H * I + 2 * H
+    vit, vit_I, P = 1152, 4304, 3 * 14 ** 2
+    tower = 26 * (4 * (vit * vit + vit) + 2 * vit * vit_I + vit_I + vit + 4 * vit)
+    tower += P * vit + vit + 70 ** 2 * vit + 2 * vit
+    rest = (vit * H + H) + (H * H + H) + (256 * H + H) + (H * H + H) + (64 * H + H) + (64 * H + 64)
+    self.assertEqual(count, 2 * 28 * layer + 2 * V * H + 2 * H + tower + rest
+                     + (64 ** 2 + 70 ** 2) * H)
+    self.assertEqual(count, total or count)
 
   def test_shapes_of_the_autoencoder(self):
     places = hf.places(released.autoencoder(self.config))

@@ -16,7 +16,8 @@ LAYERS = (
     ('data', 'models', 'flow', 'sharding'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run'),
+    ('losses', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run',
+     'inference', 'weights', 'sample'),
     ('main', 'report', 'summary'),
 )
 """Rooms by layer, the lowest first. A room is a file or a folder."""

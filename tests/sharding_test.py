@@ -40,7 +40,7 @@ def abstract_params():
   data = job_lib.load_symbol(config.data.source, 'data.source')(
       seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
       plan=0., describe=0., drop=0.)
-  policy = job_lib.build_policy(config, data)
+  policy = job_lib.small_policy(config, data)
   return jax.eval_shape(lambda: unified.init(policy.config, jax.random.key(0)))
 
 

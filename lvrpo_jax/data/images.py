@@ -96,8 +96,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-  """Resizes a byte image to the size that `rule` gives: bicubic, antialiased, rounded to bytes."""
-  size = resize_rule(image_YXC.shape[1], image_YXC.shape[0], *rule)
+  """Resizes a byte image to the size that `rule` gives."""
+  return resize_to(image_YXC, resize_rule(image_YXC.shape[1], image_YXC.shape[0], *rule))
+
+
+def resize_to(image_YXC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Resizes a byte image to (width, height): bicubic, antialiased, rounded to bytes."""
   return np.array(Image.fromarray(image_YXC).resize(size, Image.Resampling.BICUBIC))
 
 

@@ -31,11 +31,13 @@ class ShapesData:
     plan: fraction of pretraining answers that reason before they answer, where a plan exists.
     describe: fraction of pretraining's questions that ask for a description of the whole image.
     drop: probability of leaving the text out, for guidance.
+    tokenizer: of the model; None makes one of the world's words.
   """
 
   def __init__(self, seed: int, generate_kinds: dict[str, float],
                question_kinds: dict[str, float], wrong: float, chatty: float, plan: float,
-               describe: float, drop: float):
+               describe: float, drop: float,
+               tokenizer: tokenizer_lib.Tokenizer | None = None):
     self.world = grammar.World(seed)
     self.seed = seed
     self._kinds = {pipeline.GENERATE: _shares(generate_kinds),
@@ -43,10 +45,7 @@ class ShapesData:
                    pipeline.EDIT: _shares(dict.fromkeys(grammar.EDIT_KINDS, 1.))}
     self._wrong, self._chatty, self._plan = wrong, chatty, plan
     self._describe, self._drop = describe, drop
-
-  @functools.cached_property
-  def tokenizer(self) -> tokenizer_lib.Tokenizer:
-    return tokenizer_lib.from_words(grammar.vocabulary())
+    self.tokenizer = tokenizer or tokenizer_lib.from_words(grammar.vocabulary())
 
   @property
   def answers(self) -> tuple[str, ...]:

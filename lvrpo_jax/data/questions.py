@@ -121,8 +121,23 @@ def _listing(objects: Iterable[shapes.Object], fits: Callable[[shapes.Object], b
   return ' '.join(name for _, name in found) or 'nothing'
 
 
-def _full(item: shapes.Object) -> str:
-  return f'{item.color} {item.shape} {item.corner}'
+def _sides(item: shapes.Object, axes: tuple[int, ...] = (0, 1)) -> str:
+  """An object and where it stands: 'circle red top red left'; axis 0 is vertical.
+
+  The colour stands before each side: a small model finds an object in the image by the word that
+  comes right before what it has to say. In 'red circle top left' it takes the sides of any object.
+  """
+  words = item.corner.split()
+  return ' '.join([item.shape, *(f'{item.color} {words[axis]}' for axis in axes)])
+
+
+def _relation_plan(a: shapes.Object, relation: str, b: shapes.Object) -> str:
+  """Both objects along the axis of the relation, and how they stand there."""
+  axis = 1 if relation in ('left of', 'right of') else 0
+  here, there = ((o.row, o.col)[axis] for o in (a, b))
+  verdict = ('equal' if here == there else
+             (('above', 'below'), ('left', 'right'))[axis][int(here > there)])
+  return f'{_sides(a, (axis,))} {_sides(b, (axis,))} , {verdict}'
 
 
 def _draw_relation(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
@@ -148,7 +163,7 @@ def _draw_relation(rng: np.random.Generator, target: _Target, unseen: bool) -> _
   record = {'type': 'relation', 'a': name_a, 'r': relation, 'b': name_b}
   key = ' '.join(splits.canonical_relation(a.corner, relation, b.corner))
   return _Draft(objects, record, key, 'yes' if target.yes else 'no',
-                f'{_full(a)} {_full(b)} , {true_relation.removesuffix(" of")}', needs_unseen)
+                _relation_plan(a, relation, b), needs_unseen)
 
 
 def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
@@ -164,8 +179,10 @@ def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
              and (item.cell in wording.REGION_CELLS[r]) == target.yes]
   region = wording.pick(rng, regions)
   record = {'type': 'region', 'a': name, 'r': region}
+  axes = tuple(axis for axis, side in enumerate((('top', 'bottom'), ('left', 'right')))
+               if set(side) & set(region.split()))
   return _Draft(objects, record, f'{item.corner} in {region}', 'yes' if target.yes else 'no',
-                _full(item))
+                _sides(item, axes))
 
 
 def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
@@ -226,7 +243,8 @@ def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:
   kind = wording.pick(rng, ('neighbour_color', 'neighbour_shape'))
   answer = item.color if kind == 'neighbour_color' else item.shape
   return _Draft(objects, {'type': kind, 'r': relation, 'b': name},
-                f'{kind} {relation} {anchor.corner}', answer, f'{_full(anchor)} , {_full(item)}')
+                f'{kind} {relation} {anchor.corner}', answer,
+                f'{_sides(anchor)} , {item.shape} {item.color}')
 
 
 _DRAWS = {'color': _draw_color, 'shape': _draw_shape, 'count': _draw_count,

@@ -65,7 +65,9 @@ def velocity(branches: Branches, guidance: Guidance, x_BGNC: Array, t: Array) ->
   text_scale, image_scale = scales(guidance, t)
   guide = lambda *v: flow.guide(
       *v, text_scale, image_scale, guidance.renorm, guidance.renorm_min)
-  return jax.vmap(jax.vmap(guide))(*(branch(x_BGNC, time) for branch in branches))
+  # A branch that stands for another one runs once.
+  computed = {branch: branch(x_BGNC, time) for branch in branches}
+  return jax.vmap(jax.vmap(guide))(*(computed[branch] for branch in branches))
 
 
 def sample(branches: Branches, guidance: Guidance, x_BGNC: Array, grid: Array) -> Walk:

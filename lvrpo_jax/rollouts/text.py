@@ -17,7 +17,7 @@ Decode = Callable[[Any, Array, Array], tuple[Array, Any]]
 
 
 def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length: int,
-            temperature: float) -> types.TextRollout:
+            temperature: float, top_p: float = 1.) -> types.TextRollout:
   """Samples an answer for every row; stops when all rows have ended.
 
   Args:
@@ -29,6 +29,7 @@ def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length:
       then is cut there; `mask_BGT` covers all its tokens.
     temperature: 0 takes the most likely token; its log-probability is then that of the
       untempered softmax.
+    top_p: see `nucleus`; the log-probabilities are those of the distribution that is left.
 
   Returns:
     Tokens after the end of a row are `eos`, with mask False and log-probability 0.
@@ -39,6 +40,8 @@ def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length:
   def step(carry):
     index, row, token, ended, tokens, logps, mask = carry
     logits, row = decode(row, index, token)
+    if top_p < 1:
+      logits = nucleus(logits, scale, top_p)
     if temperature > 0:
       keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, index)))(key_BG)
       noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:])))(keys)
@@ -58,6 +61,17 @@ def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length:
   unfinished = lambda carry: (carry[0] < length) & ~jnp.all(carry[3])
   _, _, _, _, tokens, logps, mask = jax.lax.while_loop(unfinished, step, start)
   return types.TextRollout(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.))
+
+
+def nucleus(logits_V: Array, temperature: float, top_p: float) -> Array:
+  """Logits with -inf outside the fewest most likely tokens of mass `top_p` (arXiv 1904.09751)."""
+  order_V = jnp.argsort(-logits_V, axis=-1)
+  p_V = jax.nn.softmax(logits_V.astype(jnp.float32) / temperature, axis=-1)
+  sorted_V = jnp.take_along_axis(p_V, order_V, axis=-1)
+  # The most likely token always stays: nothing stands before it.
+  keep_V = jnp.cumsum(sorted_V, axis=-1) - sorted_V < top_p
+  keep_V = jnp.put_along_axis(jnp.zeros_like(keep_V), order_V, keep_V, axis=-1, inplace=False)
+  return jnp.where(keep_V, logits_V, -jnp.inf)
 
 
 def rescore(rollout: types.TextRollout, logits_BGTV: Array) -> types.TextRollout:

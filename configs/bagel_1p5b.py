@@ -1,0 +1,18 @@
+"""The smaller size of the paper: BAGEL's architecture around the shape of Qwen2.5-1.5B.
+
+No weights of this size are released: `config.checkpoint` names a folder of your own.
+"""
+
+from ml_collections import config_dict
+
+from configs import bagel_7b
+
+LLM = dict(bagel_7b.LLM, vocab_size=151936, hidden_size=1536, num_attention_heads=12,
+           num_key_value_heads=2, intermediate_size=8960)
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the configuration of the small model."""
+  config = bagel_7b.get_config()
+  config.architecture.llm_config = config_dict.ConfigDict(LLM)
+  return config

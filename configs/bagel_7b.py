@@ -1,0 +1,53 @@
+"""BAGEL-7B-MoT (arXiv 2505.14683): sampling from the released weights, and aligning them.
+
+    python -m lvrpo_jax.main --config=configs/bagel_7b.py --config.checkpoint=DIR \
+        --config.program=sample --config.sample.prompt='a red fox in the snow'
+
+DIR holds `llm_config.json`, `vit_config.json`, `ema.safetensors`, `ae.safetensors` and the tokenizer's
+files, as they were released. The data of an alignment are the shapes world until `data.source` names
+yours.
+"""
+
+from ml_collections import config_dict
+
+from configs import base
+from lvrpo_jax.models import released
+
+LLM = dict(
+    vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, intermediate_size=18944, rms_norm_eps=1e-6, rope_theta=1e6,
+    hidden_act='silu', **released.SCRIPT_LLM)
+"""Qwen2.5-7B."""
+
+VIT = dict(
+    hidden_size=1152, num_hidden_layers=26, num_attention_heads=16, intermediate_size=4304,
+    patch_size=14, image_size=980, num_channels=3, layer_norm_eps=1e-6,
+    hidden_act='gelu_pytorch_tanh', rope=False)
+"""SigLIP so400m at 980 pixels, without its last layer."""
+
+THINK = ('You should first think about the {} process in the mind and then {}. \nThe {} process is '
+         'enclosed within <think> </think> tags, i.e. <think> {} process here </think> {} here')
+"""The system prompt that the released model was trained with."""
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the configuration of the released model."""
+  config = base.get_config()
+  config.architecture = config_dict.ConfigDict(
+      {**released.SCRIPT, 'llm_config': LLM, 'vit_config': VIT})
+  config.model.update(dtype='bfloat16', unroll=1, remat='full')
+  config.data.update(prompt_words=64, answer_words=64)
+  config.parallel.mesh = (1, -1, 1)
+
+  config.sample.shift = 3.
+  config.sample.guidance.generate.update(text_scale=4., low=0.4)
+  config.sample.guidance.edit.update(text_scale=4., image_scale=2., low=0., renorm='text_channel')
+  planning = THINK.format('planning', 'generate the image', 'planning', 'planning', 'image')
+  config.sample.system.update(
+      generate=planning, edit=planning, understand=THINK.format(
+          'reasoning', 'provide the user with the answer', 'reasoning', 'reasoning', 'answer'))
+  config.sample.max_tokens = 1000
+  config.sampling.update(steps=49, shift=3., guidance=(4.,))
+
+  config.align.update(learning_rate=1e-5, steps=1000, steps_per_image=15, save_every=50)
+  return config

@@ -1,0 +1,130 @@
+"""The programs `convert` and `sample`, and alignment, on a tiny model in the released form.
+
+Everything goes through the command line, as a user would.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+from PIL import Image
+import released_folder
+from safetensors import numpy as safetensors
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SAMPLE = ('--config.program=sample', '--config.sample.points=3', '--config.sample.max_tokens=4')
+
+
+class ProgramsTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.base = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+    cls.released = released_folder.write(cls.base / 'released')
+    cls.picture = cls.base / 'picture.png'
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (30, 41, 3), np.uint8)).save(cls.picture)
+
+  def call(self, workdir, *args, checkpoint=None):
+    environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(self.base / 'cache'),
+                   'PYTHONPATH': str(ROOT), 'GLIBC_TUNABLES': ''}
+    return subprocess.run(
+        [sys.executable, '-m', 'lvrpo_jax.main', '--config=configs/tiny.py',
+         f'--workdir={workdir}', f'--config.checkpoint={checkpoint or self.released}', *args],
+        cwd=ROOT, capture_output=True, text=True, env=environment)
+
+  def succeed(self, workdir, *args, **kwargs):
+    run = self.call(workdir, *args, **kwargs)
+    self.assertEqual(run.returncode, 0, run.stderr[-3000:])
+    return run
+
+  def sampled(self, workdir, **kwargs):
+    """An answer, a picture, an edit and a picture after a thought, as texts and arrays."""
+    question = ('--config.sample.prompt=how many circles are there ?',
+                '--config.sample.task=understand', f'--config.sample.image={self.picture}')
+    edit = ('--config.sample.prompt=remove the circle', '--config.sample.task=edit',
+            f'--config.sample.image={self.picture}', '--config.sample.guidance.edit.text_scale=3',
+            '--config.sample.guidance.edit.image_scale=2')
+    caption = ('--config.sample.prompt=a photo of a red circle', '--config.sample.size=(48,24)')
+    thought = (*caption, '--config.sample.think', '--config.sample.temperature=1',
+               '--config.sample.top_p=.9', '--config.sample.system.generate=think',
+               '--config.sample.guidance.generate.text_scale=4')
+    for args in (question, caption, edit, thought):
+      self.succeed(workdir, *SAMPLE, *args, **kwargs)
+    folder = workdir / 'samples'
+    self.assertEqual(sorted(path.name for path in folder.iterdir()),
+                     ['0000.txt', '0001.png', '0002.png', '0003.png', '0003.txt'])
+    return [path.read_text() if path.suffix == '.txt' else np.asarray(Image.open(path))
+            for path in sorted(folder.iterdir())]
+
+  def test_in_aligned_out_and_in_again(self):
+    workdir, exported = self.base / 'work', self.base / 'exported'
+    self.succeed(workdir, '--config.program=convert')
+    first = self.sampled(workdir)
+    self.assertEqual([x.shape for x in first if not isinstance(x, str)],
+                     [(24, 48, 3), (36, 48, 3), (24, 48, 3)])
+    self.succeed(workdir, '--config.align.steps=1', '--config.report=False')
+    shutil.rmtree(workdir / 'samples')
+    aligned = self.sampled(workdir)
+    pairs = list(zip(first, aligned))
+    self.assertTrue(any(not np.array_equal(a, b) for a, b in pairs))
+    self.succeed(workdir, '--config.program=convert', '--config.convert.direction=export',
+                 f'--config.convert.target={exported}', '--config.convert.shards=2')
+    self.assertLen(list(exported.glob('ema-0000*-of-00002.safetensors')), 2)
+    self.assertEqual((exported / 'ae.safetensors').read_bytes(),
+                     (self.released / 'ae.safetensors').read_bytes())
+    again = self.sampled(self.base / 'elsewhere', checkpoint=exported)
+    for before, after in zip(aligned, again, strict=True):
+      np.testing.assert_array_equal(before, after)
+    # Read with other sizes, the checkpoints would count as unreadable.
+    other = self.call(workdir, *SAMPLE, '--config.sample.prompt=a circle',
+                      '--config.model.width=32')
+    self.assertEqual(other.returncode, 2)
+    self.assertIn('model.width: 16 there, 32 here', other.stderr)
+
+  @parameterized.named_parameters(
+      ('truncated', 'truncated'), ('dtype', 'I32'), ('missing', 'is missing from'),
+      ('contradiction', 'expected [16, 40]'), ('image', 'cannot read image'),
+      ('tokenizer', 'no tokenizer at'))
+  def test_bad_input_is_named_and_nothing_is_written(self, message):
+    case = self._testMethodName.rpartition('_')[2]
+    folder, workdir = self.base / f'bad_{case}', self.base / f'work_{case}'
+    shutil.copytree(self.released, folder)
+    shard = folder / 'ema-00001-of-00002.safetensors'
+    args = [*SAMPLE, '--config.sample.prompt=a circle']
+    if case == 'truncated':
+      shard.write_bytes(shard.read_bytes()[:-100])
+    elif case in ('dtype', 'missing'):
+      tensors = safetensors.load_file(shard)
+      name = sorted(tensors)[0]
+      value = tensors.pop(name)
+      if case == 'dtype':
+        tensors[name] = value.astype(np.int32)
+      safetensors.save_file(tensors, shard)
+    elif case == 'contradiction':
+      config = json.loads((folder / 'config.json').read_text())
+      config['llm_config']['intermediate_size'] = 40
+      (folder / 'config.json').write_text(json.dumps(config))
+    elif case == 'tokenizer':
+      (folder / 'tokenizer.json').unlink()
+    else:
+      broken = self.base / 'broken.png'
+      broken.write_bytes(self.picture.read_bytes()[:60])
+      args += ['--config.sample.task=edit', f'--config.sample.image={broken}']
+    run = self.call(workdir, *args, checkpoint=folder)
+    self.assertEqual(run.returncode, 2, run.stderr[-2000:])
+    self.assertIn(message, run.stderr)
+    self.assertNotIn('Traceback', run.stderr)
+    self.assertFalse(workdir.exists())
+
+
+if __name__ == '__main__':
+  absltest.main()

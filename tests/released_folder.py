@@ -1,0 +1,57 @@
+"""A tiny random model in the released form, for tests of the programs."""
+
+import json
+import pathlib
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import hf
+from lvrpo_jax.data import grammar
+from lvrpo_jax.data import tokenizer as tokenizer_lib
+from lvrpo_jax.models import released
+from lvrpo_jax.models import unified
+
+
+def configuration(tokenizer: tokenizer_lib.Tokenizer) -> dict:
+  """Everything in one dictionary, as `config.json` holds it."""
+  t = tokenizer
+  return {
+      'latent_patch_size': 2, 'max_latent_size': 6, 'vit_max_num_patch_per_side': 6,
+      'connector_act': 'gelu_pytorch_tanh', 'interpolate_pos': False,
+      'special_tokens': {'bos_token_id': t.bos, 'eos_token_id': t.eos,
+                         'start_of_image': t.start_of_image, 'end_of_image': t.end_of_image},
+      'llm_config': {
+          'vocab_size': len(t) + 8, 'hidden_size': 16, 'num_hidden_layers': 2,
+          'num_attention_heads': 2, 'num_key_value_heads': 1, 'intermediate_size': 24,
+          'rms_norm_eps': 1e-6, 'rope_theta': 1e4, 'hidden_act': 'silu', 'qk_norm': True,
+          'tie_word_embeddings': False, 'layer_module': 'Qwen2MoTDecoderLayer'},
+      'vit_config': {
+          'hidden_size': 12, 'num_hidden_layers': 1, 'num_attention_heads': 2,
+          'intermediate_size': 16, 'patch_size': 8, 'image_size': 48, 'layer_norm_eps': 1e-6,
+          'hidden_act': 'gelu_pytorch_tanh', 'rope': False, 'num_channels': 3},
+      'vae_config': {'in_channels': 3, 'out_ch': 3, 'ch': 32, 'ch_mult': [1, 1, 1],
+                     'num_res_blocks': 1, 'z_channels': 4, 'downsample': 4,
+                     'scale_factor': 0.4, 'shift_factor': 0.1}}
+
+
+def write(folder: pathlib.Path, shards: int = 2) -> pathlib.Path:
+  """Writes configuration, tokenizer and random weights."""
+  folder.mkdir()
+  tokenizer = tokenizer_lib.from_words(grammar.vocabulary())
+  tokenizer.save(folder / 'tokenizer.json')
+  config = configuration(tokenizer)
+  (folder / 'config.json').write_text(json.dumps(config))
+  model, vae = released.model_config(config), released.autoencoder(config)
+  rng = np.random.default_rng(0)
+  def random(tree, fixed=()):
+    return {name: value if name in fixed else
+            jax.tree.map(lambda x: (.2 * rng.normal(size=x.shape)).astype(np.float32), value)
+            for name, value in tree.items()}
+  params = unified.init(model, jax.random.key(0))
+  hf.save(random(params, ('latent_pos_embed', 'vit_pos_embed')), folder / 'ema.safetensors', model,
+          shards)
+  image = jnp.zeros((1, vae.downsample, vae.downsample, 3))
+  hf.save(random(vae.init(jax.random.key(0), image)['params']), folder / 'ae.safetensors', vae)
+  return folder
