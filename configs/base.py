@@ -147,6 +147,10 @@ def get_config() -> config_dict.ConfigDict:
   config.align.text_high = 0.28
   config.align.text_objective = 'dapo'  # 'grpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo'
   config.align.text_penalty = 0.02  # weight of k3 to the reference
+  config.align.lora = config_dict.ConfigDict(dict(  # adapters instead of all parameters
+      rank=0,  # 0 trains all parameters
+      alpha=16.,  # the product of the factors is scaled by alpha / rank
+      target=r'trunk/layers/(und|gen)/(q|k|v|o|gate|up|down)_proj/kernel$'))  # parameter names
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.

@@ -13,6 +13,7 @@ import numpy as np
 from lvrpo_jax import checkpoint
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
+from lvrpo_jax import lora
 from lvrpo_jax import losses
 from lvrpo_jax import metrics as metrics_lib
 from lvrpo_jax import ops
@@ -22,6 +23,7 @@ from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import flow as flow_objectives
 
 UNDERSTANDING = r'layers/und/|norm_und|embed_tokens|lm_head|^vit/|connector'
@@ -31,13 +33,20 @@ PICTURES_EVERY = 25
 
 
 def alignment_loss(job: job_lib.Job) -> step_lib.Loss:
-  """The loss of the update, from the config."""
+  """The loss of the update, from the config; with adapters, as a function of these alone."""
   a = job.config.align
-  return losses.alignment(job.policy, losses.Alignment(
+  loss = losses.alignment(job.policy, losses.Alignment(
       weights={task: a.weights[task] for task in pretrain.sizes(a)}, objective=a.objective,
       sampler=a.sampler, nft_beta=a.nft_beta, nft_scale=a.nft_scale, image_clip=a.image_clip,
       velocity_penalty=a.velocity_penalty, text_low=a.text_low, text_high=a.text_high,
       text_objective=a.text_objective, text_penalty=a.text_penalty))
+  if not a.lora.rank:
+    return loss
+
+  def sums(adapters, state, frozen, batch):
+    params = lora.merge(frozen['base'], adapters, a.lora.alpha / a.lora.rank)
+    return loss.sums(params, state, frozen, batch)
+  return loss._replace(sums=sums)
 
 
 class Aligner:
@@ -61,13 +70,30 @@ class Aligner:
     self._points = jax.jit(self._points_fn)
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
-    self.state = sharding.shard_state(
-        step_lib.init(params, optimizer, old=a.objective in losses.FORWARD, reference=True),
-        job.mesh)
     self.frozen = {'vae': vae_params}
+    self.full = lambda trained: trained
+    trained = params
+    if a.lora.rank:
+      self.frozen['base'] = sharding.shard_state(params, job.mesh)
+      trained = lora.init(params, a.lora.rank, a.lora.target, jax.random.key(job.config.seed + 2))
+      merge = jax.jit(functools.partial(lora.merge, scale=a.lora.alpha / a.lora.rank))
+      self.full = lambda adapters: merge(self.frozen['base'], adapters)
+    self.state = sharding.shard_state(
+        step_lib.init(trained, optimizer, old=a.objective in losses.FORWARD,
+                      reference=not a.lora.rank), job.mesh)
     self.judges = experience.Judges(
-        jax.tree.map(jnp.copy, self.state.reference), siglip_params,
+        jax.tree.map(jnp.copy, self.reference), siglip_params,
         job_lib.word_table(job, siglip_params))
+
+  @property
+  def reference(self) -> types.Params:
+    """The frozen policy: the state's copy, or the weights under the adapters."""
+    return self.frozen['base'] if self.state.reference is None else self.state.reference
+
+  @property
+  def params(self) -> types.Params:
+    """The policy as it is now, adapters merged."""
+    return self.full(self.state.params)
 
   def _points_fn(self, step, index_B, latents_BGNC):
     """Fresh noise on final latents: where a forward-process objective asks for velocities."""
@@ -83,7 +109,7 @@ class Aligner:
               ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
     """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
     c, a, vae_params = self.collector, self.job.config.align, self.frozen['vae']
-    answers, images, pixels = c.rollout(self.state.params, vae_params, tasks, iteration)
+    answers, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
     first = experience.window(self.job.config.seed, iteration, len(c.noisy), a.window)
     batch, metrics = {}, {'window': first}
     for task, rollout in images.items():
@@ -118,7 +144,7 @@ class Aligner:
 
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
-    velocities, logp = self._replay(self.state.params, self.frozen, batch)
+    velocities, logp = self._replay(self.params, self.frozen, batch)
     out = {f'gap/{task}': self._image_gap(v, batch[task].transitions)
            for task, v in velocities.items()}
     if logp is not None:
@@ -133,8 +159,8 @@ class Aligner:
       if task != pipeline.UNDERSTAND and forward:
         x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
         batch[task] = b.replace(x_BMNC=x, time_BM=t)
-    reference = self.velocities(self.state.reference, batch)
-    old = self.velocities(self.state.old, batch) if forward else reference
+    reference = self.velocities(self.reference, batch)
+    old = self.velocities(self.full(self.state.old), batch) if forward else reference
     return {task: b if task == pipeline.UNDERSTAND else
             b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
             for task, b in batch.items()}
@@ -148,7 +174,7 @@ class Aligner:
     if pipeline.UNDERSTAND in batch:
       b = batch[pipeline.UNDERSTAND]
       batch[pipeline.UNDERSTAND] = b.replace(
-          reference_BGT=self._answer_logp(self.state.reference, self.frozen, b))
+          reference_BGT=self._answer_logp(self.reference, self.frozen, b))
     for _ in range(a.updates):
       self.state, update = self.step(self.state, self.frozen, self.with_reference(batch))
     metrics.update(update)
@@ -186,6 +212,15 @@ def prompt_batches(job: job_lib.Job) -> dict[str, Iterator[Any]]:
   return pretrain.task_batches(job, job.data.prompt, pretrain.sizes(job.config.align), collate)
 
 
+def check(job: job_lib.Job):
+  """Refuses settings of alignment that do not fit, before any work."""
+  experience.Collector(job)
+  a = job.config.align
+  if a.lora.rank:
+    jax.eval_shape(lambda: lora.init(unified.init(job.policy.config, jax.random.key(0)),
+                                     a.lora.rank, a.lora.target, jax.random.key(0)))
+
+
 def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         siglip_params: types.Params, writer: metrics_lib.MetricWriter) -> types.Params:
   """Aligns from the pretrained parameters or from the last checkpoint."""
@@ -201,7 +236,8 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       iterator.set_state(record['data'][task])
   writer.begin('align', start if restored else -1)
   keys = tuple(f'accuracy/{task}/correct' for task in data)
-  with metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress:
+  with (checkpoint.StopSignal() as stop,
+        metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
@@ -215,10 +251,14 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
-      if number % a.save_every == 0 or number == a.steps:
+      stopped = stop.asked(number)
+      if number % a.save_every == 0 or number == a.steps or stopped:
         late.flush()
         store.save(number, aligner.state, {
             'iteration': number, 'data': {t: i.get_state() for t, i in data.items()}})
+      if stopped:
+        store.close()
+        raise checkpoint.Preempted(f'align stopped after iteration {number} of {a.steps}')
     late.flush()
   store.close()
-  return aligner.state.params
+  return aligner.params

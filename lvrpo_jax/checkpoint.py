@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import signal
+import threading
 from typing import Any
 
 from absl import logging
@@ -69,6 +71,40 @@ class Checkpoints:
     """Waits until everything is written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+class Preempted(Exception):
+  """A stage was asked to stop and has saved."""
+
+
+class StopSignal:
+  """Inside its `with`, SIGTERM asks for a save instead of ending the process at once.
+
+  Several processes agree on the step through JAX's coordination service, which listens itself.
+  """
+
+  def __init__(self):
+    self._asked = False
+    self._before: Any = None
+
+  def __enter__(self) -> StopSignal:
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def __exit__(self, *exception_info: object):
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _ask(self, number: int, frame: Any):
+    del number, frame
+    self._asked = True
+
+  def asked(self, step: int) -> bool:
+    """Whether to save and stop after this step; every process calls it for every step."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):

@@ -62,7 +62,7 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     *((f'align.{k}', NATURAL) for k in (
         'velocity_penalty', 'text_penalty', 'understand_rate', 'old_flat', 'old_rise')),
     *((f'align.{k}', FRACTION) for k in ('text_low', 'old_hold', 'noise_low', 'noise_high')),
-    ('align.text_high', NATURAL),
+    ('align.text_high', NATURAL), ('align.lora.rank', NATURAL), ('align.lora.alpha', POSITIVE),
     *((f'evaluate.{k}', COUNT) for k in ('generate', 'unseen', 'understand', 'edit', 'images',
                                          'batch')),
     ('evaluate.guided', NATURAL),

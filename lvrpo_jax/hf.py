@@ -306,8 +306,11 @@ def load(path: _Path, config: Config, sharding: types.Params | None = None) -> t
       index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape))
       if None in parts:
         return _read(*parts[None], index)
-      return np.stack([_read(*parts[layer], index[1:])
-                       for layer in range(index[0].start, index[0].stop)])
+      # Filled layer by layer: a list of layers would hold the whole stack twice.
+      out = np.empty([part.stop - part.start for part in index], np.float32)
+      for layer in range(index[0].start, index[0].stop):
+        out[layer - index[0].start] = _read(*parts[layer], index[1:])
+      return out
     return read
 
   flat_sharding = (None if sharding is None else traverse_util.flatten_dict(sharding, sep='/'))

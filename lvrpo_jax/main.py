@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app
@@ -17,6 +18,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from lvrpo_jax import checkpoint
 from lvrpo_jax import config as config_lib
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import report
@@ -90,6 +92,9 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))
     sys.exit(2)
+  except checkpoint.Preempted as stopped:
+    logging.warning('%s and saved; the same command goes on from there', stopped)
+    sys.exit(128 + signal.SIGTERM)
   if config.program not in ('run', 'control'):
     return
   for score, test in scores.get('paired', {}).items():

@@ -142,8 +142,9 @@ def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWr
       iterator.set_state(record['data'][task])
   start = int(state.step)
   writer.begin(stage, start if restored else -1)
-  with metrics_lib.Progress(stage, steps, start, ('loss', 'grad_norm'),
-                            job.config.log_every) as progress:
+  with (checkpoint.StopSignal() as stop,
+        metrics_lib.Progress(stage, steps, start, ('loss', 'grad_norm'), job.config.log_every
+                             ) as progress):
     def consume(number, scalars):
       progress.update(number, scalars)
       if number % 10 == 0 or number == steps:
@@ -153,9 +154,13 @@ def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWr
       batch = {task: job.place(next(iterator)) for task, iterator in data.items()}
       state, metrics = step(state, frozen, batch)
       late.push(number, metrics)
-      if number % c.save_every == 0 or number == steps:
+      stopped = stop.asked(number)
+      if number % c.save_every == 0 or number == steps or stopped:
         late.flush()
         store.save(number, state, {'data': {t: i.get_state() for t, i in data.items()}})
+      if stopped:
+        store.close()
+        raise checkpoint.Preempted(f'{stage} stopped after step {number} of {steps}')
     late.flush()
   store.close()
   return state.params if state.ema is None else state.ema

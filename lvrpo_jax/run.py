@@ -15,7 +15,6 @@ import ml_collections
 from lvrpo_jax import align
 from lvrpo_jax import checkpoint
 from lvrpo_jax import evaluate
-from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
 from lvrpo_jax import panel
@@ -44,7 +43,7 @@ class Clock:
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Builds the world, pretrains, measures, aligns, measures again; returns the scores."""
   job = job_lib.build(config, workdir)
-  experience.Collector(job)  # Refuses settings of alignment before any work.
+  align.check(job)
   checkpoint.check_config(workdir, config)
   job.data.tokenizer.save(workdir / 'tokenizer.json')
   writer = metrics_lib.MetricWriter(workdir, jax.process_index())

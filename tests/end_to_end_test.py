@@ -133,33 +133,39 @@ class EndToEndTest(absltest.TestCase):
     self.assertEqual(run.returncode, 2)
     self.assertIn('align.steps: 4 there, 5 here', run.stderr)
 
-  def kill_while_saving(self, workdir, stage):
-    """Starts the job and kills it as soon as the second step of a stage is being saved."""
+  def kill_while_saving(self, workdir, stage, step):
+    """Starts the job and kills it as soon as a step of a stage is being saved."""
     process = start(workdir, self.cache)
     deadline = time.monotonic() + 400
     folder = workdir / 'checkpoints' / stage
     # The step's folder appears under a temporary name while it is being written.
     seen = False
     while not seen and process.poll() is None and time.monotonic() < deadline:
-      seen = folder.exists() and any(p.name.startswith('2') for p in folder.iterdir())
+      seen = folder.exists() and any(p.name.startswith(step) for p in folder.iterdir())
       time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    self.assertTrue(seen, f'no second step in {folder}')
+    self.assertTrue(seen, f'no step {step} in {folder}')
     self.assertEqual(process.returncode, -signal.SIGKILL)
 
   def test_killed_and_started_again_equals_undisturbed(self):
     wanted = final_state(self.whole)
     workdir = self.base / 'killed'
-    request = self.base / 'kill'
-    self.kill_while_saving(workdir, 'pretrain')
-    request.touch()
-    run = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True,
-                         env=environment(self.cache) |
-                         {interrupting_reward.VARIABLE: str(request)})
-    self.assertEqual(run.returncode, -signal.SIGKILL, run.stderr[-2000:])  # Between two saves.
-    self.assertFalse(request.exists())
-    self.kill_while_saving(workdir, 'align')
+    self.kill_while_saving(workdir, 'pretrain', '2')
+    # Asked to stop in the first iteration, which is then saved; killed between two saves later.
+    for call, number, code in ((1, signal.SIGTERM, 128 + signal.SIGTERM),
+                               (2, signal.SIGKILL, -signal.SIGKILL)):
+      request = self.base / 'signal'
+      request.write_text(f'{call} {int(number)}')
+      run = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True,
+                           env=environment(self.cache) |
+                           {interrupting_reward.VARIABLE: str(request)})
+      self.assertEqual(run.returncode, code, run.stderr[-2000:])
+      self.assertFalse(request.exists())
+      if number == signal.SIGTERM:
+        self.assertIn('stopped after iteration 1 of 4 and saved', run.stderr)
+        self.assertTrue((workdir / 'checkpoints' / 'align' / '1').is_dir())
+    self.kill_while_saving(workdir, 'align', '4')
     run = subprocess.run(command(workdir), cwd=ROOT, env=environment(self.cache),
                          capture_output=True, text=True)
     self.assertEqual(run.returncode, 0, (run.stdout + run.stderr)[-4000:])

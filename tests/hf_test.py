@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from unittest import mock
 
 from absl.testing import absltest
@@ -197,6 +198,22 @@ class LoadTest(parameterized.TestCase):
     """Writes the file anew with some tensors replaced, or removed where None."""
     new = {**self.tensors, **changes}
     safetensors.save_file({name: x for name, x in new.items() if x is not None}, self.path)
+
+  def test_host_memory(self):
+    """Twice the largest tensor beside the parameters themselves, not a second copy of them all."""
+    config = dataclasses.replace(MODEL, vocab=4000, width=256, depth=4, ff_width=1024)
+    hf.save(random_params(config), self.path, config)
+    sizes = [4 * int(np.prod(place.shape)) for place in hf.places(config).values()]
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: where, abstract(config))
+    tracemalloc.start()
+    try:
+      jax.block_until_ready(hf.load(self.path, config, shardings))
+      peak = tracemalloc.get_traced_memory()[1]
+    finally:
+      tracemalloc.stop()
+    self.assertLess(peak, sum(sizes) + 2 * max(sizes) + 2**20)
+    self.assertGreater(sum(sizes), 5 * max(sizes))  # So that a second copy would show.
 
   def test_truncated(self):
     self.path.write_bytes(self.path.read_bytes()[:-8])

@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS = (
     ('types', 'ops', 'stats', 'config', 'report_assets'),
-    ('data', 'models', 'flow', 'sharding'),
-    ('rollouts', 'rewards', 'objectives', 'hf', 'policy'),
+    ('data', 'models', 'flow', 'sharding', 'lora'),
+    ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
     ('losses', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run',
      'inference', 'weights', 'sample'),

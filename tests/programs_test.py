@@ -20,6 +20,16 @@ from safetensors import numpy as safetensors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = ('--config.program=sample', '--config.sample.points=3', '--config.sample.max_tokens=4')
+EXPERTS = ('', '_moe_gen')
+
+
+def changed(before, after):
+  """Names of the tensors that differ between two folders."""
+  old, new = ({name: value for path in folder.glob('ema*.safetensors')
+               for name, value in safetensors.load_file(path).items()}
+              for folder in (before, after))
+  assert old.keys() == new.keys()
+  return {name for name in old if not np.array_equal(old[name], new[name])}
 
 
 class ProgramsTest(parameterized.TestCase):
@@ -71,7 +81,8 @@ class ProgramsTest(parameterized.TestCase):
     first = self.sampled(workdir)
     self.assertEqual([x.shape for x in first if not isinstance(x, str)],
                      [(24, 48, 3), (36, 48, 3), (24, 48, 3)])
-    self.succeed(workdir, '--config.align.steps=1', '--config.report=False')
+    self.succeed(workdir, '--config.align.steps=1', '--config.report=False',
+                 '--config.align.lora.rank=2', '--config.align.learning_rate=1')
     shutil.rmtree(workdir / 'samples')
     aligned = self.sampled(workdir)
     pairs = list(zip(first, aligned))
@@ -81,6 +92,11 @@ class ProgramsTest(parameterized.TestCase):
     self.assertLen(list(exported.glob('ema-0000*-of-00002.safetensors')), 2)
     self.assertEqual((exported / 'ae.safetensors').read_bytes(),
                      (self.released / 'ae.safetensors').read_bytes())
+    self.assertEqual(changed(self.released, exported), {
+        f'language_model.model.layers.{layer}.{name}.weight' for layer in range(2)
+        for name in (*(f'self_attn.{p}_proj{expert}' for p in 'qkvo' for expert in EXPERTS),
+                     *(f'mlp{expert}.{p}_proj' for p in ('gate', 'up', 'down')
+                       for expert in EXPERTS))})
     again = self.sampled(self.base / 'elsewhere', checkpoint=exported)
     for before, after in zip(aligned, again, strict=True):
       np.testing.assert_array_equal(before, after)

@@ -1,20 +1,23 @@
 """Tests of lvrpo_jax.models.siglip."""
 
 import functools
-import re
+import pathlib
+import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import jax_settings
 import numpy as np
+from safetensors import numpy as safetensors_numpy
 
+from lvrpo_jax import hf_siglip
 from lvrpo_jax.models import siglip
 from lvrpo_jax.models import vae
 
 try:
+  from safetensors import torch as safetensors_torch
   import torch
   import transformers
 except ImportError:
@@ -22,64 +25,6 @@ except ImportError:
 
 setUpModule, tearDownModule = jax_settings.of_module(
     jax_default_matmul_precision='highest', jax_numpy_rank_promotion='raise')
-
-# Rows: pattern of a Hugging Face name, path in our tree, change of the array before it is reshaped
-# to our shape. A name that matches several rows holds several of our arrays.
-_keep = lambda x: x
-_linear = lambda x: x.T
-_patch = lambda x: (x if x.ndim == 2 else x.transpose(0, 2, 3, 1).reshape(len(x), -1)).T
-_third = lambda index: lambda x: np.split(x, 3)[index].T
-_TOWER = r'(vision|text)_model\.'
-_LAYER = _TOWER + r'encoder\.layers\.(\d+)\.'
-_HEAD = r'vision_model\.head\.'
-NAMES = [
-    (r'logit_(scale|bias)', r'logit_\1', _keep),
-    (r'vision_model\.embeddings\.patch_embedding\.weight', 'vision/patch_embedding/kernel', _patch),
-    (r'vision_model\.embeddings\.patch_embedding\.bias', 'vision/patch_embedding/bias', _keep),
-    (_TOWER + r'embeddings\.position_embedding\.weight', r'\1/positions', _keep),
-    (r'text_model\.embeddings\.token_embedding\.weight', 'text/tokens/embedding', _keep),
-    (_LAYER + r'layer_norm(\d)\.weight', r'\1/layers_\2/norm\3/scale', _keep),
-    (_LAYER + r'layer_norm(\d)\.bias', r'\1/layers_\2/norm\3/bias', _keep),
-    (_LAYER + r'self_attn\.(\w+)\.weight', r'\1/layers_\2/attention/\3/kernel', _linear),
-    (_LAYER + r'self_attn\.(\w+)\.bias', r'\1/layers_\2/attention/\3/bias', _keep),
-    (_LAYER + r'mlp\.(\w+)\.weight', r'\1/layers_\2/mlp/\3/kernel', _linear),
-    (_LAYER + r'mlp\.(\w+)\.bias', r'\1/layers_\2/mlp/\3/bias', _keep),
-    (r'vision_model\.post_layernorm\.weight', 'vision/post_norm/scale', _keep),
-    (r'vision_model\.post_layernorm\.bias', 'vision/post_norm/bias', _keep),
-    (_HEAD + r'probe', 'vision/head/probe', _keep),
-    *[
-        (_HEAD + rf'attention\.in_proj_{old}', f'vision/head/attention/{name}/{new}', change)
-        for old, new in (('weight', 'kernel'), ('bias', 'bias'))
-        for name, change in (('q_proj', _third(0)), ('k_proj', _third(1)), ('v_proj', _third(2)))
-    ],
-    (_HEAD + r'attention\.out_proj\.weight', 'vision/head/attention/out_proj/kernel', _linear),
-    (_HEAD + r'attention\.out_proj\.bias', 'vision/head/attention/out_proj/bias', _keep),
-    (_HEAD + r'layernorm\.weight', 'vision/head/norm/scale', _keep),
-    (_HEAD + r'layernorm\.bias', 'vision/head/norm/bias', _keep),
-    (_HEAD + r'mlp\.(\w+)\.weight', r'vision/head/mlp/\1/kernel', _linear),
-    (_HEAD + r'mlp\.(\w+)\.bias', r'vision/head/mlp/\1/bias', _keep),
-    (r'text_model\.final_layer_norm\.weight', 'text/final_norm/scale', _keep),
-    (r'text_model\.final_layer_norm\.bias', 'text/final_norm/bias', _keep),
-    (r'text_model\.head\.weight', 'text/head/kernel', _linear),
-    (r'text_model\.head\.bias', 'text/head/bias', _keep),
-]
-
-
-def import_params(state: dict[str, np.ndarray], shapes: dict) -> dict:
-  """Arrays under Hugging Face names to a tree with `shapes`; every name and path is used once."""
-  flat_shapes = traverse_util.flatten_dict(shapes, sep='/')
-  flat = {}
-  for name, array in state.items():
-    rows = [row for row in NAMES if re.fullmatch(row[0], name)]
-    if not rows:
-      raise KeyError(name)
-    for pattern, path, change in rows:
-      path = re.sub(pattern, path, name)
-      flat[path] = jnp.asarray(change(array)).reshape(flat_shapes[path].shape)
-  if flat.keys() != flat_shapes.keys():
-    raise KeyError(sorted(flat.keys() ^ flat_shapes.keys()))
-  return traverse_util.unflatten_dict(flat, sep='/')
-
 
 def _text_config(hidden, mlp, layers, heads, projection) -> siglip.SiglipTextConfig:
   return siglip.SiglipTextConfig(hidden, mlp, layers, heads, 50, 9, projection)
@@ -107,6 +52,52 @@ def _random_params(shapes: dict) -> dict:
   rng = np.random.default_rng(0)
   draw = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32)
   return jax.tree.map(draw, shapes)
+
+
+class FilesTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    self.path = self.folder / 'model.safetensors'
+    self.model = siglip.Siglip(*SIZES['square'])
+    self.params = _random_params(_shapes(self.model))
+
+  @parameterized.parameters(True, False)
+  def test_round_trip_is_the_identity(self, conv):
+    hf_siglip.save(self.params, self.path, self.model, conv)
+    jax.tree.map(np.testing.assert_array_equal, hf_siglip.load(self.folder, self.model),
+                 self.params)
+
+  def test_names_and_shapes_of_the_file(self):
+    hf_siglip.save(self.params, self.path, self.model)
+    tensors = safetensors_numpy.load_file(self.path)
+    for name, shape in {
+        'vision_model.embeddings.patch_embedding.weight': (32, 3, 7, 7),
+        'vision_model.embeddings.position_embedding.weight': (16, 32),
+        'vision_model.head.attention.in_proj_weight': (96, 32),
+        'vision_model.head.attention.in_proj_bias': (96,),
+        'text_model.encoder.layers.1.self_attn.out_proj.weight': (32, 32),
+        'text_model.encoder.layers.0.mlp.fc1.weight': (64, 32), 'logit_scale': (1,)}.items():
+      self.assertEqual(tensors[name].shape, shape, name)
+
+  @parameterized.parameters('missing', 'unknown', 'misshapen', 'truncated')
+  def test_a_bad_file_is_named(self, fault):
+    hf_siglip.save(self.params, self.path, self.model)
+    tensors = safetensors_numpy.load_file(self.path)
+    name, message = 'text_model.head.weight', 'text_model.head.weight'
+    if fault == 'missing':
+      del tensors[name]
+    elif fault == 'unknown':
+      tensors['extra.weight'], message = np.zeros(3, np.float32), 'extra.weight'
+    else:
+      tensors[name] = tensors[name][:-1].copy()
+    safetensors_numpy.save_file(tensors, self.path)
+    if fault == 'truncated':
+      self.path.write_bytes(self.path.read_bytes()[:-9])
+      message = 'cannot be read'
+    with self.assertRaisesRegex(ValueError, message):
+      hf_siglip.load(self.folder, self.model)
 
 
 @absltest.skipIf(torch is None, 'parity with Hugging Face needs torch and transformers')
@@ -145,8 +136,15 @@ class HuggingFaceParityTest(parameterized.TestCase):
       for parameter in theirs.parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     model = siglip.Siglip(vision, text)
-    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
-    params = import_params(state, _shapes(model))
+    state = {name: x.contiguous() for name, x in theirs.state_dict().items()}
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    safetensors_torch.save_file(state, folder / 'model.safetensors')
+    params = hf_siglip.load(folder, model)
+    hf_siglip.save(params, folder / 'again.safetensors', model, conv=not naflex)
+    again = safetensors_torch.load_file(folder / 'again.safetensors')
+    self.assertEqual(again.keys(), {n for n in state if not n.endswith('position_ids')})
+    for name, value in again.items():
+      self.assertTrue(torch.equal(value, state[name]), name)
     return theirs, model, {'params': params}
 
   def _assert_close(self, got, want):

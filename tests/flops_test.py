@@ -1,0 +1,87 @@
+"""Arithmetic of compiled passes against what the model needs: no token takes both experts' way."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import types
+from lvrpo_jax.models import unified
+
+WIDTH, DEPTH, HEADS, KV_HEADS, FF, VOCAB, CHANNELS = 128, 2, 4, 2, 512, 96, 16
+TIME_FEATURES = 256
+CONFIG = unified.ModelConfig(
+    vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, kv_heads=KV_HEADS, ff_width=FF,
+    latent_channels=CHANNELS, latent_side=8, unroll=DEPTH,
+    vit=unified.VitConfig(16, 1, 2, 16, patch=2, side=4), start_of_image=1, end_of_image=2)
+TOLERANCE = 0.05
+
+
+def abstract(*shape, dtype=jnp.int32):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def layout(rows, length):
+  return types.Layout(*(abstract(rows, length) for _ in range(5)))
+
+
+def sequence(rows, und, gen):
+  """Rows of `und` text tokens and `gen` latent tokens."""
+  floats = lambda *shape: abstract(*shape, dtype=jnp.float32)
+  return types.Sequence(
+      ids_BL=abstract(rows, und), text=layout(rows, und),
+      patches_BNP=floats(rows, 0, CONFIG.vit.patch ** 2 * 3), patch_position_BN=abstract(rows, 0),
+      patch_image_BN=abstract(rows, 0), vit=layout(rows, 0),
+      latents_BNC=floats(rows, gen, CHANNELS), latent_position_BN=abstract(rows, gen),
+      time_BN=floats(rows, gen), gen=layout(rows, gen), next_position_B=abstract(rows))
+
+
+def flops(function, *args):
+  return jax.jit(function).lower(*args).compile().cost_analysis()['flops']
+
+
+def apply(method):
+  return lambda params, *args: unified.Unified(CONFIG).apply(
+      {'params': params}, *args, method=method)
+
+
+def layer_flops(tokens, keys):
+  """Multiplications and additions of all layers for new tokens that see `keys` keys."""
+  kv = KV_HEADS * WIDTH // HEADS
+  linear = 2 * WIDTH * WIDTH + 2 * WIDTH * kv + 3 * WIDTH * FF
+  return DEPTH * tokens * 2 * (linear + 2 * keys * WIDTH)
+
+
+class FlopsTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.params = jax.eval_shape(lambda: unified.init(CONFIG, jax.random.key(0)))
+
+  @parameterized.parameters((32, 128), (128, 32))
+  def test_every_token_takes_one_expert(self, und, gen):
+    rows = 2
+    needed = rows * (
+        layer_flops(und + gen, und + gen) + und * 2 * WIDTH * VOCAB
+        + gen * 2 * (2 * CHANNELS * WIDTH + TIME_FEATURES * WIDTH + WIDTH * WIDTH))
+    found = flops(apply('__call__'), self.params, sequence(rows, und, gen))
+    self.assertBetween(found / needed, 1 - TOLERANCE, 1 + TOLERANCE)
+    # The bound can fail: both experts on all tokens would need nearly twice as much.
+    self.assertGreater((needed + rows * layer_flops(und + gen, 0)) / needed, 1 + 10 * TOLERANCE)
+
+  def test_a_group_shares_one_prefill(self):
+    rows, group, tokens, image = 2, 8, 64, 16
+    context = sequence(rows, tokens, 0)
+    x = abstract(rows, group, image, CHANNELS, dtype=jnp.float32)
+    time = abstract(rows, group, dtype=jnp.float32)
+    position = abstract(rows, image)
+    cache = jax.eval_shape(apply('prefill'), self.params, context)
+    both = flops(lambda params, seq, *args: apply('velocity')(
+        params, apply('prefill')(params, seq), *args), self.params, context, x, time, position)
+    images = flops(apply('velocity'), self.params, cache, x, time, position)
+    prefill = flops(apply('prefill'), self.params, context)
+    self.assertBetween((both - images) / prefill, 1 - TOLERANCE, 1 + TOLERANCE)
+
+
+if __name__ == '__main__':
+  absltest.main()
