@@ -39,7 +39,7 @@ def make_config():
   for part in (config.pretrain, config.align):
     part.update(generate=ROWS, understand=ROWS, edit=0)
   config.align.update(group=GROUP, steps_per_image=3, window=1)
-  config.data.update(answer_words=4, chatty=0., plan=0.)
+  config.data.update(answer_words=4, chatty=0., plan=0., describe=0.)
   return config
 
 

@@ -123,6 +123,39 @@ class ScriptedTextTest(parameterized.TestCase):
       np.testing.assert_allclose(np.exp(out.logp_BGT), want[out.tokens_BGT], atol=1e-5)
 
 
+class NucleusTest(parameterized.TestCase):
+
+  def oracle(self, logits_V, temperature, top_p):
+    """Token by token: the most likely ones until their mass reaches `top_p`."""
+    p = np.exp((logits_V - logits_V.max()) / temperature)
+    p /= p.sum()
+    kept, mass = [], 0.
+    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+      if mass >= top_p:
+        break
+      kept.append(token)
+      mass += p[token]
+    return kept
+
+  @parameterized.product(temperature=(.5, 1., 2.), top_p=(1e-6, .3, .9, .999))
+  def test_oracle(self, temperature, top_p):
+    logits = np.random.default_rng(0).normal(size=(2, 3, VOCABULARY)).astype(np.float32) * 2
+    found = np.asarray(text.nucleus(jnp.asarray(logits), temperature, top_p))
+    for index in np.ndindex(2, 3):
+      kept = self.oracle(logits[index], temperature, top_p)
+      self.assertCountEqual(np.flatnonzero(np.isfinite(found[index])), kept)
+      np.testing.assert_array_equal(found[index][kept], logits[index][kept])
+
+  def test_samples_and_logp_are_of_the_nucleus(self):
+    logits = jnp.log(jnp.array([.5, .3, .15, .05]))
+    decode = lambda row, index, token: (jnp.broadcast_to(logits, (*token.shape, 4)), row)
+    out = text.rollout(decode, None, keys(1, 4000), 0, 3, 1, 1., top_p=.75)
+    share = np.bincount(np.asarray(out.tokens_BGT).ravel(), minlength=4) / 4000
+    np.testing.assert_allclose(share, [.625, .375, 0, 0], atol=4 * .008)
+    np.testing.assert_allclose(
+        out.logp_BGT.ravel(), np.log([.625, .375])[np.asarray(out.tokens_BGT).ravel()], rtol=1e-5)
+
+
 class ModelTextTest(parameterized.TestCase):
 
   @parameterized.parameters(0.7, 0.)
