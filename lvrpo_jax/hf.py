@@ -14,6 +14,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from absl import logging
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
@@ -261,6 +262,8 @@ def _read(source: _Source, place: Place, index: tuple[slice, ...]) -> np.ndarray
   have = source.values.get_shape()[0]
   if place.path == 'latent_pos_embed' and have != place.shape[0]:
     # The table is a formula, so a checkpoint made for other sizes still loads.
+    logging.warning('%s in %s has %d rows; max_latent_size of the configuration asks for %d, which '
+                    'are computed', place.tensor, source.file, have, place.shape[0])
     return layers.sincos_table(round(place.shape[0] ** 0.5), place.shape[1])[index]
   if have < place.shape[0]:
     # Rows that the checkpoint lacks are padding: the mean row keeps their logits unremarkable.

@@ -354,6 +354,18 @@ class ReleasedTest(parameterized.TestCase):
     self.assertEqual(config.latent_channels, 64)
     self.assertEqual((config.start_of_image, config.end_of_image), (151652, 151653))
 
+  def test_a_third_file_may_say_what_the_scripts_set(self):
+    small = {**self.config['vae_config'], 'ch': 32, 'z_channels': 4}
+    for said, key, value in (
+        ({'latent_patch_size': 4}, 'latent_patch_size', 4),
+        ({'vae_config': small}, 'vae_config', small),
+        ({'vae_config': {'z_channels': 4}}, 'vae_config', self.config['vae_config']),
+        ({'model_type': 'bagel'}, 'latent_patch_size', 2)):
+      (self.folder / 'config.json').write_text(json.dumps(said))
+      config = released.read_config(self.folder)
+      self.assertEqual(config[key], value)
+      self.assertNotIn('model_type', config)
+
   def test_one_file(self):
     (self.folder / 'llm_config.json').unlink()
     (self.folder / 'config.json').write_text(json.dumps(self.config))

@@ -67,7 +67,7 @@ class ModelTest(parameterized.TestCase):
     self.edit(model, (40, 40), 'remove the circle')
     first = programs()
     for size, prompt in (((41, 39), 'remove it'), ((90, 91), 'add a red circle , please'),
-                         ((300, 301), 'x')):
+                         ((300, 301), 'circle')):
       self.edit(model, size, prompt)
     self.assertEqual(programs(), first)
     self.edit(model, (40, 80), 'remove the circle')

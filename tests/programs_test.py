@@ -126,9 +126,8 @@ class ProgramsTest(parameterized.TestCase):
         tensors[name] = value.astype(np.int32)
       safetensors.save_file(tensors, shard)
     elif case == 'contradiction':
-      config = json.loads((folder / 'config.json').read_text())
-      config['llm_config']['intermediate_size'] = 40
-      (folder / 'config.json').write_text(json.dumps(config))
+      config = json.loads((folder / 'llm_config.json').read_text())
+      (folder / 'llm_config.json').write_text(json.dumps({**config, 'intermediate_size': 40}))
     elif case == 'tokenizer':
       (folder / 'tokenizer.json').unlink()
     else:

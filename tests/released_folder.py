@@ -1,4 +1,5 @@
-"""A tiny random model in the released form, for tests of the programs."""
+"""A tiny random model in the released form, for tests of the programs: three configuration files,
+safetensors in shards, a tokenizer."""
 
 import json
 import pathlib
@@ -42,7 +43,13 @@ def write(folder: pathlib.Path, shards: int = 2) -> pathlib.Path:
   tokenizer = tokenizer_lib.from_words(grammar.vocabulary())
   tokenizer.save(folder / 'tokenizer.json')
   config = configuration(tokenizer)
-  (folder / 'config.json').write_text(json.dumps(config))
+  files = {'llm_config': config['llm_config'],
+           # The released file counts a last layer that is not used.
+           'vit_config': {**config['vit_config'],
+                          'num_hidden_layers': config['vit_config']['num_hidden_layers'] + 1},
+           'config': {k: v for k, v in config.items() if k not in ('llm_config', 'vit_config')}}
+  for name, content in files.items():
+    (folder / f'{name}.json').write_text(json.dumps(content))
   model, vae = released.model_config(config), released.autoencoder(config)
   rng = np.random.default_rng(0)
   def random(tree, fixed=()):

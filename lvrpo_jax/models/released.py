@@ -44,8 +44,9 @@ _REQUIRED = {
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
   """One dictionary with `llm_config`, `vit_config`, `vae_config` and the sizes of the rest.
 
-  With an `llm_config.json` the folder is taken for the released one: `SCRIPT` holds, and the last
-  layer of the vision tower is not used. Otherwise `config.json` holds all, as it is.
+  With an `llm_config.json` the folder is taken for the released one: what its `config.json` does not
+  say of the keys of `SCRIPT` is as there, and the last layer of the vision tower is not used.
+  Otherwise `config.json` holds all, as it is.
 
   Raises:
     ValueError: a file is missing or is no JSON.
@@ -62,7 +63,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return read('config.json')
   vit = read('vit_config.json')
   vit = {**vit, 'rope': False, 'num_hidden_layers': vit['num_hidden_layers'] - 1}
-  return {**SCRIPT, 'llm_config': {**read('llm_config.json'), **SCRIPT_LLM}, 'vit_config': vit}
+  said = read('config.json') if (folder / 'config.json').exists() else {}
+  own = {key: said[key] for key in SCRIPT if key in said}
+  # A full description of an autoencoder replaces the released one; two of its numbers do not.
+  if not SCRIPT['vae_config'].keys() <= own.get('vae_config', {}).keys():
+    own.pop('vae_config', None)
+  return {**SCRIPT, **own, 'llm_config': {**read('llm_config.json'), **SCRIPT_LLM},
+          'vit_config': vit}
 
 
 def model_config(config: Mapping[str, Any]) -> unified.ModelConfig:
