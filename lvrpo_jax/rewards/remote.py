@@ -1,0 +1,367 @@
+"""Remote judges: scores of images and answers from a server, as JSON over HTTP.
+
+The protocol `batch` posts some samples at once to an endpoint of your own:
+
+    {"task": "generate",
+     "samples": [{"id": "0", "prompt": "a red fox", "answer": null, "image": "<base64 PNG>",
+                  "source": null, "reference": null, "kind": "", "spec": null}]}
+    -> {"scores": [{"id": "0", "value": 0.7}]}      or {"id": "0", "error": "out of memory"}
+
+`image` is what was drawn, `source` what was shown, `answer` what was answered, `reference` the
+right answer. `chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request.
+A sample without a usable score is invalid, never 0. `launch/judge_server.py` speaks both.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+import dataclasses
+import hashlib
+import os
+import queue
+import threading
+import time
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.rewards import judge_cache
+from lvrpo_jax.rewards import judge_http
+from lvrpo_jax.rewards import judge_protocols as protocols
+
+WARN_EVERY_S = 60.
+
+DEADLINE = 'deadline'
+"""Cause of a sample that nothing was known of when the deadline of its call passed."""
+
+CAUSES = (judge_http.UNREACHABLE, judge_http.TIMEOUT, judge_http.STATUS, DEADLINE,
+          protocols.GARBAGE, protocols.ERROR, protocols.MISSING, protocols.RANGE)
+"""Why a sample has no value; each is counted as `failed_<cause>`."""
+
+
+class JudgeUnavailable(RuntimeError):
+  """No sample of a call got an answer, so that training on would mean training on nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+  """Where a judge answers, and what is taken for an answer.
+
+  Attributes:
+    url: full address, such as http://localhost:8000/v1/chat/completions.
+    protocol: 'batch' or 'chat'.
+    model: sent with chat requests; in either protocol a new name leaves the cached values behind.
+    template: text of a chat request, see FIELDS in `judge_protocols`; '' takes its TEMPLATES.
+    batch: samples a request; 'chat' always sends one.
+    concurrency: requests under way at once, over all calls.
+    retries: further tries after a connection error, a timeout, 429 or 5xx.
+    timeout_s: seconds one try may take, from connecting to the last byte of the reply.
+    deadline_s: seconds from `submit` until the result is there, whatever the server does.
+    low, high: smallest and largest value that is valid; a chat's 'no' is low, its 'yes' high.
+    cache: local file that values are kept in over restarts, '' for memory alone. One process.
+    api_key_env: name of the environment variable that holds the key, '' for no key.
+    body: members added to every chat request; None takes one of ours away.
+  """
+  url: str
+  protocol: str = 'batch'
+  model: str = ''
+  template: str = ''
+  batch: int = 8
+  concurrency: int = 8
+  retries: int = 3
+  timeout_s: float = 60.
+  deadline_s: float = 300.
+  low: float = 0.
+  high: float = 1.
+  cache: str = ''
+  api_key_env: str = ''
+  body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """Scores of a call.
+
+  Attributes:
+    value_BG: float32, 0 where invalid.
+    valid_BG: bool.
+    stats: counts as numbers: 'samples'; 'asked', those sent; 'cached', those with a value from the
+      cache or equal to another sample of the call; 'retried' requests; 'failed' samples and
+      'failed_<cause>' for each of `CAUSES`; 'seconds' since `submit`.
+  """
+  value_BG: np.ndarray
+  valid_BG: np.ndarray
+  stats: dict[str, float]
+
+
+class _Call:
+  """What one `submit` waits for. Verdicts are a float or a cause, by content."""
+
+  def __init__(self, deadline_s: float):
+    self.start = time.monotonic()
+    self.deadline = self.start + deadline_s
+    self.over = threading.Event()
+    self.refused = False  # whether the last failure was a status that no retry changes
+    self.retried = 0
+    self.last_error = 'no complete reply within the deadline'
+    self.broken: Exception | None = None  # a fault of ours
+    self.verdicts: dict[str, float | str] = {}
+    self._lock = threading.Lock()
+    self._waiting: set[str] = set()
+
+  def expect(self, keys: Sequence[str]) -> None:
+    """Names what verdicts are missing; with none, the call is over."""
+    self._waiting = set(keys)
+    if not keys:
+      self.over.set()
+
+  def settle(self, verdicts: Mapping[str, float | str]) -> None:
+    """Takes verdicts; what comes after the deadline is dropped."""
+    with self._lock:
+      if not self.over.is_set():
+        self.verdicts.update(verdicts)
+        self._waiting -= verdicts.keys()
+        if not self._waiting:
+          self.over.set()
+
+  def note(self, failure: judge_http.Failure, again: bool = True) -> None:
+    """Remembers a failed try, `again` if another one is to follow."""
+    with self._lock:
+      self.last_error, self.refused = str(failure), failure.refused
+      self.retried += again
+
+  def stop(self, error: Exception | None = None) -> None:
+    """Ends the call, with a fault of ours or none."""
+    with self._lock:
+      self.broken = self.broken or error
+      self.over.set()
+
+
+class Judge:
+  """A client of one endpoint. Its threads are daemons and never hold up the process's exit."""
+
+  def __init__(self, endpoint: Endpoint, key: str):
+    """Reads the secret and the cache; the server is first asked by `submit`.
+
+    Args:
+      endpoint: the server.
+      key: config key of the endpoint, for messages.
+
+    Raises:
+      ValueError: a setting is not allowed, or the named environment variable is not set.
+      OSError: the cache file cannot be read or written.
+    """
+    protocols.check(endpoint, key)
+    self._endpoint, self._key = endpoint, key
+    self._secret = _secret(endpoint.api_key_env, key)
+    self._cache = judge_cache.Cache(endpoint.cache)
+    self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+    self._lock = threading.Lock()
+    self._calls: set[_Call] = set()
+    self._missed: collections.Counter = collections.Counter()
+    self._warned = -WARN_EVERY_S
+    self._heard = -np.inf  # when the last reply came, to whichever call, good or not
+    self._closed = False
+    for number in range(endpoint.concurrency):
+      threading.Thread(target=self._work, name=f'{key}-{number}', daemon=True).start()
+
+  def submit(self, task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
+             ) -> futures.Future:
+    """Starts to score samples and returns at once.
+
+    Args:
+      task: one of `pipeline.TASKS`.
+      examples: B prompts.
+      outputs_BG: uint8 images (B, G, Y, X, 3); for 'understand', B lists of G answers. Images are
+        copied, so a device array is fetched here and not held.
+
+    Returns:
+      A future of `Scored`, done by `deadline_s`. It raises `JudgeUnavailable` if no sample got an
+      answer, and RuntimeError if the judge is closed meanwhile.
+
+    Raises:
+      ValueError: the outputs have another form.
+      RuntimeError: the judge is closed.
+    """
+    call = _Call(self._endpoint.deadline_s)
+    samples, shape = _samples(task, examples, outputs_BG)
+    future = futures.Future()
+    future.set_running_or_notify_cancel()
+    with self._lock:
+      if self._closed:
+        raise RuntimeError(f'{self._key}: the judge is closed')
+      self._calls.add(call)
+    threading.Thread(target=self._run, args=(call, task, samples, shape, future),
+                     name=f'{self._key}-call', daemon=True).start()
+    return future
+
+  def close(self) -> None:
+    """Ends all calls. Requests under way are left to their timeouts."""
+    with self._lock:
+      if self._closed:
+        return
+      self._closed = True
+      for call in self._calls:
+        call.stop(RuntimeError(f'{self._key}: the judge was closed'))
+    for _ in range(self._endpoint.concurrency):
+      self._jobs.put(None)
+    self._cache.close()
+
+  def _run(self, call: _Call, task: str, samples: list[protocols.Sample], shape: tuple[int, int],
+           future: futures.Future) -> None:
+    """The life of a call, in a thread of its own: hands out requests and waits for them."""
+    try:
+      keys = list(_keys(self._endpoint, task, samples))
+      todo = {}
+      for key, sample in zip(keys, samples):
+        value = self._cache.get(key)
+        if value is None or not self._endpoint.low <= value <= self._endpoint.high:
+          todo[key] = sample
+        else:
+          call.verdicts[key] = value
+      call.expect(list(todo))
+      items = list(todo.items())
+      size = self._endpoint.batch if self._endpoint.protocol == 'batch' else 1
+      for start in range(0, len(items), size):
+        self._jobs.put((call, task, items[start:start + size]))
+      call.over.wait(max(0., call.deadline - time.monotonic()))
+      call.stop()
+      if call.broken:
+        raise call.broken
+      future.set_result(self._finish(call, keys, len(todo), shape))
+    except Exception as error:
+      call.stop()
+      future.set_exception(error)
+    finally:
+      with self._lock:
+        self._calls.discard(call)
+
+  def _finish(self, call: _Call, keys: list[str], asked: int, shape: tuple[int, int]) -> Scored:
+    """The scores of a call that is over.
+
+    Raises:
+      JudgeUnavailable: no sample has a value, and the server has not replied since the start.
+    """
+    verdicts = [call.verdicts.get(key, DEADLINE) for key in keys]
+    failed = collections.Counter(v for v in verdicts if isinstance(v, str))
+    seconds = time.monotonic() - call.start
+    e = self._endpoint
+    if keys and len(keys) == failed.total() and self._heard < call.start:
+      what = ('Correct the address, the model or the key' if call.refused else 'Start it')
+      raise JudgeUnavailable(
+          f'{self._key}: the judge at {protocols.address(e)} answered for none of {len(keys)} '
+          f'samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); last error: '
+          f'{call.last_error}. {what}, then run the same command: the run resumes from its '
+          'checkpoint.')
+    self._warn(failed, len(keys), call.last_error)
+    value = [0. if isinstance(v, str) else v for v in verdicts]
+    valid = [not isinstance(v, str) for v in verdicts]
+    stats = {'samples': len(keys), 'asked': asked,
+             'cached': len(keys) - asked, 'retried': call.retried, 'failed': failed.total(),
+             **{f'failed_{cause}': failed[cause] for cause in CAUSES}, 'seconds': seconds}
+    return Scored(np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape),
+                  stats)
+
+  def _warn(self, failed: collections.Counter, samples: int, last_error: str) -> None:
+    """Logs how many samples failed since the last warning, at most once in `WARN_EVERY_S`."""
+    with self._lock:
+      self._missed.update(failed, samples=samples)
+      late = time.monotonic() - self._warned < WARN_EVERY_S
+      if not failed or late:
+        return
+      missed, self._missed = self._missed, collections.Counter()
+      self._warned = time.monotonic()
+    samples = missed.pop('samples')
+    logging.warning('%s: %d of %d samples got no value: %s; last error: %s', self._key,
+                    missed.total(), samples, dict(missed), last_error)
+
+  def _work(self) -> None:
+    """A thread of the pool: asks for one part of a call after the other."""
+    e = self._endpoint
+    link = judge_http.Link(e.url, self._secret, e.retries, e.timeout_s)
+    while (job := self._jobs.get()) is not None:
+      call, task, items = job
+      if not call.over.is_set():
+        try:
+          self._ask(link, call, task, items)
+        except Exception as error:  # A fault of ours; the thread must live on for other calls.
+          call.stop(error)
+      del job, call, task, items  # The next wait may be long, and these hold images.
+    link.close()
+
+  def _ask(self, link: judge_http.Link, call: _Call, task: str,
+           items: list[tuple[str, protocols.Sample]]) -> None:
+    keys, samples = zip(*items)
+    try:
+      body = protocols.encode(self._endpoint, task, samples)
+      reply = link.post(body, call.deadline, call.over, call.note)
+      self._heard = time.monotonic()
+      verdicts = protocols.read(self._endpoint, reply, len(samples))
+      if any(isinstance(verdict, str) for verdict in verdicts):
+        call.last_error = f'the reply {link.clean(reply.decode(errors="replace"))!r}'
+    except judge_http.Failure as failure:
+      call.note(failure, again=False)
+      if failure.cause == judge_http.GARBAGE:
+        self._heard = time.monotonic()
+      verdicts = [failure.cause] * len(samples)
+    for key, verdict in zip(keys, verdicts):
+      if not isinstance(verdict, str):
+        self._cache.put(key, verdict)
+    call.settle(dict(zip(keys, verdicts)))
+
+
+def _secret(name: str, key: str) -> str:
+  """The bearer token in an environment variable; no message may hold it."""
+  secret = os.environ.get(name, '').strip() if name else ''
+  if name and not secret:
+    raise ValueError(f'{key}.api_key_env is {name!r}, but that environment variable is not set')
+  if not (secret.isascii() and secret.isprintable()) or ' ' in secret:
+    raise ValueError(f'{key}.api_key_env: the value of {name} holds characters that no key has')
+  return secret
+
+
+def _samples(task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
+             ) -> tuple[list[protocols.Sample], tuple[int, int]]:
+  """Samples in row order (b, g), and (B, G)."""
+  if task not in pipeline.TASKS:
+    raise ValueError(f'task {task!r}; allowed: {pipeline.TASKS}')
+  if task == pipeline.UNDERSTAND:
+    outputs = [list(row) for row in outputs_BG]
+    groups = {len(row) for row in outputs}
+    if len(groups) > 1 or not all(isinstance(text, str) for row in outputs for text in row):
+      raise ValueError('answers are lists of str, as many for every prompt')
+    shape = (len(outputs), groups.pop() if groups else 0)
+  else:
+    outputs = np.array(outputs_BG)  # A copy: a view would hold the device's buffer.
+    if outputs.dtype != np.uint8 or outputs.ndim != 5 or outputs.shape[-1] != 3:
+      raise ValueError(f'images are uint8 (B, G, Y, X, 3), not {outputs.dtype} {outputs.shape}')
+    shape = outputs.shape[:2]
+  if len(examples) != shape[0]:
+    raise ValueError(f'{len(examples)} examples, but outputs of {shape[0]} prompts')
+  samples = []
+  for example, row in zip(examples, outputs):
+    source = None if example.source is None else np.asarray(example.source)
+    for output in row:
+      text, image = (output, None) if isinstance(output, str) else (None, output)
+      samples.append(protocols.Sample(
+          dict(prompt=example.prompt, answer=text, reference=example.answer, kind=example.kind,
+               spec=example.spec), image, source))
+  return samples, shape
+
+
+def _keys(endpoint: Endpoint, task: str, samples: Sequence[protocols.Sample]) -> Iterator[str]:
+  """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
+  settings = [endpoint.protocol, endpoint.url, endpoint.model,
+              protocols.template(endpoint, task), dict(endpoint.body), task]
+  for sample in samples:
+    pictures = (sample.image, sample.source)
+    shapes = [None if p is None else p.shape for p in pictures]
+    digest = hashlib.sha256(protocols.dumps([settings, sample.fields, shapes]))
+    for picture in pictures:
+      if picture is not None:
+        digest.update(np.ascontiguousarray(picture))
+    yield digest.hexdigest()

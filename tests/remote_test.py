@@ -1,0 +1,321 @@
+"""Tests of remote judges against servers on loopback: scores, cache, secrets."""
+
+import ast
+import base64
+import collections
+import io
+import json
+import os
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from jax import numpy as jnp
+import numpy as np
+from PIL import Image
+
+import judge_fixtures as fixtures
+from lvrpo_jax.data import pipeline
+from lvrpo_jax.rewards import judge_cache
+from lvrpo_jax.rewards import judge_protocols
+from lvrpo_jax.rewards import remote
+
+
+class ScoresTest(fixtures.JudgeTestCase):
+
+  @parameterized.parameters(
+      ('batch', '/score', 1), ('batch', '/score', 4), ('chat', '/v1/chat/completions', 1))
+  def test_values_and_order(self, protocol, path, batch):
+    web = self.real()
+    pixels = fixtures.images(5, 4)
+    scored = self.score(self.judge(web.url + path, protocol=protocol, batch=batch), outputs=pixels)
+    self.assert_scores(scored, pixels)
+    self.assertEqual((scored.value_BG.dtype, scored.valid_BG.dtype), (np.float32, np.bool_))
+    self.assertTrue(scored.valid_BG.all())
+    self.assertEqual(web.stats['requests'], 20 // batch)
+    stats = dict(scored.stats)
+    self.assertBetween(stats.pop('seconds'), 0., 20.)
+    self.assertEqual({k: v for k, v in stats.items() if v}, {'samples': 20, 'asked': 20})
+
+  def test_device_arrays_are_copied(self):
+    pixels = jnp.asarray(fixtures.images())
+    judge = self.judge(self.real().url)
+    samples, _ = remote._samples('generate', fixtures.prompts(), pixels)
+    self.assertFalse(np.shares_memory(samples[0].image, np.asarray(pixels)))
+    future = judge.submit('generate', fixtures.prompts(), pixels)
+    pixels.delete()
+    self.assert_scores(future.result(fixtures.FOREVER_S), fixtures.images())
+
+  def test_batch_request(self):
+    web = self.script(lambda n, body, h: (200, fixtures.scores(body)))
+    source = fixtures.images(1, 1, seed=1)[0, 0]
+    example = pipeline.Example(0, 'make it {red}', source=source, answer='yes', kind='recolor',
+                               spec={'keep': [np.int64(3)]})
+    self.score(self.judge(web.url), 'edit', [example], fixtures.images(1, 1))
+    body, = web.bodies
+    sample, = body['samples']
+    decode = lambda png: np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+    np.testing.assert_array_equal(decode(sample.pop('image')), fixtures.images(1, 1)[0, 0])
+    np.testing.assert_array_equal(decode(sample.pop('source')), source)
+    self.assertEqual(body['task'], 'edit')
+    self.assertEqual(sample, {'id': '0', 'prompt': 'make it {red}', 'answer': None,
+                              'reference': 'yes', 'kind': 'recolor', 'spec': {'keep': [3]}})
+
+  def test_answers(self):
+    web = self.real()
+    source = fixtures.images(1, 1)[0, 0]
+    examples = [pipeline.Example(i, f'what colour is {i} ?', source=source, answer=word)
+                for i, word in enumerate(('red', 'blue'))]
+    scored = self.score(self.judge(web.url), 'understand', examples,
+                        [['red', 'blue', 'red'], ['blue', 'green', 'red']])
+    np.testing.assert_array_equal(scored.value_BG, [[1, 0, 1], [1, 0, 0]])
+    # Equal answers to one question are asked for once.
+    self.assertEqual((scored.stats['asked'], scored.stats['cached']), (5, 1))
+
+  @parameterized.parameters(
+      ('generate', '', 'How well does the image show this: prompt 0\n', 1),
+      ('understand', 'Is {answer} right for {prompt}? {"a": 1}',
+       'Is {kind} right for prompt 0? {"a": 1}', 1),
+      ('edit', 'See {prompt}', 'See prompt 0', 2))
+  def test_chat_request(self, task, template, text, pictures):
+    web = self.script(lambda n, body, h: (200, fixtures.words('1')))
+    source = fixtures.images(1, 1, seed=1)[0, 0]
+    example, = fixtures.prompts(1, source=None if task == 'generate' else source, kind='secret')
+    outputs = [['{kind}']] if task == 'understand' else fixtures.images(1, 1)
+    judge = self.judge(web.url, protocol='chat', model='critic', template=template,
+                       body={'max_tokens': 4, 'temperature': None})
+    self.assertEqual(self.score(judge, task, [example], outputs).value_BG, [[1]])
+    body, = web.bodies
+    (said, *urls), = [m['content'] for m in body.pop('messages')]
+    self.assertStartsWith(said['text'], text)
+    self.assertLen(urls, pictures)
+    prefix, data = urls[0]['image_url']['url'].split(',')
+    self.assertEqual(prefix, 'data:image/png;base64')
+    first = fixtures.images(1, 1)[0, 0] if task == 'generate' else source
+    np.testing.assert_array_equal(Image.open(io.BytesIO(base64.b64decode(data))), first)
+    self.assertEqual(body, {'model': 'critic', 'max_tokens': 4})
+
+  @parameterized.parameters(
+      ('0.25', .25), (' 1\n', 1), ('0', 0), ('Yes', 1), ('no.', 0), ('1.5', 'range'),
+      ('-0.1', 'range'), ('nan', 'garbage'), ('1/2', 'garbage'), ('0.7 or so', 'garbage'),
+      ('', 'garbage'), ('Score: 0.7', 'garbage'), ('yes, no', 'garbage'), ('1e-1', 'garbage'),
+      ('\u0660', 'garbage'), ('0,5', 'garbage'), ('true', 'garbage'), (None, 'garbage'),
+      (0.5, 'garbage'))
+  def test_chat_is_read_strictly(self, said, expected):
+    endpoint = remote.Endpoint('http://x', 'chat', 'm')
+    self.assertEqual(judge_protocols.read(endpoint, json.dumps(fixtures.words(said)).encode(), 1),
+                     [expected])
+
+  @parameterized.parameters('{"choices": []}', '[]', '{"choices": [{"message": "1"}]}', '1', 'null',
+                            '{"choices": {"0": 1}}', '[' * 100_000, '\xff')
+  def test_chat_of_another_form(self, reply):
+    endpoint = remote.Endpoint('http://x', 'chat', 'm')
+    self.assertEqual(judge_protocols.read(endpoint, reply.encode('latin1'), 1), ['garbage'])
+
+  def test_bad_scores_are_invalid_and_spare_the_others(self):
+    entries = [
+        ('{"id": "0", "value": 0.25}', .25), ('{"id": "1", "value": NaN}', 'range'),
+        ('{"id": "2", "value": 1.01}', 'range'), ('{"id": "3", "value": true}', 'garbage'),
+        ('{"id": "4", "value": "0.5"}', 'garbage'), ('{"id": "5", "value": null}', 'garbage'),
+        ('{"id": 6, "value": 0.5}', 'missing'), ('{"id": "8", "value": 0}', 0.),
+        ('{"id": "9", "error": "no"}', 'error'), ('{"id": "10", "value": -Infinity}', 'range'),
+        ('{"id": "11"}', 'garbage'), ('{"id": "12", "value": 1, "error": ""}', 'garbage'),
+        ('{"id": "13", "value": 1' + '0' * 400 + '}', 'range'), ('{"id": "14", "value": 1}', 1.)]
+    lines = [entry for entry, _ in entries] + [
+        '{"id": "nobody", "value": 0.5}', '"15"', '{"value": 1}', '{"id": ["16"], "value": 1}',
+        '{"id": "17", "value": 0.5}', '{"id": "17", "value": 0.5}']
+    expected = [v for _, v in entries[:7]] + ['missing'] + [v for _, v in entries[7:]]
+    expected += ['missing', 'missing', 'garbage', 'missing', .75]
+    lines.append('{"id": "19", "value": 0.75}')
+    # Ids 7, 15, 16 and 18 have no entry of their own.
+    web = self.script(lambda n, body, h: (
+        200, ('{"scores": [' + ','.join(reversed(lines)) + ']}').encode()))
+    scored = self.score(self.judge(web.url, batch=20), outputs=fixtures.images(4, 5))
+    valid = np.array([not isinstance(v, str) for v in expected]).reshape(4, 5)
+    value = np.array([0. if isinstance(v, str) else v for v in expected]).reshape(4, 5)
+    np.testing.assert_array_equal(scored.valid_BG, valid)
+    np.testing.assert_array_equal(scored.value_BG, value)
+    self.assertEqual(self.failed(scored), dict(collections.Counter(
+        v for v in expected if isinstance(v, str))))
+
+  def test_wider_range(self):
+    web = self.script(lambda n, body, h: (200, fixtures.scores(body, -3)))
+    scored = self.score(self.judge(web.url, low=-5, high=5))
+    np.testing.assert_array_equal(scored.value_BG, np.full((2, 3), -3.))
+
+  def test_no_samples(self):
+    judge = self.judge('http://127.0.0.1:9')
+    for outputs in (np.zeros((2, 0, 4, 4, 3), np.uint8), np.zeros((0, 3, 4, 4, 3), np.uint8)):
+      self.assertEqual(self.score(judge, outputs=outputs).value_BG.shape, outputs.shape[:2])
+    self.assertEqual(self.score(judge, 'understand', outputs=[]).valid_BG.shape, (0, 0))
+
+  @parameterized.parameters(
+      ('generate', fixtures.images().astype(np.float32), 2, 'uint8'),
+      ('generate', fixtures.images()[0], 2, 'uint8'),
+      ('generate', fixtures.images(), 3, '3 examples'), ('draw', fixtures.images(), 2, 'draw'),
+      ('understand', [['a'], ['b', 'c']], 2, 'lists of str'),
+      ('understand', [[1], [2]], 2, 'lists of str'))
+  def test_wrong_outputs(self, task, outputs, count, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.judge('http://127.0.0.1:9').submit(task, fixtures.prompts(count), outputs)
+
+  def test_spec_without_json_form(self):
+    future = self.judge('http://127.0.0.1:9').submit(
+        'generate', fixtures.prompts(spec={'f': fixtures.images}), fixtures.images())
+    with self.assertRaisesRegex(TypeError, 'JSON-able'):
+      future.result(fixtures.FOREVER_S)
+
+  @parameterized.parameters(
+      dict(url='ftp://x'), dict(url='x:80/score'), dict(url='http://'), dict(url='http://u:p@x/'),
+      dict(url='http://x:99999/'), dict(protocol='pickle'), dict(batch=0), dict(concurrency=0),
+      dict(retries=-1), dict(timeout_s=0.), dict(deadline_s=float('nan')), dict(low=1.),
+      dict(high=float('inf')), dict(template='{promt}'), dict(protocol='chat'),
+      dict(api_key_env='NO_SUCH_NAME'))
+  def test_wrong_settings(self, **wrong):
+    name = 'model' if wrong == {'protocol': 'chat'} else 'high' if 'low' in wrong else [*wrong][0]
+    with self.assertRaisesRegex(ValueError, fr'align\.judges\.taste\.{name}'):
+      remote.Judge(remote.Endpoint(**{'url': 'http://x', **wrong}), fixtures.KEY)
+
+
+class CacheTest(fixtures.JudgeTestCase):
+
+  def test_no_request_for_what_is_known(self):
+    web = self.real()
+    judge = self.judge(web.url)
+    first, second = (self.score(judge) for _ in range(2))
+    np.testing.assert_array_equal(first.value_BG, second.value_BG)
+    self.assertEqual(web.stats['samples'], 6)
+    self.assertEqual((second.stats['asked'], second.stats['cached']), (0, 6))
+
+  @parameterized.parameters(
+      dict(prompt='other'), dict(spec={'a': 1}), dict(kind='k'), dict(answer='x'),
+      dict(source=np.zeros((2, 2, 3), np.uint8)))
+  def test_key_covers_the_question(self, **change):
+    web = self.real()
+    judge = self.judge(web.url)
+    example = pipeline.Example(0, 'prompt')
+    self.score(judge, examples=[example], outputs=fixtures.images(1, 2))
+    changed = pipeline.Example(1, **{'prompt': 'prompt', **change})
+    scored = self.score(judge, 'generate', [changed], fixtures.images(1, 2))
+    self.assertEqual(scored.stats['asked'], 2)
+    self.score(judge, 'edit', [example], fixtures.images(1, 2))
+    self.assertEqual(web.stats['samples'], 6)
+
+  def test_key_covers_the_judge(self):
+    base = remote.Endpoint('http://x', model='a')
+    samples, _ = remote._samples('generate', fixtures.prompts(1), fixtures.images(1, 1))
+    keys = {next(remote._keys(e, 'generate', samples)) for e in (
+        base, *(remote.Endpoint(**{'url': 'http://x', 'model': 'a', **change}) for change in (
+            dict(url='http://y'), dict(protocol='chat'), dict(model='b'), dict(template='t'),
+            dict(body={'top_p': 1}), dict(timeout_s=3.), dict(cache='file'))))}
+    self.assertLen(keys, 6)  # Neither the timeout nor the file changes a value.
+    other_shape = fixtures.images(1, 1).reshape(1, 1, 5, 4, 3)
+    samples, _ = remote._samples('generate', fixtures.prompts(1), other_shape)
+    self.assertNotIn(next(remote._keys(base, 'generate', samples)), keys)
+
+  def test_file_survives_a_torn_line(self):
+    web = self.real()
+    path = self.folder / 'new' / 'cache.jsonl'
+    judge = self.judge(web.url, cache=str(path))
+    first = self.score(judge)
+    judge.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    self.assertLen(lines, 6)
+    path.write_bytes(b''.join(lines[:-1]) + lines[-1][:-9])
+    for asked in (1, 0):  # The lost value is asked for, and then there on a line of its own.
+      judge = self.judge(web.url, cache=str(path))
+      again = self.score(judge)
+      judge.close()
+      np.testing.assert_array_equal(first.value_BG, again.value_BG)
+      self.assertEqual(again.stats['asked'], asked)
+
+  def test_bad_lines_are_passed_over(self):
+    path = self.folder / 'cache.jsonl'
+    path.write_bytes(b'\xff\n[]\n1\n{"key": "a"}\n{"key": "b", "value": NaN}\n'
+                     b'{"key": "c", "value": true}\n{"key": "d", "value": 0.5}\n')
+    cache = judge_cache.Cache(str(path))
+    self.addCleanup(cache.close)
+    self.assertEqual([cache.get(key) for key in 'abcd'], [None, None, None, .5])
+
+  def test_memory_is_bounded(self):
+    with mock.patch.object(judge_cache, 'MOST', 2):
+      cache = judge_cache.Cache('')
+      for key in 'ab':
+        cache.put(key, 1.)
+      cache.get('a')
+      cache.put('c', 1.)
+      self.assertEqual([cache.get(key) for key in 'abc'], [1., None, 1.])
+
+  def test_failures_are_not_kept(self):
+    web = self.script(lambda n, body, h: (200, fixtures.scores(body, 0.5 if n else 2.)))
+    judge = self.judge(web.url, batch=6)
+    self.assertFalse(self.score(judge).valid_BG.any())
+    self.assertTrue(self.score(judge).valid_BG.all())
+
+  def test_kept_values_meet_a_new_range(self):
+    web = self.script(lambda n, body, h: (200, fixtures.scores(body, 0.5)))
+    path = str(self.folder / 'cache.jsonl')
+    judge = self.judge(web.url, cache=path)
+    self.score(judge)
+    judge.close()
+    scored = self.score(self.judge(web.url, cache=path, high=0.4))
+    self.assertEqual(self.failed(scored), {'range': 6})
+
+  def test_full_disk_ends_the_file_alone(self):
+    web = self.real()
+    judge = self.judge(web.url, cache=str(self.folder / 'cache.jsonl'))
+    judge._cache._file.close()
+    judge._cache._file = mock.Mock()
+    judge._cache._file.write.side_effect = OSError('No space left')
+    with self.assertLogs('absl', 'WARNING') as logs:
+      self.assertTrue(self.score(judge).valid_BG.all())
+    self.assertLen(logs.output, 1)
+    self.assertEqual(self.score(judge).stats['asked'], 0)
+
+
+class SecretTest(fixtures.JudgeTestCase):
+
+  def test_key_is_sent_and_kept_nowhere(self):
+    # The server repeats the key in all that it says.
+    def script(number, body, handler):
+      said = f'bad key {handler.headers["Authorization"]}'
+      return (200, fixtures.words('0.5')) if number < 2 else (200, fixtures.words(said))
+    web = self.script(script)
+    path = self.folder / 'cache.jsonl'
+    judge = self.judge(web.url, protocol='chat', api_key_env='TASTE_KEY', cache=str(path))
+    with self.assertLogs(None, 'DEBUG') as logs:
+      scored = self.score(judge)
+      self.assertEqual(self.failed(scored), {'garbage': 4})
+      web.script = lambda n, body, h: (401, h.headers['Authorization'].encode())
+      with self.assertRaises(remote.JudgeUnavailable) as caught:
+        self.score(judge, outputs=fixtures.images(seed=1))
+    self.assertEqual({h['Authorization'] for h in web.headers}, {f'Bearer {fixtures.SECRET}'})
+    self.assertIn('Bearer ***', str(caught.exception))
+    kept = [*logs.output, str(caught.exception), path.read_text(), repr(judge._endpoint),
+            repr(scored)]
+    self.assertNotIn(fixtures.SECRET, ''.join(kept))
+
+  def test_key_that_is_no_key(self):
+    with mock.patch.dict(os.environ, {'TASTE_KEY': f'{fixtures.SECRET}\nX: y'}):
+      with self.assertRaisesRegex(ValueError, 'TASTE_KEY') as caught:
+        self.judge('http://x', api_key_env='TASTE_KEY')
+    self.assertNotIn(fixtures.SECRET, str(caught.exception))
+
+  def test_netrc_is_not_sent(self):
+    (self.folder / 'netrc').write_text('machine 127.0.0.1 login me password open\n')
+    web = self.script(lambda n, body, h: (200, fixtures.scores(body)))
+    with mock.patch.dict(os.environ, {'NETRC': str(self.folder / 'netrc')}):
+      self.score(self.judge(web.url))
+    self.assertNotIn('Authorization', web.headers[0])
+
+  def test_no_pickle(self):
+    paths = [*(fixtures.ROOT / 'lvrpo_jax' / 'rewards').glob('*.py'),
+             fixtures.ROOT / 'launch' / 'judge_server.py']
+    for path in paths:
+      names = {alias.name for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+      self.assertEmpty(names & {'pickle', 'marshal', 'shelve', 'dill', 'cloudpickle'}, path)
+
+
+if __name__ == '__main__':
+  absltest.main()
