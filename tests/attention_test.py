@@ -154,13 +154,13 @@ class AttendTest(parameterized.TestCase):
       mask = rng.random((B, 1 if one else M, L, 3 + number)) < 0.6
       mask[..., 0] |= number == 0
       masks.append(mask)
-    got = attention.attend(q, [attention.Block(*x) for x in zip(keys, values, masks)])
+    got = attention.attend(q, [attention.Block(k, v, attention.Mask(m)) for k, v, m in zip(keys, values, masks)])
     np.testing.assert_allclose(got, attend_oracle(q, keys, values, masks), atol=1e-5)
 
   def test_heads_are_repeated_not_tiled(self):
     q = np.zeros((1, 1, 1, 4, 2), np.float32)
     v = np.array([1., 2.], np.float32).reshape(1, 1, 2, 1) * np.ones((1, 1, 2, 2), np.float32)
-    out = attention.attend(q, [attention.Block(v, v, np.ones((1, 1, 1, 1), bool))])
+    out = attention.attend(q, [attention.Block(v, v, attention.Mask())])
     np.testing.assert_array_equal(out[0, 0, 0, :, 0], [1., 1., 2., 2.])
 
   def test_hidden_keys_have_no_influence(self):
@@ -168,7 +168,7 @@ class AttendTest(parameterized.TestCase):
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     q, k, v = normal(1, 1, 2, 2, 4), normal(1, 3, 1, 4), normal(1, 3, 1, 4)
     mask = np.array([[[[True, True, False]]]])
-    run = lambda k, v: np.asarray(attention.attend(q, [attention.Block(k, v, mask)]))
+    run = lambda k, v: np.asarray(attention.attend(q, [attention.Block(k, v, attention.Mask(mask))]))
     other_k, other_v = k.copy(), v.copy()
     other_k[:, 2], other_v[:, 2] = 100., -100.
     np.testing.assert_array_equal(run(k, v), run(other_k, other_v))
@@ -177,7 +177,7 @@ class AttendTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     v = rng.normal(size=(1, 3, 1, 4)).astype(np.float32)
     out = attention.attend(np.ones((1, 1, 1, 1, 4), np.float32),
-                           [attention.Block(v, v, np.zeros((1, 1, 1, 3), bool))])
+                           [attention.Block(v, v, attention.Mask(np.zeros((1, 1, 1, 3), bool)))])
     np.testing.assert_allclose(out[0, 0, 0, 0], v[0, :, 0].mean(0), atol=1e-6)
 
 

@@ -1,13 +1,15 @@
-"""Attention over blocks of keys: mask builder, RoPE, grouped-query softmax."""
+"""Attention over blocks of keys: mask builder, RoPE, grouped-query softmax by several kernels."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from flax import struct
 import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import types
+from lvrpo_jax.models import splash
 
 Array = jax.Array
 
@@ -62,26 +64,75 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
   return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
 
 
+@struct.dataclass
+class Mask:
+  """Which keys of a block the queries may see.
+
+  Attributes:
+    dense: bool, broadcasts against (B, M, L, S), or None: all that the rest allows.
+    keys: bool (B, S), False on padding, or None.
+    causal: keys and queries are the same tokens, and none sees a later one.
+  """
+  dense: Array | None = None
+  keys: Array | None = None
+  causal: bool = struct.field(pytree_node=False, default=False)
+
+  def array(self, length: int, keys: int) -> Array:
+    """The mask as one array that broadcasts against (B, M, L, S)."""
+    if self.dense is not None:
+      return self.dense
+    if self.keys is not None:
+      return self.keys[:, None, None]
+    ones = jnp.ones((length, keys), bool)
+    return (jnp.tril(ones) if self.causal else ones)[None, None]
+
+
+SHORT = 64
+"""Queries below which blocks of queries do not pay."""
+
+
 class Block(NamedTuple):
   """Keys and values with the places that may be seen.
 
-  `k` and `v` are (B, S, J, K) when all M rows share them, else (B, M, S, J, K); `mask`
-  broadcasts against (B, M, L, S).
+  Attributes:
+    k, v: (B, S, J, K) when all M rows share them, else (B, M, S, J, K).
+    mask: a `Mask`.
   """
   k: Array
   v: Array
-  mask: Array
+  mask: Mask
 
 
-def attend(q_BMLHK: Array, blocks: list[Block]) -> Array:
+def attend(q_BMLHK: Array, blocks: list[Block], implementation: str = 'xla') -> Array:
   """Softmax attention over the keys of all blocks together.
 
   Query head h reads key/value head `h // (H / J)`. Logits and softmax are float32; a query with
-  no visible key returns the mean of the values, which callers never read.
+  no visible key returns numbers that mean nothing, which callers never read.
+
+  Args:
+    implementation: 'xla' (any mask and shape), 'splash' (Pallas, TPU), 'cudnn' (GPU, 16 bits), or
+      'auto', the one for this backend. Single queries and masks of rows always take 'xla'.
 
   Returns:
     (B, M, L, H, K).
   """
+  chosen = choose(implementation, q_BMLHK, blocks)
+  return IMPLEMENTATIONS[chosen](q_BMLHK, blocks)
+
+
+def choose(implementation: str, q_BMLHK: Array, blocks: list[Block]) -> str:
+  """The implementation for these shapes."""
+  if implementation == 'auto':
+    wanted = {'tpu': 'splash', 'gpu': 'cudnn'}.get(jax.default_backend(), 'xla')
+    narrow = q_BMLHK.dtype in (jnp.bfloat16, jnp.float16)
+    implementation = wanted if wanted != 'cudnn' or narrow else 'xla'
+  small = q_BMLHK.shape[2] < SHORT
+  rows = any(b.mask.dense is not None and b.mask.dense.shape[1] > 1 for b in blocks)
+  return 'xla' if small or rows else implementation
+
+
+def attend_xla(q_BMLHK: Array, blocks: list[Block]) -> Array:
+  """Plain attention: all logits at once, any mask."""
   B, M, L, H, K = q_BMLHK.shape
   J = blocks[0].k.shape[-2]
   q = q_BMLHK.reshape(B, M, L, J, H // J, K) * (K ** -0.5)
@@ -89,7 +140,8 @@ def attend(q_BMLHK: Array, blocks: list[Block]) -> Array:
   for block in blocks:
     keys = 'BSJK' if block.k.ndim == 4 else 'BMSJK'
     logit = jnp.einsum(f'BMLJGK,{keys}->BMJGLS', q, block.k, preferred_element_type=jnp.float32)
-    logits.append(jnp.where(block.mask[:, :, None, None], logit, -1e30))
+    mask = block.mask.array(L, block.k.shape[-3])
+    logits.append(jnp.where(mask[:, :, None, None], logit, -1e30))
   weight = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(q.dtype)
   out, start = 0., 0
   for block in blocks:
@@ -99,3 +151,62 @@ def attend(q_BMLHK: Array, blocks: list[Block]) -> Array:
     out = out + jnp.einsum(f'BMJGLS,{values}->BMLJGK', part, block.v)
     start += S
   return out.reshape(B, M, L, H, K)
+
+
+def joined(blocks: list[Block], rows: tuple[int, int]) -> tuple[Array, Array]:
+  """Keys and values of all blocks in one, (B, M, S, J, K) each."""
+  def whole(x):
+    x = x[:, None] if x.ndim == 4 else x
+    return jnp.broadcast_to(x, (*rows, *x.shape[2:]))
+  return tuple(jnp.concatenate([whole(part) for part in parts], axis=2)
+               for parts in ((b.k for b in blocks), (b.v for b in blocks)))
+
+
+def joined_mask(blocks: list[Block], rows: int, length: int) -> Array:
+  """Masks of all blocks in one, (B, L, S)."""
+  return jnp.concatenate([jnp.broadcast_to(
+      b.mask.array(length, b.k.shape[-3])[:, 0], (rows, length, b.k.shape[-3])) for b in blocks],
+                         axis=-1)
+
+
+def attend_cudnn(q_BMLHK: Array, blocks: list[Block], implementation: str = 'cudnn') -> Array:
+  """Fused attention of `jax.nn.dot_product_attention`; the mask is an array."""
+  B, M, L, H, K = q_BMLHK.shape
+  flat = lambda x: x.reshape(B * M, *x.shape[2:])
+  mask = jnp.repeat(joined_mask(blocks, B, L)[:, None], M, axis=0)
+  k, v = joined(blocks, (B, M))
+  out = jax.nn.dot_product_attention(flat(q_BMLHK), flat(k), flat(v), mask=mask, scale=K ** -0.5,
+                                     implementation=implementation)
+  return out.reshape(B, M, L, H, K)
+
+
+def attend_splash(q_BMLHK: Array, blocks: list[Block], interpret: bool = False) -> Array:
+  """Pallas splash attention: no logits in memory. Under a mesh every device runs its own rows and
+  heads."""
+  return splash.attend(q_BMLHK, *joined(blocks, q_BMLHK.shape[:2]), *_splash_mask(
+      blocks, q_BMLHK.shape[0], q_BMLHK.shape[2]), interpret)
+
+
+def _splash_mask(blocks: list[Block], rows: int, length: int
+                 ) -> tuple[Array | None, Array | None, int | None]:
+  """What splash attention reads: (dense (B, L, S), or valid keys (B, S), and where causal keys
+  start)."""
+  if any(b.mask.dense is not None for b in blocks):
+    dense = joined_mask(blocks, rows, length)
+    # A place that sees nothing would divide by zero, and its values reach others times zero.
+    start = dense.shape[-1] - length
+    return dense | (jnp.arange(length)[:, None] + start == jnp.arange(dense.shape[-1])), None, None
+  valid, causal, start = [], None, 0
+  for block in blocks:
+    S = block.k.shape[-3]
+    keys = block.mask.keys
+    valid.append(jnp.ones((rows, S), bool) if keys is None else keys)
+    causal = start if block.mask.causal else causal
+    start += S
+  if all(b.mask.keys is None for b in blocks):
+    return None, None, causal
+  return None, jnp.concatenate(valid, axis=1), causal
+
+
+IMPLEMENTATIONS = {'xla': attend_xla, 'splash': attend_splash, 'cudnn': attend_cudnn}
+"""By the name in the config."""

@@ -10,6 +10,18 @@ import numpy as np
 Array = jax.Array
 
 
+def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
+  """A scanned layer that is computed again in the backward pass.
+
+  Args:
+    policy: 'none', 'full' (nothing is kept), or a name in `jax.checkpoint_policies`.
+  """
+  if policy == 'none':
+    return layer
+  kept = None if policy == 'full' else jax.checkpoint_policies.__dict__[policy]
+  return nn.remat(layer, policy=kept, prevent_cse=False)
+
+
 class Linear(nn.Module):
   """`x @ kernel + bias` on the last axis.
 

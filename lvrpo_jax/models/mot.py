@@ -2,6 +2,9 @@
 
 Tokens lie in memory as `[understanding | generation]`; each expert runs on its own slice only.
 Positions and masks carry the logical order.
+
+A pass runs one stream of tokens, or several at once: contexts, and what follows them. Together, the
+tokens of all streams meet each weight in one product, so that a mesh gathers it once.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import struct
 import jax
 from jax import numpy as jnp
 
 from lvrpo_jax.models import attention
 from lvrpo_jax.models import layers
+from lvrpo_jax.models import partitioning
 
 Array = jax.Array
 
@@ -24,21 +29,28 @@ class Rope(NamedTuple):
   gen: tuple[Array, Array]
 
 
-class Shared(NamedTuple):
-  """What every layer of a pass reads alike.
+Stream = tuple[Array, Array]
+"""New tokens (B, M, L, D) of both slices; a slice may be empty."""
+
+
+@struct.dataclass
+class Shared:
+  """What every layer reads alike for a stream.
 
   Attributes:
     rope: tables of the new tokens.
-    mask: (B, M or 1, L, L) among the new tokens.
-    context_mask: (B, 1, 1, S), or None without a context.
-    row_mask: (1, 1, 1, T) over decoded tokens, or None outside decoding.
+    mask: among the new tokens.
+    context_mask: of the context, or None without one.
+    row_mask: over decoded tokens, or None outside decoding.
     row_index: place of the new token among the decoded ones, or None.
+    source: number of the stream in the same pass that is the context, or None.
   """
   rope: Rope
-  mask: Array
-  context_mask: Array | None = None
-  row_mask: Array | None = None
+  mask: attention.Mask
+  context_mask: attention.Mask | None = None
+  row_mask: attention.Mask | None = None
   row_index: Array | None = None
+  source: int | None = struct.field(pytree_node=False, default=None)
 
 
 class LayerCache(NamedTuple):
@@ -78,17 +90,16 @@ class Expert(nn.Module):
     self.up_proj = linear(self.ff_width, False)
     self.down_proj = linear(self.heads * self.head_width, False, residual)
 
-  def qkv(self, x_BMLD: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """Queries (B, M, L, H, K), keys and values (B, M, L, J, K); norm comes before RoPE."""
-    y = self.input_norm(x_BMLD)
+  def qkv(self, x: Array) -> tuple[Array, Array, Array]:
+    """Queries (..., H, K), keys and values (..., J, K) of tokens (..., D), before RoPE."""
+    y = self.input_norm(x)
     split = lambda z: z.reshape(*z.shape[:-1], -1, self.head_width)
-    q = attention.apply_rope(self.q_norm(split(self.q_proj(y))), *rope)
-    k = attention.apply_rope(self.k_norm(split(self.k_proj(y))), *rope)
-    return q, k, split(self.v_proj(y))
+    return (self.q_norm(split(self.q_proj(y))), self.k_norm(split(self.k_proj(y))),
+            split(self.v_proj(y)))
 
-  def output(self, x_BMLD: Array, attended_BMLHK: Array) -> Array:
-    """Adds the attention output and the MLP to the residual stream."""
-    x = x_BMLD + self.o_proj(attended_BMLHK.reshape(x_BMLD.shape))
+  def output(self, x: Array, attended: Array) -> Array:
+    """Adds the attention output (..., H * K) and the MLP to the residual stream (..., D)."""
+    x = x + self.o_proj(attended)
     y = self.post_norm(x)
     return x + self.down_proj(nn.silu(self.gate_proj(y)) * self.up_proj(y))
 
@@ -97,36 +108,50 @@ class Layer(nn.Module):
   """A layer of the trunk; see `Trunk`."""
   expert: dict[str, Any]
   freeze_und: bool
+  attention: str
 
   @nn.compact
-  def __call__(self, x: tuple[Array, Array], cache: LayerCache, shared: Shared):
-    x_und, x_gen = x
-    und, gen = Expert(**self.expert, name='und'), Expert(**self.expert, name='gen')
-    sizes = x_und.shape[2], x_gen.shape[2]
-    parts = []
-    if sizes[0] or self.is_initializing():
-      qkv = und.qkv(x_und, shared.rope.und)
-      parts.append(jax.lax.stop_gradient(qkv) if self.freeze_und else qkv)
-    if sizes[1] or self.is_initializing():
-      parts.append(gen.qkv(x_gen, shared.rope.gen))
-    q, k, v = (jnp.concatenate(z, axis=2) for z in zip(*parts))
+  def __call__(self, streams: tuple[Stream, ...], cache: LayerCache, shared: tuple[Shared, ...]):
+    experts = Expert(**self.expert, name='und'), Expert(**self.expert, name='gen')
+    used = lambda side: [n for n, x in enumerate(streams)
+                         if x[side].shape[2] or self.is_initializing()]
+    parts: list[list[Any]] = [[] for _ in streams]
+    for side, expert in enumerate(experts):
+      rows = used(side)
+      found = partitioning.together(expert.qkv, [streams[n][side] for n in rows]) if rows else []
+      for n, (q, k, v) in zip(rows, found):
+        rope = shared[n].rope[side]
+        qkv = attention.apply_rope(q, *rope), attention.apply_rope(k, *rope), v
+        parts[n].append(jax.lax.stop_gradient(qkv) if self.freeze_und and not side else qkv)
+    new = [tuple(jnp.concatenate(z, axis=2) for z in zip(*part)) for part in parts]
 
-    blocks, row = [], None
-    if cache.context is not None:
-      blocks.append(attention.Block(*cache.context, shared.context_mask))
-    if cache.row is not None:
-      row = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, shared.row_index, axis=2)
-                  for old, new in zip(cache.row, (k, v)))
-      blocks.append(attention.Block(*row, shared.row_mask))
-    else:
-      blocks.append(attention.Block(k, v, shared.mask))
-    out = attention.attend(q, blocks)
-    if sizes[0] or self.is_initializing():
-      x_und = und.output(x_und, out[:, :, :sizes[0]])
-      x_und = jax.lax.stop_gradient(x_und) if self.freeze_und else x_und
-    if sizes[1] or self.is_initializing():
-      x_gen = gen.output(x_gen, out[:, :, sizes[0]:])
-    return (x_und, x_gen), {'kv': (k, v), 'row': row, 'hidden': (x_und, x_gen)}
+    attended, row = [], None
+    for (q, k, v), s in zip(new, shared):
+      blocks, context = [], cache.context
+      if s.source is not None:
+        context = tuple(x[:, 0] for x in new[s.source][1:])
+      if context is not None:
+        blocks.append(attention.Block(*context, s.context_mask))
+      if cache.row is not None:
+        row = tuple(jax.lax.dynamic_update_slice_in_dim(old, x, s.row_index, axis=2)
+                    for old, x in zip(cache.row, (k, v)))
+        blocks.append(attention.Block(*row, s.row_mask))
+      else:
+        blocks.append(attention.Block(k, v, s.mask))
+      out = attention.attend(q, blocks, self.attention)
+      attended.append(out.reshape(*out.shape[:3], -1))
+
+    out = [list(x) for x in streams]
+    for side, expert in enumerate(experts):
+      rows = used(side)
+      cut = [streams[n][0].shape[2] for n in rows]
+      reads = [attended[n][:, :, c:] if side else attended[n][:, :, :c] for n, c in zip(rows, cut)]
+      found = partitioning.together(expert.output, [streams[n][side] for n in rows], reads
+                                    ) if rows else []
+      for n, x in zip(rows, found):
+        out[n][side] = jax.lax.stop_gradient(x) if self.freeze_und and not side else x
+    streams = tuple(tuple(partitioning.constrain(y, 'rows') for y in x) for x in out)
+    return streams, {'kv': [(k, v) for _, k, v in new], 'row': row, 'hidden': streams}
 
 
 class Trunk(nn.Module):
@@ -136,6 +161,7 @@ class Trunk(nn.Module):
     unroll: layers unrolled per scan step; the full depth is fastest on CPU.
     remat: name of a policy in `jax.checkpoint_policies`, 'full', or 'none'.
     freeze_und: stops gradients at every output of the understanding expert.
+    attention: see `attention.attend`.
   """
   depth: int
   heads: int
@@ -148,18 +174,15 @@ class Trunk(nn.Module):
   unroll: int = 1
   remat: str = 'none'
   freeze_und: bool = False
+  attention: str = 'xla'
 
   def setup(self):
-    layer = Layer
-    if self.remat != 'none':
-      policy = (None if self.remat == 'full' else
-                jax.checkpoint_policies.__dict__[self.remat])
-      layer = nn.remat(Layer, policy=policy, prevent_cse=False)
     expert = dict(heads=self.heads, kv_heads=self.kv_heads, head_width=self.head_width,
                   ff_width=self.ff_width, eps=self.eps, dtype=self.dtype, depth=self.depth)
     self.layers = nn.scan(
-        layer, variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=(0, nn.broadcast), length=self.depth, unroll=self.unroll)(expert, self.freeze_und)
+        layers.remat(Layer, self.remat), variable_axes={'params': 0}, split_rngs={'params': True},
+        in_axes=(0, nn.broadcast), length=self.depth, unroll=self.unroll)(
+            expert, self.freeze_und, self.attention)
     self.norm_und = layers.RMSNorm(self.eps)
     self.norm_gen = layers.RMSNorm(self.eps)
 
@@ -170,15 +193,27 @@ class Trunk(nn.Module):
 
   def __call__(self, x_und: Array, x_gen: Array, shared: Shared,
                cache: LayerCache = LayerCache()) -> tuple[Array, Array, dict[str, Any]]:
-    """Runs new tokens (B, M, L, D) of both slices; a slice may be empty.
+    """Runs one stream of new tokens (B, M, L, D); a slice may be empty.
 
     Returns:
       Normalised hidden states of both slices, and of every layer (leading axis E): 'kv' of the new
       tokens, 'row' (the updated decode cache) and 'hidden'. What the caller does not use is never
       computed.
     """
-    (x_und, x_gen), out = self.layers((x_und, x_gen), cache, shared)
-    out_und = self.norm_und(x_und)
+    (x,), out = self.layers(((x_und, x_gen),), cache, (shared,))
+    return *self._norm(x), {'kv': out['kv'][0], 'row': out['row'], 'hidden': out['hidden'][0]}
+
+  def joint(self, streams: tuple[Stream, ...], shared: tuple[Shared, ...]) -> list[Stream]:
+    """Runs several streams through the same layers; normalised hidden states of each.
+
+    A stream whose `Shared.source` is set follows the stream of that number: its M rows all see the
+    one row of their prompt there.
+    """
+    streams, _ = self.layers(streams, LayerCache(), shared)
+    return [self._norm(x) for x in streams]
+
+  def _norm(self, x: Stream) -> Stream:
+    out_und = self.norm_und(x[0])
     if self.freeze_und:
       out_und = jax.lax.stop_gradient(out_und)
-    return out_und, self.norm_gen(x_gen), out
+    return out_und, self.norm_gen(x[1])

@@ -1,10 +1,11 @@
 """The unified model: embeds text, ViT and latent tokens, runs the trunk, reads both heads.
 
-Three ways through one set of weights, which give the same numbers:
+Ways through one set of weights, which give the same numbers:
   * `__call__`: a whole sequence at once (the packed training forward);
   * `prefill`: the same, keeping keys and values, as the context of what follows;
   * `read` (text rows), `decode` (one token) and `velocity` (an image): new tokens that attend to a
-    context which all rows of a prompt share.
+    context which all rows of a prompt share;
+  * `joint`: contexts, images and texts after them in one pass over the layers.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class ModelConfig:
   remat: str = 'none'
   interpolate_pos: bool = False
   freeze_und: bool = False
+  attention: str = 'xla'
 
 
 class Unified(nn.Module):
@@ -81,7 +83,7 @@ class Unified(nn.Module):
     self.trunk = mot.Trunk(
         depth=c.depth, heads=c.heads, kv_heads=c.kv_heads, head_width=c.width // c.heads,
         ff_width=c.ff_width, eps=c.eps, rope_theta=c.rope_theta, dtype=dtype, unroll=c.unroll,
-        remat=c.remat, freeze_und=c.freeze_und)
+        remat=c.remat, freeze_und=c.freeze_und, attention=c.attention)
     self.lm_head = linear(c.vocab, use_bias=False)
     self.time_embedder = layers.TimeEmbedder(c.width, dtype)
     self.vae2llm = linear(c.width)
@@ -93,7 +95,8 @@ class Unified(nn.Module):
     self.connector_fc2 = linear(c.width)
     self.vit = vit_lib.Vit(
         width=c.vit.width, depth=c.vit.depth, heads=c.vit.heads, ff_width=c.vit.ff_width,
-        side=c.vit.side, eps=c.vit.eps, dtype=dtype, unroll=c.unroll)
+        side=c.vit.side, eps=c.vit.eps, dtype=dtype, unroll=c.unroll, remat=c.remat,
+        attention=c.attention)
 
   def embed_text(self, ids: Array) -> Array:
     """Embeddings of text and frame tokens, (..., D)."""
@@ -119,6 +122,12 @@ class Unified(nn.Module):
       Final hidden states (B, U, D) of text and ViT tokens, (B, N, D) of latent tokens, and the
       trunk's per-layer outputs, whose arrays keep an axis of length 1 after B.
     """
+    stream, shared = self._context(seq)
+    h_und, h_gen, out = self.trunk(*stream, shared)
+    return h_und[:, 0], h_gen[:, 0], out
+
+  def _context(self, seq: types.Sequence) -> tuple[mot.Stream, mot.Shared]:
+    """A whole sequence as a stream of one row a prompt."""
     und = attention.join(seq.text, seq.vit)
     everything = attention.join(und, seq.gen)
     x_und = self.embed_text(seq.ids_BL)
@@ -126,11 +135,9 @@ class Unified(nn.Module):
       vit = self.embed_patches(seq.patches_BNP, seq.patch_position_BN, seq.patch_image_BN)
       x_und = jnp.concatenate([x_und, vit], axis=1)
     x_gen = self.embed_latents(seq.latents_BNC, seq.time_BN, seq.latent_position_BN)
-    shared = mot.Shared(
+    return (x_und[:, None], x_gen[:, None]), mot.Shared(
         rope=self.trunk.rope(und.position_BL[:, None], seq.gen.position_BL[:, None]),
-        mask=attention.keep_mask(everything, everything)[:, None])
-    h_und, h_gen, out = self.trunk(x_und[:, None], x_gen[:, None], shared)
-    return h_und[:, 0], h_gen[:, 0], out
+        mask=attention.Mask(attention.keep_mask(everything, everything)[:, None]))
 
   def __call__(self, seq: types.Sequence) -> tuple[Array, Array]:
     """Logits (B, U, V) at text and ViT tokens and velocities (B, N, C) at latent tokens."""
@@ -140,17 +147,12 @@ class Unified(nn.Module):
   def prefill(self, seq: types.Sequence) -> types.Cache:
     """Encodes a context once. The cached order is the memory order: text, ViT, latents."""
     k, v = self.forward(seq)[2]['kv']
-    valid = jnp.concatenate(
-        [seq.text.sample_BL, seq.vit.sample_BL, seq.gen.sample_BL], axis=1) != types.PADDING
-    return types.Cache(k[:, :, 0], v[:, :, 0], valid, seq.next_position_B)
+    return types.Cache(k[:, :, 0], v[:, :, 0], _valid(seq), seq.next_position_B)
 
   def read(self, cache: types.Cache, ids_BML: Array) -> Array:
     """Logits (B, M, L, V) of text rows that follow the context; padding stands at the end."""
-    length = ids_BML.shape[-1]
-    position = cache.next_position_B[:, None, None] + jnp.arange(length)
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    x_und, _ = self._extend(cache, self.embed_text(ids_BML), None, position, mask)
-    return self.lm_head(x_und)
+    stream, shared = self._text(cache.valid_BS, cache.next_position_B, ids_BML)
+    return self.lm_head(self._extend(cache, stream, shared)[0])
 
   def decode(self, cache: types.Cache, row: tuple[Array, Array], index: Array, token_BM: Array
              ) -> tuple[Array, tuple[Array, Array]]:
@@ -165,9 +167,9 @@ class Unified(nn.Module):
     position = (cache.next_position_B[:, None, None] + index)
     shared = mot.Shared(
         rope=self.trunk.rope(position, position[:, :, :0]),
-        mask=jnp.ones((1, 1, 1, 1), bool),
-        context_mask=cache.valid_BS[:, None, None],
-        row_mask=(jnp.arange(row[0].shape[3]) <= index)[None, None, None],
+        mask=attention.Mask(),
+        context_mask=attention.Mask(keys=cache.valid_BS),
+        row_mask=attention.Mask((jnp.arange(row[0].shape[3]) <= index)[None, None, None]),
         row_index=index)
     x = self.embed_text(token_BM[..., None])
     x_und, _, out = self.trunk(x, x[:, :, :0], shared, mot.LayerCache(
@@ -180,26 +182,69 @@ class Unified(nn.Module):
 
     An image is `[start_of_image] latents [end_of_image]`, all at one position and never cached.
     """
+    stream, shared = self._image(cache.valid_BS, cache.next_position_B, x_BMNC, time_BM,
+                                 position_BN)
+    return self.llm2vae(self._extend(cache, stream, shared)[1]).astype(jnp.float32)
+
+  def joint(self, contexts: dict[str, types.Sequence],
+            images: dict[str, tuple[Array, Array, Array]], texts: dict[str, Array]
+            ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Contexts and all that follows them in one pass over the layers.
+
+    The numbers are those of `prefill`, then `velocity` and `read`, but every layer's weights are
+    used once: what a mesh moves to train a mixed batch is then what one pass moves.
+
+    Args:
+      contexts: by task.
+      images: by task, (x_BMNC, time_BM, position_BN) as `velocity` takes them.
+      texts: by task, ids (B, M, L) as `read` takes them.
+
+    Returns:
+      Velocities of the images and logits of the texts, by task.
+    """
+    names = list(contexts)
+    streams = [self._context(contexts[name]) for name in names]
+    follow = lambda name: dict(source=names.index(name))
+    state = lambda name: (_valid(contexts[name]), contexts[name].next_position_B)
+    streams += [self._image(*state(name), *x, **follow(name)) for name, x in images.items()]
+    streams += [self._text(*state(name), ids, **follow(name)) for name, ids in texts.items()]
+    out = self.trunk.joint(*(tuple(x) for x in zip(*streams)))[len(names):]
+    drawn, read = out[:len(images)], out[len(images):]
+    return ({name: self.llm2vae(x[1]).astype(jnp.float32) for name, x in zip(images, drawn)},
+            {name: self.lm_head(x[0]) for name, x in zip(texts, read)})
+
+  def _image(self, valid_BS: Array, next_position_B: Array, x_BMNC: Array, time_BM: Array,
+             position_BN: Array, **shared: Any) -> tuple[mot.Stream, mot.Shared]:
+    """Noised images after a context, as a stream."""
     B, M, N, _ = x_BMNC.shape
     c = self.config
     frame = jnp.broadcast_to(jnp.array([c.start_of_image, c.end_of_image]), (B, M, 2))
     gen = self.embed_latents(x_BMNC, time_BM[..., None], position_BN[:, None])
-    position = jnp.broadcast_to(cache.next_position_B[:, None, None], (B, 1, N + 2))
-    mask = jnp.ones((1, 1, N + 2, N + 2), bool)
-    _, x_gen = self._extend(cache, self.embed_text(frame), gen, position, mask)
-    return self.llm2vae(x_gen).astype(jnp.float32)
+    position = jnp.broadcast_to(next_position_B[:, None, None], (B, 1, N + 2))
+    return (self.embed_text(frame), gen), mot.Shared(
+        rope=self.trunk.rope(position[:, :, :2], position[:, :, 2:]), mask=attention.Mask(),
+        context_mask=attention.Mask(keys=valid_BS), **shared)
 
-  def _extend(self, cache: types.Cache, x_und: Array, x_gen: Array | None, position: Array,
-              mask: Array) -> tuple[Array, Array]:
-    """Runs new tokens against a context; `position` covers both slices."""
-    x_gen = x_und[:, :, :0] if x_gen is None else x_gen
-    split = x_und.shape[2]
-    shared = mot.Shared(
-        rope=self.trunk.rope(position[:, :, :split], position[:, :, split:]),
-        mask=mask, context_mask=cache.valid_BS[:, None, None])
+  def _text(self, valid_BS: Array, next_position_B: Array, ids_BML: Array, **shared: Any
+            ) -> tuple[mot.Stream, mot.Shared]:
+    """Texts after a context, as a stream."""
+    position = next_position_B[:, None, None] + jnp.arange(ids_BML.shape[-1])
+    x = self.embed_text(ids_BML)
+    return (x, x[:, :, :0]), mot.Shared(
+        rope=self.trunk.rope(position, position[:, :, :0]), mask=attention.Mask(causal=True),
+        context_mask=attention.Mask(keys=valid_BS), **shared)
+
+  def _extend(self, cache: types.Cache, stream: mot.Stream, shared: mot.Shared) -> mot.Stream:
+    """Runs new tokens against a context."""
     out_und, out_gen, _ = self.trunk(
-        x_und, x_gen, shared, mot.LayerCache((cache.k_EBSJK, cache.v_EBSJK)))
+        *stream, shared, mot.LayerCache((cache.k_EBSJK, cache.v_EBSJK)))
     return out_und, out_gen
+
+
+def _valid(seq: types.Sequence) -> Array:
+  """Which places (B, S) of a context hold a token."""
+  return jnp.concatenate([seq.text.sample_BL, seq.vit.sample_BL, seq.gen.sample_BL],
+                         axis=1) != types.PADDING
 
 
 def empty_row(config: ModelConfig, rows: tuple[int, int], length: int) -> tuple[Array, Array]:

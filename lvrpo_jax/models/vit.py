@@ -21,6 +21,7 @@ class VitLayer(nn.Module):
   ff_width: int
   eps: float
   dtype: jnp.dtype
+  attention: str
 
   @nn.compact
   def __call__(self, x_BND: Array, mask_BNN: Array) -> tuple[Array, Array]:
@@ -29,7 +30,8 @@ class VitLayer(nn.Module):
     split = lambda y: y.reshape(B, 1, N, self.heads, D // self.heads)
     y = layers.LayerNorm(self.eps, name='layer_norm1')(x_BND)
     q, k, v = (split(linear(D, name=f'{n}_proj')(y)) for n in 'qkv')
-    out = attention.attend(q, [attention.Block(k, v, mask_BNN[:, None])])
+    block = attention.Block(k, v, attention.Mask(mask_BNN[:, None]))
+    out = attention.attend(q, [block], self.attention)
     x_BND = x_BND + linear(D, name='out_proj')(out.reshape(B, N, D))
     y = layers.LayerNorm(self.eps, name='layer_norm2')(x_BND)
     y = linear(D, name='fc2')(gelu(linear(self.ff_width, name='fc1')(y)))
@@ -50,6 +52,8 @@ class Vit(nn.Module):
   eps: float = 1e-6
   dtype: jnp.dtype = jnp.float32
   unroll: int = 1
+  remat: str = 'none'
+  attention: str = 'xla'
 
   @nn.compact
   def __call__(self, patches_BNP: Array, position_BN: Array, image_BN: Array
@@ -63,7 +67,8 @@ class Vit(nn.Module):
                        (self.side ** 2, self.width))
     x = x + table[position_BN].astype(self.dtype)
     mask_BNN = (image_BN[:, :, None] == image_BN[:, None, :]) & (image_BN >= 0)[:, None, :]
-    stack = nn.scan(VitLayer, variable_axes={'params': 0}, split_rngs={'params': True},
+    stack = nn.scan(layers.remat(VitLayer, self.remat), variable_axes={'params': 0}, split_rngs={'params': True},
                     in_axes=nn.broadcast, length=self.depth, unroll=self.unroll)
-    x, outputs = stack(self.heads, self.ff_width, self.eps, self.dtype, name='layers')(x, mask_BNN)
+    x, outputs = stack(
+        self.heads, self.ff_width, self.eps, self.dtype, self.attention, name='layers')(x, mask_BNN)
     return layers.LayerNorm(self.eps, name='post_layernorm')(x), outputs
