@@ -15,4 +15,5 @@ def get_config() -> config_dict.ConfigDict:
   """Returns the configuration of the small model."""
   config = bagel_7b.get_config()
   config.architecture.llm_config = config_dict.ConfigDict(LLM)
+  config.parallel.rollout_mesh = (-1, 1, 2)  # Two key/value heads.
   return config

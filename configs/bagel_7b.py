@@ -36,8 +36,9 @@ def get_config() -> config_dict.ConfigDict:
   config.architecture = config_dict.ConfigDict(
       {**released.SCRIPT, 'llm_config': LLM, 'vit_config': VIT})
   config.model.update(dtype='bfloat16', unroll=1, remat='full')
-  config.data.update(prompt_words=64, answer_words=64)
-  config.parallel.mesh = (1, -1, 1)
+  config.data.update(prompt_words=64, answer_words=64, uniform=False)
+  config.parallel.update(mesh=(-1, 0, 1), rollout_mesh=(-1, 1, 0), joint=True)
+  config.compile.image_size = 1024
 
   config.sample.shift = 3.
   config.sample.guidance.generate.update(text_scale=4., low=0.4)
@@ -49,5 +50,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sample.max_tokens = 1000
   config.sampling.update(steps=49, shift=3., guidance=(4.,))
 
-  config.align.update(learning_rate=1e-5, steps=1000, steps_per_image=15, save_every=50)
+  config.align.update(
+      learning_rate=1e-5, steps=1000, steps_per_image=15, save_every=50, generate=64, understand=64,
+      edit=64, draws=1)
   return config

@@ -13,7 +13,8 @@ def get_config() -> config_dict.ConfigDict:
   """Returns the default configuration."""
   config = config_dict.ConfigDict()
   # 'run': all stages; 'control': more pretraining instead of alignment; 'sample': one answer or
-  # picture; 'convert': a released model in, an aligned one out
+  # picture; 'convert': a released model in, an aligned one out; 'describe': how parameters are laid
+  # out on the mesh; 'compile': the programs of alignment for TPUs that need not be there
   config.program = 'run'
   config.seed = 0  # of initialisation, data, rollouts and noise
   config.checkpoint = ''  # folder of a released model; '' trains the small one of config.model
@@ -48,6 +49,8 @@ def get_config() -> config_dict.ConfigDict:
   config.model.dtype = 'float32'  # compute dtype; parameters are float32
   config.model.unroll = 4  # layers unrolled per scan step; depth is fastest on CPU, 1 elsewhere
   config.model.remat = 'none'  # 'none', 'full', or a name in jax.checkpoint_policies
+  # 'xla' (any mask), 'splash' (Pallas, TPU), 'cudnn' (GPU, 16 bits), or 'auto' by backend
+  config.model.attention = 'auto'
   config.model.vit_width = 96  # vision tower
   config.model.vit_depth = 1
   config.model.vit_heads = 4
@@ -188,10 +191,24 @@ def get_config() -> config_dict.ConfigDict:
   config.convert.target = ''  # new folder to export to
   config.convert.shards = 1  # files of the exported model
 
+  config.topology = ''  # of the programs 'compile' and 'describe', e.g. 'v5p:4x4x4'
+  config.compile = config_dict.ConfigDict()  # of the program 'compile'
+  config.compile.image_size = 0  # pixels a side; 0 is that of the data
+  config.compile.programs = ('text', 'image', 'step')
+
   config.parallel = config_dict.ConfigDict()
-  config.parallel.mesh = (-1, 1, 1)  # devices along data, fsdp, tensor; one may be -1
+  # Devices along data, fsdp, tensor. One may be -1 and takes what is left; 0 takes as many as divide
+  # 32 (fsdp) or 4 (tensor)
+  config.parallel.mesh = (-1, 1, 1)
+  config.parallel.slices = (-1, 1, 1)  # of TPUs, along the same axes; they divide the mesh
+  # Rollouts' view of the same devices, weights in the compute dtype; () is the mesh itself. Without
+  # fsdp no step of a rollout gathers weights.
+  config.parallel.rollout_mesh = ()
+  # Contexts and what follows them in one pass over the layers: weights are gathered once
+  config.parallel.joint = False
   config.parallel.runner = 'jit'  # 'jit' over the mesh, or 'pmap' (data parallel)
   config.parallel.micro_batches = 1  # parts a batch is split into, gradients accumulated
+  config.parallel.group_parts = 1  # parts the samples of every prompt are split into as well
 
   config.log_every = 10  # seconds between log lines where there is no terminal
   config.report = True  # write report.html at the end

@@ -2,12 +2,13 @@
 # Runs the job on TPU slices of a GKE cluster, through xpk (pip install xpk).
 #
 #   PROJECT=p ZONE=us-east5-b CLUSTER=c WORKLOAD=run-1 TPU_TYPE=v5litepod-16 \
-#     DOCKER_IMAGE=image WORKDIR=gs://bucket/run-1 \
+#     DOCKER_IMAGE=image WORKDIR=/mnt/shared/run-1 \
 #     launch/gke_xpk.sh [--dry-run] [--config.KEY=VALUE ...]
 #
 # WORKLOAD          name of the workload; xpk refuses one that exists
 # DOCKER_IMAGE      image that starts in the repository, with '.[tpu]' installed
-# CONFIG, WORKDIR   configuration file, and folder of the run that all workers see
+# CONFIG, WORKDIR   configuration file, and folder of the run on a disk that all workers mount, such
+#                   as Filestore or a bucket through Cloud Storage FUSE
 # NUM_SLICES        slices (1)
 # MAX_RESTARTS      how often the workload starts again by itself (20)
 # GRACE             seconds between SIGTERM and SIGKILL, for the save (120)

@@ -3,10 +3,11 @@
 # starts by itself.
 #
 #   TPU_NAME=slice ZONE=us-east5-b PROJECT=p REPO=https://host/lvrpo_jax.git \
-#     WORKDIR=gs://bucket/run-1 launch/tpu_pod.sh [--dry-run] [--config.KEY=VALUE ...]
+#     WORKDIR=/mnt/shared/run-1 launch/tpu_pod.sh [--dry-run] [--config.KEY=VALUE ...]
 #
 # REPO, REF         git URL of this repository, and what to check out (its default branch)
-# CONFIG, WORKDIR   configuration file, and folder of the run that all workers see
+# CONFIG, WORKDIR   configuration file, and folder of the run on a disk that all workers mount, such
+#                   as Filestore or a bucket through Cloud Storage FUSE
 #
 # With several workers gcloud wants its key in the agent: ssh-add ~/.ssh/google_compute_engine. The
 # status is that of the first worker that failed. gcloud starts the command again after a lost

@@ -3,13 +3,14 @@
 # slice is preempted, requests another and runs the same command, which goes on from WORKDIR.
 #
 #   TPU_NAME=slice ZONE=us-east5-b PROJECT=p REPO=https://host/lvrpo_jax.git \
-#     WORKDIR=gs://bucket/run-1 ACCELERATOR_TYPE=v5litepod-64 RUNTIME_VERSION=v2-alpha-tpuv5-lite \
+#     WORKDIR=/mnt/shared/run-1 ACCELERATOR_TYPE=v5litepod-64 RUNTIME_VERSION=v2-alpha-tpuv5-lite \
 #     launch/tpu_queued.sh [--dry-run] [--config.KEY=VALUE ...]
 #
 # REQUEST           name of the queued resource (TPU_NAME); one that exists is used
 # REPO, REF         git URL of this repository, and what to check out (its default branch); name a
 #                   commit, or a later slice may run newer code
-# CONFIG, WORKDIR   configuration file, and folder of the run that outlives the slice
+# CONFIG, WORKDIR   configuration file, and folder of the run on a disk that outlives the slice and
+#                   that its workers mount, such as Filestore or a bucket through Cloud Storage FUSE
 # MAX_RESTARTS      how often another slice is requested (20)
 # POLL              seconds between two looks at the state (30)
 # SETTLE            seconds to wait, after a job failed, for its slice to show as preempted (120)

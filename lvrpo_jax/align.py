@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import functools
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 import numpy as np
+import optax
 
 from lvrpo_jax import checkpoint
 from lvrpo_jax import experience
@@ -49,28 +50,34 @@ def alignment_loss(job: job_lib.Job) -> step_lib.Loss:
   return loss._replace(sums=sums)
 
 
+def update(job: job_lib.Job) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+  """The optimizer, and the compiled step."""
+  a, parallel = job.config.align, job.config.parallel
+  optimizer = optim.build(
+      'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98, 1e-8,
+      0., a.clip_norm, rules=((UNDERSTANDING, a.understand_rate),))
+  return optimizer, step_lib.compile_step(
+      alignment_loss(job), optimizer, job.mesh, micro_batches=parallel.micro_batches,
+      group_parts=parallel.group_parts, runner=parallel.runner)
+
+
 class Aligner:
   """One iteration of alignment, and the state it carries."""
 
   def __init__(self, job: job_lib.Job, params: types.Params, vae_params: types.Params,
                siglip_params: types.Params):
     self.job, a = job, job.config.align
-    optimizer = optim.build(
-        'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98,
-        1e-8, 0., a.clip_norm, rules=((UNDERSTANDING, a.understand_rate),))
     self.collector = experience.Collector(job)
-    self.step = step_lib.compile_step(
-        alignment_loss(job), optimizer, job.mesh,
-        micro_batches=job.config.parallel.micro_batches, runner=job.config.parallel.runner)
-    self._replay = jax.jit(functools.partial(losses.replay, job.policy))
-    self._velocities = jax.jit(functools.partial(losses.velocities, job.policy))
-    self._answer_logp = jax.jit(functools.partial(losses.answer_logp, job.policy))
+    optimizer, self.step = update(job)
+    self._replay = job.compile(functools.partial(losses.replay, job.policy))
+    self._velocities = job.compile(functools.partial(losses.velocities, job.policy))
+    self._answer_logp = job.compile(functools.partial(losses.answer_logp, job.policy))
     self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler))
     self._text_gap = jax.jit(losses.text_gap)
     self._points = jax.jit(self._points_fn)
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
-    self.frozen = {'vae': vae_params}
+    self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
     self.full = lambda trained: trained
     trained = params
     if a.lora.rank:
@@ -79,10 +86,10 @@ class Aligner:
       merge = jax.jit(functools.partial(lora.merge, scale=a.lora.alpha / a.lora.rank))
       self.full = lambda adapters: merge(self.frozen['base'], adapters)
     self.state = sharding.shard_state(
-        step_lib.init(trained, optimizer, old=a.objective in losses.FORWARD,
-                      reference=not a.lora.rank), job.mesh)
+        step_lib.init(sharding.shard_state(trained, job.mesh), optimizer,
+                      old=a.objective in losses.FORWARD, reference=not a.lora.rank), job.mesh)
     self.judges = experience.Judges(
-        jax.tree.map(jnp.copy, self.reference), siglip_params,
+        jax.tree.map(jnp.copy, self.reference), sharding.shard_state(siglip_params, job.mesh),
         job_lib.word_table(job, siglip_params))
 
   @property
@@ -115,23 +122,26 @@ class Aligner:
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
                                        iteration)
-      advantage = c.advantages[task](self.job.place(rewards))
+      placed = self.job.place(rewards)
+      advantage = c.advantages[task](placed)
       steps = experience.transitions(rollout, c.noisy[first:first + a.window], c.grid, c.eta_T)
       batch[task] = types.ImageExperience(
           tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC, steps.time_BM, None,
           None, advantage.value_BG, advantage.valid_BG)
-      metrics.update(reward_metrics(task, rewards, facts, advantage))
+      metrics.update(reward_metrics(task, placed, self.job.place(facts), advantage))
     if answers is not None:
       task = pipeline.UNDERSTAND
       metrics['gap/decode'] = answers.drift
       rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params)
-      advantage = c.advantages[task](self.job.place(rewards))
+      placed = self.job.place(rewards)
+      advantage = c.advantages[task](placed)
       rows = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
       batch[task] = types.TextExperience(
           tasks.prompts[task], answers.tokens_BGT, answers.logp_BGT, answers.mask_BGT,
           rows, None, advantage.value_BG, advantage.valid_BG)
-      metrics.update(reward_metrics(task, rewards, facts, advantage))
-    return batch, metrics, {task: np.asarray(image) for task, image in pixels.items()}
+      metrics.update(reward_metrics(task, placed, self.job.place(facts), advantage))
+    return self.job.place_rows(batch), metrics, {
+        task: sharding.local_rows(image) for task, image in pixels.items()}
 
   def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Velocities of any policy at the points of a batch."""
@@ -188,13 +198,13 @@ class Aligner:
     return metrics, pictures
 
 
-def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, np.ndarray],
+def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, Any],
                    advantage: Any) -> dict[str, Any]:
   """Per component: mean, deviation in the group, share of the advantage, dead groups."""
-  out = {f'accuracy/{task}/{name}': value.mean() for name, value in facts.items()}
+  out = {f'accuracy/{task}/{name}': sharding.whole(value).mean() for name, value in facts.items()}
   for name, reward in rewards.items():
-    valid = np.asarray(reward.valid_BG)
-    value = np.where(valid, reward.value_BG, np.nan)
+    valid = sharding.whole(reward.valid_BG)
+    value = np.where(valid, sharding.whole(reward.value_BG), np.nan)
     whole = valid.any(axis=1)
     out[f'reward/{task}/{name}'] = np.nanmean(value) if whole.any() else 0.
     out[f'deviation/{task}/{name}'] = (

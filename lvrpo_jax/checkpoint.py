@@ -119,6 +119,8 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
   elif jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, json.loads(config.to_json()))
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('check_config')
 
 
 def compare_config(workdir: pathlib.Path, config: ml_collections.ConfigDict,
@@ -150,7 +152,12 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any):
-  """Writes JSON so that the file is either the old or the new one, never half."""
+  """Writes JSON so that the file is either the old or the new one, never half.
+
+  Of several processes the first one writes.
+  """
+  if jax.process_index():
+    return
   temporary = path.with_suffix(path.suffix + '.tmp')
   temporary.write_text(json.dumps(value, indent=1))
   temporary.replace(path)

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 TASKS = ('generate', 'understand', 'edit')
-PROGRAMS = ('run', 'control', 'sample', 'convert')
+PROGRAMS = ('run', 'control', 'sample', 'convert', 'describe', 'compile')
 Check = tuple[str, Callable[[Any], bool], str]
 
 POSITIVE = (lambda v: v > 0, 'a number above 0')
@@ -73,8 +73,13 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('sample.top_p', (lambda v: 0 < v <= 1, 'above 0 and at most 1')),
     *((f'sample.guidance.{task}.renorm', one_of('global', 'channel', 'text_channel'))
       for task in ('generate', 'edit')),
+    ('model.attention', one_of('auto', 'xla', 'splash', 'cudnn')),
+    ('compile.image_size', NATURAL),
+    ('compile.programs', (lambda v: v and set(v) <= {'text', 'image', 'step'},
+                          "some of 'text', 'image', 'step'")),
+    ('parallel.rollout_mesh', (lambda v: len(v) in (0, 3), '() or three sizes')),
     ('parallel.runner', one_of('jit', 'pmap')),
-    ('parallel.micro_batches', COUNT),
+    *((f'parallel.{k}', COUNT) for k in ('micro_batches', 'group_parts')),
     ('log_every', POSITIVE),
 )
 
@@ -132,6 +137,7 @@ def _check_shapes(config: ml_collections.ConfigDict):
       ('model.kv_heads', m.kv_heads, 'model.heads', m.heads),
       ('model.vit_heads', m.vit_heads, 'model.vit_width', m.vit_width),
       ('judge.heads', config.judge.heads, 'judge.width', config.judge.width),
+      ('parallel.group_parts', config.parallel.group_parts, 'align.group', config.align.group),
       *(('parallel.micro_batches', config.parallel.micro_batches, f'{part}.{task}',
          config[part][task]) for part in ('pretrain', 'align') for task in TASKS),
   )

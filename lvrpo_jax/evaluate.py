@@ -21,6 +21,7 @@ from lvrpo_jax import ops
 from lvrpo_jax import panel
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import scores
+from lvrpo_jax import sharding
 from lvrpo_jax import types
 from lvrpo_jax.data import detect
 from lvrpo_jax.data import images as image_files
@@ -57,7 +58,7 @@ def samplers(job: job_lib.Job) -> Samplers:
     key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(index_B)
     return jax.vmap(lambda k: ops.fold_rows(k, (group,)))(key_B)
 
-  @jax.jit
+  @job.sampler
   def draw(params, vae_params, prompts):
     cache = policy.prefill(params, vae_params, prompts)
     velocity = lambda x, t: policy.velocity(params, cache, x, t)
@@ -65,7 +66,7 @@ def samplers(job: job_lib.Job) -> Samplers:
                                    policy.latent_shape, grid)
     return policy.decode(vae_params, latents)
 
-  @jax.jit
+  @job.sampler
   def draw_guided(params, vae_params, prompts, scale):
     cache = policy.prefill(params, vae_params, prompts)
     empty = policy_lib.without_text(cache, prompts)
@@ -76,7 +77,7 @@ def samplers(job: job_lib.Job) -> Samplers:
                                    policy.latent_shape, grid)
     return policy.decode(vae_params, latents)
 
-  @jax.jit
+  @job.sampler
   def answer(params, vae_params, prompts):
     cache = policy.prefill(params, vae_params, prompts)
     length = job.config.data.answer_words + 1
@@ -112,12 +113,12 @@ def prompt_sets(job: job_lib.Job, count: Callable[[str, str], int]
 def batched(job: job_lib.Job, task: str, examples: list[pipeline.Example]
             ) -> list[tuple[int, types.Prompts]]:
   """(rows that count, prompts) of one shape; the last batch is filled with its own first row."""
-  size = job.config.evaluate.batch
+  size = -(-job.config.evaluate.batch // job.mesh.size) * job.mesh.size
   out = []
   for start in range(0, len(examples), size):
     part = examples[start:start + size]
     rows = part + [part[0]] * (size - len(part))
-    out.append((len(part), job.place(job.encoder(task, rows).prompts)))
+    out.append((len(part), job.place_copies(job.encoder(task, rows).prompts)))
   return out
 
 
@@ -147,6 +148,8 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
       records.append(dict(task=task, split=split, kind=kind, id=name, prompt=example.prompt,
                           meaning=example.meaning, **record))
   records.append(dict(task='panel', panel=panel.measure(shown)))
+  if jax.process_index():
+    return records
   temporary = path.with_suffix('.tmp')
   temporary.write_text(''.join(json.dumps(r) + '\n' for r in records))
   temporary.replace(path)
@@ -155,7 +158,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
 
 def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
   drawn = np.concatenate([
-      np.asarray(tools.draw(params, vae_params, prompts, guidance))[:rows]
+      sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
       for rows, prompts in batched(job, task, examples)])
   specs = [e.spec for e in examples]
   if task == pipeline.EDIT:
@@ -171,7 +174,7 @@ def _answers(job, params, vae_params, tools, examples):
   out = []
   decode = job.data.tokenizer.decode
   for rows, prompts in batched(job, pipeline.UNDERSTAND, examples):
-    for sampled, greedy in list(zip(*map(np.asarray, tools.answer(params, vae_params, prompts))
+    for sampled, greedy in list(zip(*map(sharding.whole, tools.answer(params, vae_params, prompts))
                                     ))[:rows]:
       out.append((([decode(x) for x in sampled]), decode(greedy[0])))
   answers = [e.answer for e in examples]
@@ -184,6 +187,8 @@ def _answers(job, params, vae_params, tools, examples):
 
 def _save(folder, name, image):
   path = folder / name
+  if jax.process_index():
+    return name
   path.parent.mkdir(parents=True, exist_ok=True)
   image_files.save_png(path, image)
   return name

@@ -13,6 +13,7 @@ from lvrpo_jax import flow
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import sharding
 from lvrpo_jax import types
 from lvrpo_jax.data import detect
 from lvrpo_jax.data import pipeline
@@ -70,9 +71,9 @@ class Collector:
       raise ValueError(f'align.window is {a.window}, but only {len(self.noisy)} of '
                        f'align.steps_per_image = {a.steps_per_image} steps start in '
                        f'(align.noise_low, align.noise_high] = ({a.noise_low}, {a.noise_high}]')
-    self._rollout = jax.jit(self._rollout_fn)
-    self._judge_images = jax.jit(self._judge_images_fn)
-    self._judge_answers = jax.jit(self._judge_answers_fn)
+    self._rollout = job.sampler(self.sample)
+    self._judge_images = job.compile(self._judge_images_fn)
+    self._judge_answers = job.compile(self._judge_answers_fn)
     self._custom = {
         task: job_lib.load_symbol(a.custom[task], f'align.custom.{task}')
         for task in pipeline.TASKS if a.custom[task]}
@@ -90,7 +91,7 @@ class Collector:
       out['custom'] = a.custom[f'{task}_weight']
     return out
 
-  def _rollout_fn(self, params, vae_params, prompts, iteration):
+  def sample(self, params, vae_params, prompts, iteration):
     """Samples groups for all tasks: (answers or None, trajectories, uint8 pixels)."""
     a, policy = self.job.config.align, self.job.policy
     root = jax.random.fold_in(jax.random.key(self.job.config.seed), iteration)
@@ -165,8 +166,14 @@ class Collector:
     return knowledge.answer_probabilities(logits, jnp.asarray(self.job.answer_ids))
 
   def rollout(self, params, vae_params, tasks: Tasks, iteration: int):
-    """Dispatches the rollouts of an iteration."""
-    return self._rollout(params, vae_params, tasks.prompts, jnp.int32(iteration))
+    """Dispatches the rollouts of an iteration.
+
+    Answers and pixels come back on the job's mesh; trajectories stay where they are until
+    `job.place_rows` takes what the update reads of them.
+    """
+    answers, images, pixels = self._rollout(params, vae_params, tasks.prompts,
+                                            jnp.int32(iteration))
+    return self.job.place_rows(answers), images, self.job.place_rows(pixels)
 
   def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
                     iteration: int) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
@@ -184,7 +191,7 @@ class Collector:
         judges, vae_params, pixels, *job.place((
             job.captions([e.prompt for e in examples]),
             job_lib.key_word_counts(job, [e.prompt for e in examples]), questions, right)))
-    images, specs = np.asarray(pixels), [e.spec for e in examples]
+    images, specs = sharding.local_rows(pixels), [e.spec for e in examples]
     if task == pipeline.EDIT:
       correct, parts = rules.edits(detect.detect_components,
                                    np.stack([e.source for e in examples]), images, specs)
@@ -193,7 +200,7 @@ class Collector:
     everywhere = np.ones(parts.shape, bool)
     has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
     values = {'rules': (parts, everywhere),
-              **{k: (np.asarray(v), has_question if k == 'knowledge' else everywhere)
+              **{k: (sharding.local_rows(v), has_question if k == 'knowledge' else everywhere)
                  for k, v in judged.items()}}
     if task in self._custom:
       values['custom'] = self._custom[task](examples, images)
@@ -204,7 +211,8 @@ class Collector:
     """Reward components of answers, and facts for the log."""
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]
-    texts = [[job.data.tokenizer.decode(ids) for ids in row] for row in np.asarray(tokens_BGT)]
+    texts = [[job.data.tokenizer.decode(ids) for ids in row]
+             for row in sharding.local_rows(tokens_BGT)]
     correct, well_formed = rules.answers(texts, [e.answer for e in examples])
     words = [[job.data.read_answer(text) for text in row] for row in texts]
     # A policy may say that it does not know the word; the judge has no token for that.
@@ -217,7 +225,7 @@ class Collector:
                                  *job.place((job.captions(statements), number)))
     everywhere = np.ones(correct.shape, bool)
     values = {'rules': (rules.text_reward(correct, well_formed), everywhere),
-              **{k: (np.asarray(v), everywhere) for k, v in judged.items()}}
+              **{k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}}
     if task in self._custom:
       values['custom'] = self._custom[task](examples, texts)
     return self._pick(task, values), {'correct': correct, 'format': well_formed}

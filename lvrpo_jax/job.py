@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -44,8 +46,59 @@ class Job:
     return np.array([encode(word)[0] for word in self.data.answers], np.int32)
 
   def place(self, rows: Any) -> Any:
-    """Puts a batch on the devices of the mesh."""
+    """Puts a batch, of which every process holds its own rows, on the devices of the mesh."""
     return sharding.shard_rows(rows, self.mesh)
+
+  def place_copies(self, rows: Any) -> Any:
+    """Puts a batch, of which every process holds all rows, on the devices of the mesh."""
+    return sharding.shard_copies(rows, self.mesh)
+
+  def compile(self, function: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
+    """A function under `jit` whose activations follow the job's mesh, or another."""
+    return sharding.scoped(jax.jit(function), mesh or self.mesh)
+
+  @functools.cached_property
+  def rollout_mesh(self) -> Mesh:
+    """The devices as rollouts see them."""
+    shape = tuple(self.config.parallel.rollout_mesh)
+    return sharding.reshaped(self.mesh, shape) if shape else self.mesh
+
+  def place_rows(self, rows: Any) -> Any:
+    """Moves samples from the rows of any mesh of these devices to those of the job's; numbers that
+    belong to no row stay."""
+    if self.rollout_mesh is self.mesh:
+      return rows
+    where = sharding.rows_sharding(self.mesh)
+    return jax.tree.map(lambda x: jax.device_put(x, where) if x.ndim else x, rows)
+
+  def rollout_dtype(self, name: str, dtype: Any) -> Any:
+    """Of a parameter in rollouts: kernels, which every pass rounds anyway, in the compute dtype."""
+    rounded = name.endswith(('kernel', 'embed_tokens')) and jnp.issubdtype(dtype, jnp.floating)
+    return jnp.dtype(self.config.model.dtype) if rounded else dtype
+
+  def sampler(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
+
+    Callers hold parameters and prompts on the job's mesh. They are moved to that of rollouts, and
+    kernels are rounded; what comes back lies there, see `place_rows`.
+    """
+    compiled = self.compile(function, self.rollout_mesh)
+    elsewhere = self.rollout_mesh is not self.mesh
+    if not elsewhere and self.config.model.dtype == 'float32':
+      return compiled
+
+    def rounded(params):
+      return jax.tree_util.tree_map_with_path(
+          lambda path, x: x.astype(self.rollout_dtype(sharding.name(path), x.dtype)), params)
+    shapes = jax.eval_shape(lambda: unified.init(self.policy.config, jax.random.key(0)))
+    move = jax.jit(rounded, out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
+
+    def run(params, vae_params, prompts, *rest):
+      if elsewhere:
+        vae_params = sharding.shard_state(vae_params, self.rollout_mesh)
+        prompts = jax.device_put(prompts, sharding.rows_sharding(self.rollout_mesh))
+      return compiled(move(params), vae_params, prompts, *rest)
+    return run
 
   def captions(self, texts: list[str]) -> np.ndarray:
     """Token ids (B, L) for the judge's text tower, whose last position is pooled."""
@@ -71,8 +124,14 @@ def load_symbol(path: str, key: str) -> Any:
                      "expected 'package.module:name'") from error
 
 
-def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
-  """Builds all fixed parts; nothing is trained or loaded yet."""
+def build(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+          devices: list[jax.Device] | None = None, image_size: int = 0) -> Job:
+  """Builds all fixed parts; nothing is trained or loaded yet.
+
+  Args:
+    devices: of the mesh; default all there are.
+    image_size: pixels a side, in place of those of the data.
+  """
   d = config.data
   tokenizer = released_tokenizer(config.checkpoint) if config.checkpoint else None
   data = load_symbol(d.source, 'data.source')(
@@ -82,11 +141,14 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
   architecture = find_architecture(config)
   policy = (released_policy(config, data, architecture) if architecture else
             small_policy(config, data))
+  policy = dataclasses.replace(policy, joint=config.parallel.joint,
+                               image_size=image_size or policy.image_size)
   template = pipeline.Template(d.prompt_words, d.answer_words, policy.vit_tokens,
-                               policy.latent_shape[0], d.uniform, data.image_size)
+                               policy.latent_shape[0], d.uniform, policy.image_size)
   return Job(config=ml_collections.FrozenConfigDict(config), workdir=workdir, data=data,
              encoder=pipeline.Encoder(data.tokenizer, template), policy=policy,
-             judge=build_judge(config, data), mesh=sharding.make_mesh(config.parallel.mesh))
+             judge=build_judge(config, data), mesh=sharding.make_mesh(
+                 config.parallel.mesh, devices, config.parallel.slices))
 
 
 def find_architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -129,7 +191,8 @@ def released_policy(config: ml_collections.ConfigDict, data: Any, architecture: 
   """
   m, tokens = config.model, data.tokenizer
   model = dataclasses.replace(
-      released.model_config(architecture), dtype=m.dtype, unroll=m.unroll, remat=m.remat)
+      released.model_config(architecture), dtype=m.dtype, unroll=m.unroll, remat=m.remat,
+      attention=m.attention)
   vae, patch = released.autoencoder(architecture), architecture['latent_patch_size']
   if config.checkpoint:
     model = dataclasses.replace(
@@ -138,7 +201,12 @@ def released_policy(config: ml_collections.ConfigDict, data: Any, architecture: 
   if data.image_size % (vae.downsample * patch):
     raise ValueError(f'config.data.source {config.data.source!r} has images of {data.image_size} '
                      f'pixels a side; allowed: multiples of {vae.downsample * patch}')
-  return policy_lib.Policy(model, vae, data.image_size, patch, bos=tokens.bos, eos=tokens.eos)
+  policy = policy_lib.Policy(model, vae, data.image_size, patch, bos=tokens.bos, eos=tokens.eos)
+  if policy.latent_grid > model.latent_side:
+    raise ValueError(f'config.data.source {config.data.source!r} has images of {data.image_size} '
+                     f'pixels a side; allowed: at most {model.latent_side * vae.downsample * patch}'
+                     ', the position table of the model')
+  return policy
 
 
 def small_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
@@ -162,7 +230,8 @@ def small_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Pol
       ff_width=m.ff_width, latent_channels=config.vae.channels,
       latent_side=m.position_side, interpolate_pos=True, vit=vit,
       start_of_image=tokens.start_of_image, end_of_image=tokens.end_of_image, eps=m.eps,
-      rope_theta=m.rope_theta, dtype=m.dtype, unroll=m.unroll, remat=m.remat)
+      rope_theta=m.rope_theta, dtype=m.dtype, unroll=m.unroll, remat=m.remat,
+      attention=m.attention)
   return policy_lib.Policy(model, vae, data.image_size, latent_patch=1, bos=tokens.bos,
                            eos=tokens.eos)
 

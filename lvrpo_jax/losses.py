@@ -65,15 +65,16 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
 
   def sums(params, state, frozen, batch):
     root = jax.random.fold_in(jax.random.key(seed), state.step)
-    caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
     points = {t: noised(frozen, b, root) for t, b in batch.items() if t != UNDERSTAND}
-    v = policy.velocity_all(params, caches, {t: p.x_t for t, p in points.items()},
-                            {t: p.t for t, p in points.items()})
+    texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t == UNDERSTAND}
+    v, logits = policy.follow(
+        params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
+        {t: p.x_t for t, p in points.items()}, {t: p.t for t, p in points.items()}, texts)
     totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
     if UNDERSTAND in batch:
       b = batch[UNDERSTAND]
-      logits = policy.read(params, caches[UNDERSTAND], b.answer_BL[:, None, :-1])[:, 0]
-      totals[UNDERSTAND] = sft.next_token(logits, b.answer_BL[:, 1:], b.answer_mask_BL)
+      totals[UNDERSTAND] = sft.next_token(logits[UNDERSTAND][:, 0], b.answer_BL[:, 1:],
+                                          b.answer_mask_BL)
     return ({t: total for t, (total, _) in totals.items()},
             {f'{t}_loss': total for t, total in totals.items()})
 
@@ -135,18 +136,36 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   penalty = lambda task: a.text_penalty if task == UNDERSTAND else a.velocity_penalty
   coefficients = dict(a.weights)
   coefficients.update({f'{t}_penalty': w * penalty(t) for t, w in a.weights.items()})
-  return step.Loss(weights, sums, coefficients)
+  return step.Loss(weights, sums, coefficients, split_group)
+
+
+def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
+  """A leading axis of parts, each with some samples of every group; their points stay with them.
+
+  Raises:
+    ValueError: the samples do not divide by the parts.
+  """
+  def cut(x, group):
+    B, M = x.shape[:2]
+    x = x.reshape(B, M // group, parts, group // parts, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0).reshape(parts, B, M // parts, *x.shape[4:])
+
+  def split(b):
+    group = b.valid_BG.shape[1]
+    if group % parts:
+      raise ValueError(f'groups of {group} samples do not divide into parallel.group_parts = '
+                       f'{parts}')
+    whole = ('prompts', 'temperature_B')
+    repeat = lambda x: jnp.broadcast_to(x, (parts, *x.shape))
+    return b.replace(**{
+        f.name: jax.tree.map(repeat if f.name in whole else lambda x: cut(x, group),
+                             getattr(b, f.name)) for f in dataclasses.fields(b)})
+  return {task: split(b) for task, b in batch.items()}
 
 
 def _per_point(x_BG: Array, b: types.ImageExperience) -> Array:
   """Repeats a value of every sample for its points, (B, M)."""
   return jnp.tile(x_BG.astype(jnp.float32), (1, b.time_BM.shape[1] // x_BG.shape[1]))
-
-
-def _logits(policy, params, cache, b: types.TextExperience) -> Array:
-  """Tempered logits (B, G, T, V) of the answers' tokens."""
-  ids = text_rollout.teacher_ids(b.tokens_BGT, policy.bos)
-  return policy.read(params, cache, ids) / b.temperature_B[:, None, None, None]
 
 
 def _logp(logits: Array, b: types.TextExperience) -> Array:
@@ -160,13 +179,15 @@ def _forward(policy, params, frozen, batch: dict[str, Any]
 
   The contexts of all tasks are encoded together, as in the rollout.
   """
-  caches = policy.prefill_all(params, frozen['vae'], {t: b.prompts for t, b in batch.items()})
   images = {t: b for t, b in batch.items() if t != UNDERSTAND}
-  v = policy.velocity_all(params, caches, {t: b.x_BMNC for t, b in images.items()},
-                          {t: b.time_BM for t, b in images.items()})
+  texts = {t: text_rollout.teacher_ids(b.tokens_BGT, policy.bos) for t, b in batch.items()
+           if t == UNDERSTAND}
+  v, logits = policy.follow(
+      params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
+      {t: b.x_BMNC for t, b in images.items()}, {t: b.time_BM for t, b in images.items()}, texts)
   if UNDERSTAND not in batch:
     return v, None
-  return v, _logits(policy, params, caches[UNDERSTAND], batch[UNDERSTAND])
+  return v, logits[UNDERSTAND] / batch[UNDERSTAND].temperature_B[:, None, None, None]
 
 
 def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
@@ -237,14 +258,12 @@ def transition_mean(sampler: str, v_BMNC: Array, transitions: types.Transitions)
 def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dict[str, Array],
                time: dict[str, Array]) -> dict[str, Array]:
   """Velocities of any policy at given points, without gradients."""
-  caches = policy.prefill_all(params, frozen['vae'], prompts)
-  return policy.velocity_all(params, caches, x, time)
+  return policy.follow(params, frozen['vae'], prompts, x, time, {})[0]
 
 
 def answer_logp(policy, params, frozen, b: types.TextExperience) -> Array:
   """Log-probabilities (B, G, T) of the answers' tokens under any policy."""
-  cache = policy.prefill(params, frozen['vae'], b.prompts)
-  return _logp(_logits(policy, params, cache, b), b)
+  return _logp(_forward(policy, params, frozen, {UNDERSTAND: b})[1], b)
 
 
 def replay(policy, params, frozen, batch: dict[str, Any]) -> tuple[dict[str, Array], Array | None]:

@@ -18,6 +18,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from lvrpo_jax import ahead
 from lvrpo_jax import checkpoint
 from lvrpo_jax import config as config_lib
 from lvrpo_jax import job as job_lib
@@ -29,6 +30,11 @@ from lvrpo_jax import weights
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', 'Configuration file.',
                                          lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<config name>.')
+
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where several '
+                                  'processes run and neither a TPU pod nor SLURM tells of them.')
+PROCESSES = flags.DEFINE_integer('processes', 1, 'Number of processes.', lower_bound=1)
+PROCESS = flags.DEFINE_integer('process', 0, 'Number of this process.', lower_bound=0)
 
 
 ACCELERATORS = ('libtpu', 'jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin')
@@ -49,6 +55,29 @@ def use_huge_pages() -> None:
   """
   if sys.platform == 'linux' and cpu_only() and 'GLIBC_TUNABLES' not in os.environ:
     os.execve(sys.executable, sys.orig_argv, os.environ | {'GLIBC_TUNABLES': HUGE_PAGES})
+
+
+def start_processes() -> None:
+  """Joins the processes of a job: from the flags, under SLURM, or on the hosts of a TPU slice.
+
+  Raises:
+    ValueError: the flags do not fit.
+  """
+  if COORDINATOR.value:
+    if PROCESS.value >= PROCESSES.value:
+      raise ValueError(f'--process is {PROCESS.value}; allowed: below --processes = '
+                       f'{PROCESSES.value}')
+    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  elif PROCESSES.value > 1:
+    raise ValueError(f'--processes is {PROCESSES.value} without --coordinator; expected host:port '
+                     'of process 0')
+  elif int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1:
+    jax.distributed.initialize()
+  elif importlib.util.find_spec('libtpu') and os.environ.get('JAX_PLATFORMS', 'tpu') != 'cpu':
+    try:
+      jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:  # libtpu is installed, but this is no TPU host.
+      logging.info('one process: %s', error)
 
 
 def prepare(workdir: pathlib.Path) -> None:
@@ -74,7 +103,8 @@ def convert(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     weights.export(job, config.convert.target, config.convert.shards)
 
 
-PROGRAMS = {'run': run.run, 'control': run.run, 'sample': sample.run, 'convert': convert}
+PROGRAMS = {'run': run.run, 'control': run.run, 'sample': sample.run, 'convert': convert,
+            'describe': ahead.describe, 'compile': ahead.run}
 """What `config.program` names; each takes (config, workdir)."""
 
 
@@ -88,6 +118,8 @@ def main(argv: list[str]) -> None:
   try:
     config_lib.validate(config)
     prepare(workdir)
+    if config.program not in ('compile', 'describe'):
+      start_processes()
     scores = PROGRAMS[config.program](config, workdir)
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))
@@ -95,7 +127,7 @@ def main(argv: list[str]) -> None:
   except checkpoint.Preempted as stopped:
     logging.warning('%s and saved; the same command goes on from there', stopped)
     sys.exit(128 + signal.SIGTERM)
-  if config.program not in ('run', 'control'):
+  if config.program not in ('run', 'control') or jax.process_index():
     return
   for score, test in scores.get('paired', {}).items():
     if score.endswith(('overall', 'unseen', 'accuracy')):

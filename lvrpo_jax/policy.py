@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 from typing import Any
@@ -14,10 +14,15 @@ import numpy as np
 
 from lvrpo_jax import types
 from lvrpo_jax.models import layers
+from lvrpo_jax.models import partitioning
 from lvrpo_jax.models import unified
 from lvrpo_jax.models import vae as vae_lib
 
 Array = jax.Array
+
+LARGE = 128
+"""Pixels a side beyond which the autoencoder takes one image after the other: at 1024 pixels a
+single one fills gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Policy:
     image_size: pixels along each side of the images of this run.
     latent_patch: latent pixels along each side of a latent token.
     bos, eos: ids that start and end every text.
+    joint: `follow` runs contexts and what follows them in one pass over the layers, which a mesh
+      wants; apart from that, tasks of one shape share passes, which is fastest on one device.
   """
   config: unified.ModelConfig
   vae: nn.Module
@@ -37,6 +44,7 @@ class Policy:
   latent_patch: int
   bos: int
   eos: int
+  joint: bool = False
 
   @functools.cached_property
   def model(self) -> unified.Unified:
@@ -54,9 +62,10 @@ class Policy:
 
   @property
   def vit_size(self) -> int:
-    """Pixels along each side for the vision tower: the nearest multiple of its patch."""
-    patch = self.config.vit.patch
-    return max(round(self.image_size / patch), 1) * patch
+    """Pixels along each side for the vision tower: the nearest multiple of its patch, at most as
+    many as its position table has rows for."""
+    patch, side = self.config.vit.patch, self.config.vit.side
+    return min(max(round(self.image_size / patch), 1), side) * patch
 
   @property
   def vit_tokens(self) -> int:
@@ -64,14 +73,21 @@ class Policy:
 
   def encode(self, vae_params: types.Params, image_BYXC: Array) -> Array:
     """Latent tokens (B, N, C) of uint8 images: the posterior mean."""
-    latent = self.vae.apply({'params': vae_params}, to_unit(image_BYXC), method='encode_mean')
+    encode = lambda image: self.vae.apply({'params': vae_params}, to_unit(image),
+                                          method='encode_mean')
+    latent = self._over_images(encode, image_BYXC)
     return vae_lib.patchify(latent, self.latent_patch)
+
+  def _over_images(self, function: Callable[[Array], Array], x: Array) -> Array:
+    """`function` of rows, at once where the images are small."""
+    return function(x) if self.image_size <= LARGE else partitioning.one_by_one(function, x)
 
   def decode(self, vae_params: types.Params, latents: Array) -> Array:
     """uint8 images (..., Y, X, 3) of latent tokens (..., N, C), truncated as BAGEL does."""
     rows = latents.reshape(-1, *latents.shape[-2:])
     latent = vae_lib.unpatchify(rows, (self.latent_grid, self.latent_grid), self.latent_patch)
-    image = self.vae.apply({'params': vae_params}, latent, method='decode')
+    decode = lambda x: self.vae.apply({'params': vae_params}, x, method='decode')
+    image = self._over_images(decode, latent)
     image = (jnp.clip(image * 0.5 + 0.5, 0., 1.) * 255.).astype(jnp.uint8)
     return image.reshape(*latents.shape[:-2], *image.shape[1:])
 
@@ -154,6 +170,20 @@ class Policy:
       bounds = np.cumsum([x[t].shape[0] for t in tasks])[:-1]
       out.update(zip(tasks, jnp.split(v, bounds)))
     return out
+
+  def follow(self, params: types.Params, vae_params: types.Params,
+             prompts: dict[str, types.Prompts], x: dict[str, Array], time: dict[str, Array],
+             ids: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Velocities of noised images (B, M, N, C) at times (B, M), and logits of texts (B, M, L),
+    by task, after the contexts of all tasks."""
+    if self.joint:
+      position = lambda task: self.latent_position(x[task].shape[0])
+      return self.apply(
+          params, {task: self.sequence(vae_params, p) for task, p in prompts.items()},
+          {task: (x[task], time[task], position(task)) for task in x}, ids, method='joint')
+    caches = self.prefill_all(params, vae_params, prompts)
+    return (self.velocity_all(params, caches, x, time),
+            {task: self.read(params, caches[task], rows) for task, rows in ids.items()})
 
   def read(self, params: types.Params, cache: types.Cache, ids_BML: Array) -> Array:
     """Logits of M text rows a prompt."""

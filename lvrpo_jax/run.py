@@ -45,14 +45,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   job = job_lib.build(config, workdir)
   align.check(job)
   checkpoint.check_config(workdir, config)
-  job.data.tokenizer.save(workdir / 'tokenizer.json')
+  if jax.process_index() == 0:
+    job.data.tokenizer.save(workdir / 'tokenizer.json')
   writer = metrics_lib.MetricWriter(workdir, jax.process_index())
   clock = Clock(workdir / 'seconds.json')
-  image = (1, job.policy.image_size, job.policy.image_size, 3)
-  zeros = lambda shapes: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
   siglip_params = lambda: clock('judge', lambda: weights.kept(
-      workdir, 'judge', zeros(jax.eval_shape(
-          job.judge.init, jax.random.key(0), jax.numpy.zeros(image), job.captions(['']))['params']),
+      workdir, weights.JUDGE, weights.template(job, weights.JUDGE),
       lambda: pretrain.train_judge(job, writer)))
   if config.checkpoint:
     vae_params = clock('vae', lambda: weights.base(job, weights.VAE))

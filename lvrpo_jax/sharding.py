@@ -1,44 +1,128 @@
-"""Meshes, the table from parameter names to partitions, and placement of batches."""
+"""Meshes, the table from parameter names to partitions, the scope of a mesh, placement of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import math
 import re
 from typing import Any
 
+from flax import linen as nn
 import jax
+from jax.experimental import mesh_utils
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 AXES = ('data', 'fsdp', 'tensor')
+ROWS = ('data', 'fsdp')
+"""Mesh axes that split rows of a batch."""
+
+RULES = (('rows', ROWS), ('heads', 'tensor'), ('pixels', AXES))
+"""What the logical axis names of activations in `models/` mean on a mesh."""
 
 TABLE = (
     (r'(q|k|v|gate|up)_proj/kernel$', ('fsdp', 'tensor')),
-    (r'(o|down)_proj/kernel$', ('tensor', 'fsdp')),
+    (r'(o|down|out)_proj/kernel$', ('tensor', 'fsdp')),
     (r'embed_tokens$', ('tensor', 'fsdp')),
     (r'lm_head/kernel$', ('fsdp', 'tensor')),
-    (r'(connector_fc\d|fc\d|out_proj|mlp_\d)/kernel$', ('fsdp', None)),
+    (r'(connector_fc\d|fc1|mlp_\d)/kernel$', ('fsdp', None)),
+    # The vision tower's inner width and patches divide by few sizes.
+    (r'(fc2|patch_embedding)/kernel$', (None, 'fsdp')),
+    (r'(latent_pos_embed|vit_pos_embed|position_embedding)$', (None, 'fsdp')),
+    # The autoencoder, by output channel.
+    (r'(conv[12]?|conv_in|nin_shortcut|mid_attn_1/(q|k|v|proj_out))/kernel$', (None, 'fsdp')),
 )
 """Ordered: the first pattern found in a parameter's name gives the partition of its LAST axes
 (scanned layers add a leading axis, which is never split). No match: replicated."""
 
 
-def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
-  """A mesh over `AXES`; one size may be -1 and takes what the others leave.
+MOST = {'data': 1, 'fsdp': 32, 'tensor': 4}
+"""What a size of 0 takes at most. With more fsdp devices a 7B model's rows of a weight do not fill
+a TPU's tiles of 16, and XLA moves padding; its 4 key/value heads bound tensor."""
+
+
+def sizes(shape: tuple[int, ...], count: int, key: str, unit: str) -> tuple[int, ...]:
+  """Sizes of the axes whose product is `count`.
+
+  One may be -1 and takes what the others leave; 0 takes as many as divide both `count` and `MOST`.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: they do not multiply to `count`; the message names the config key.
+  """
+  out = [math.gcd(count, MOST[axis]) if size == 0 else size for axis, size in zip(AXES, shape)]
+  if out.count(-1) > 1:
+    raise ValueError(f'{key} is {tuple(shape)}: at most one size may be -1')
+  if -1 in out:
+    rest = math.prod(size for size in out if size != -1)
+    out[out.index(-1)] = max(count // rest, 1)
+  if math.prod(out) != count:
+    raise ValueError(f'{key} is {tuple(shape)}, which does not multiply to the {count} {unit} at '
+                     'hand')
+  return tuple(out)
+
+
+def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None,
+              slices: tuple[int, int, int] = (-1, 1, 1)) -> Mesh:
+  """A mesh over `AXES`; one size may be -1 and takes what the others leave.
+
+  Args:
+    shape: devices along each axis.
+    devices: default all.
+    slices: slices of TPUs along each axis, where there are several: they talk over the data
+      center's network, so an axis that moves little belongs there.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices or slices, or the slices of an
+      axis do not divide its devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = list(shape)
-  if sizes.count(-1) > 1:
-    raise ValueError(f'parallel.mesh is {tuple(shape)}: at most one size may be -1')
-  if -1 in sizes:
-    rest = int(np.prod([s for s in sizes if s != -1]))
-    sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
-  if int(np.prod(sizes)) != len(devices):
-    raise ValueError(f'parallel.mesh is {tuple(shape)}, which does not multiply to the '
-                     f'{len(devices)} devices at hand')
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  shape = sizes(shape, len(devices), 'parallel.mesh', 'devices')
+  count = len({getattr(d, 'slice_index', 0) for d in devices})
+  if count == 1 or devices[0].platform == 'cpu':
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    outer = sizes(slices, count, 'parallel.slices', 'slices')
+    if any(whole % part for whole, part in zip(shape, outer)):
+      raise ValueError(f'parallel.slices is {outer}; allowed: divisors of parallel.mesh = {shape}')
+    inner = tuple(whole // part for whole, part in zip(shape, outer))
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices,
+                                                allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def reshaped(mesh: Mesh, shape: tuple[int, int, int]) -> Mesh:
+  """Another view of a mesh's devices, neighbours along the last axes staying neighbours."""
+  shape = sizes(shape, mesh.size, 'parallel.rollout_mesh', 'devices')
+  return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh) -> Iterator[None]:
+  """What is traced inside lays its activations out by `RULES`; on one device nothing changes."""
+  if mesh.size == 1:
+    yield
+    return
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
+
+
+def scoped(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """A compiled function that is traced and called in the scope of a mesh."""
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    with scope(mesh):
+      return function(*args, **kwargs)
+  return function if mesh.size == 1 else call
+
+
+def constrain(tree: Any, mesh: Mesh) -> Any:
+  """Lays out parameters, or trees like them, inside a compiled function."""
+  if mesh.size == 1:
+    return tree
+  return jax.tree.map(jax.lax.with_sharding_constraint, tree, tree_shardings(tree, mesh))
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -52,38 +136,111 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   for size, axis in zip(shape, spec):
     if axis and size % mesh.shape[axis]:
       raise ValueError(f'{name} of shape {shape}: an axis of {size} does not divide by the '
-                       f'{mesh.shape[axis]} devices of mesh axis {axis!r}')
+                       f'{mesh.shape[axis]} devices of mesh axis {axis!r}; allowed in '
+                       f'config.parallel.mesh: divisors of {size}')
   return P(*spec)
+
+
+def name(path: Any) -> str:
+  """'trunk/layers/und/q_proj/kernel' from a key path."""
+  return '/'.join(str(k.key) if isinstance(k, jax.tree_util.DictKey) else str(k) for k in path)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
   """Shardings of parameters, or of any tree whose paths end like those of parameters."""
   def sharding(path, leaf):
-    name = '/'.join(str(k.key) if isinstance(k, jax.tree_util.DictKey) else str(k) for k in path)
-    return NamedSharding(mesh, partition(name, tuple(leaf.shape), mesh))
+    return NamedSharding(mesh, partition(name(path), tuple(leaf.shape), mesh))
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def shard_state(tree: Any, mesh: Mesh) -> Any:
-  """Places a state on the mesh."""
-  return jax.device_put(tree, tree_shardings(tree, mesh))
+  """Places a state on the mesh; what is not there yet is the same in every process."""
+  return put(tree, tree_shardings(tree, mesh))
+
+
+def put(tree: Any, where: Any) -> Any:
+  """`jax.device_put`, also where several processes hold equal copies of what is placed."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, where)
+
+  def place(x, s):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.device_put(x, s)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.device_put(x, s)
+    value = np.asarray(x)
+    return jax.make_array_from_callback(value.shape, s, lambda index: value[index])
+  return jax.tree.map(place, tree, where)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Of a batch: its leading axis is split over `ROWS`."""
+  return NamedSharding(mesh, P(ROWS))
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-  """Places a batch: its leading axis is split over 'data' and 'fsdp'."""
-  return jax.device_put(batch, NamedSharding(mesh, P(('data', 'fsdp'))))
+  """Places a batch of which every process holds its own rows.
+
+  Raises:
+    ValueError: the rows do not divide by the devices that should split them.
+  """
+  where, count = rows_sharding(mesh), mesh.shape['data'] * mesh.shape['fsdp']
+
+  def place(x):
+    total = x.shape[0] * jax.process_count()
+    if total % count:
+      raise ValueError(f'{total} rows do not divide over {count} devices (parallel.mesh is '
+                       f'{tuple(mesh.shape.values())}); choose numbers of prompts that do')
+    if jax.process_count() == 1:
+      return jax.device_put(x, where)
+    return jax.make_array_from_process_local_data(where, np.asarray(x))
+  return jax.tree.map(place, batch)
 
 
-def split_rows(batch: Any, parts: int) -> Any:
-  """Adds a leading axis of parts: devices under `pmap`, or micro-batches.
+def shard_copies(batch: Any, mesh: Mesh) -> Any:
+  """Places a batch of which every process holds all rows."""
+  return put(batch, jax.tree.map(lambda _: rows_sharding(mesh), batch))
+
+
+def whole(x: Any) -> np.ndarray:
+  """All rows of an array, in every process; each of them calls this."""
+  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def local_rows(x: Any) -> np.ndarray:
+  """This process's rows of an array that was computed from `shard_rows`, in their order."""
+  if not isinstance(x, jax.Array) or x.is_fully_addressable:
+    return np.asarray(x)
+  parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def interleaved(batch: Any, parts: int) -> Any:
+  """Adds a leading axis of micro-batches: part i holds rows i, i + parts, ...
+
+  Every device then holds rows of every part, and none has to move.
 
   Raises:
     ValueError: the rows do not divide by the parts.
   """
   def split(x):
     if x.shape[0] % parts:
-      raise ValueError(f'{x.shape[0]} rows do not divide into {parts} parts (devices under pmap, '
-                       'or parallel.micro_batches)')
+      raise ValueError(f'{x.shape[0]} rows do not divide into parallel.micro_batches = {parts}')
+    return jax.numpy.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+  return jax.tree.map(split, batch)
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+  """Adds a leading axis of the devices of `pmap`.
+
+  Raises:
+    ValueError: the rows do not divide by the parts.
+  """
+  def split(x):
+    if x.shape[0] % parts:
+      raise ValueError(f'{x.shape[0]} rows do not divide into {parts} parts, the devices of pmap')
     # Not -1: some arrays have no values.
     return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
   return jax.tree.map(split, batch)

@@ -24,10 +24,13 @@ class Loss(NamedTuple):
     weights: `batch -> {term: weight}`: what each term is divided by, over the whole batch.
     sums: `(params, state, frozen, batch) -> ({term: sum}, {metric: (sum, weight)})`.
     coefficients: factor of every term in the total.
+    split_group: `(batch, parts) -> batch` with a leading axis, which splits the samples of every
+      group; None where there are no groups.
   """
   weights: Callable[[Any], dict[str, Array]]
   sums: Callable[[types.Params, types.TrainState, Any, Any], tuple[dict[str, Array], Weighted]]
   coefficients: Mapping[str, float]
+  split_group: Callable[[Any, int], Any] | None = None
 
 
 def init(params: types.Params, optimizer: optax.GradientTransformation, *, ema: bool = False,
@@ -39,14 +42,18 @@ def init(params: types.Params, optimizer: optax.GradientTransformation, *, ema: 
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float = 0.,
-              micro_batches: int = 1, axis: str | None = None):
+              micro_batches: int = 1, group_parts: int = 1, axis: str | None = None,
+              place: Callable[[Any], Any] = lambda tree: tree):
   """Builds the step.
 
   A step whose gradient is not finite changes nothing but the counter and reports `skipped`.
 
   Args:
     micro_batches: rows are split into so many parts, whose gradients are accumulated.
+    group_parts: the samples of every group are split into so many parts as well; their contexts
+      are encoded once for each part.
     axis: name of the mapped axis under `pmap`; None under `jit`, where the mesh does the sums.
+    place: lays out gradients and parameters on a mesh.
   """
   total = lambda tree: jax.lax.psum(tree, axis) if axis else tree
 
@@ -56,14 +63,19 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
       terms = {k: loss.coefficients[k] * ops.divide(v, weights[k]) for k, v in sums.items()}
       return sum(terms.values()), {**metrics, **{
           f'loss/{k}': (v, jnp.float32(0)) for k, v in terms.items()}}
-    grad = jax.grad(objective, has_aux=True)
-    if micro_batches == 1:
+    def grad(params, part):
+      grads, sums = jax.grad(objective, has_aux=True)(params, part)
+      return place(grads), sums
+    if micro_batches * group_parts == 1:
       return grad(state.params, batch)
-    parts = sharding.split_rows(batch, micro_batches)
+    parts = sharding.interleaved(batch, micro_batches)
+    if group_parts > 1:
+      parts = jax.vmap(lambda part: loss.split_group(part, group_parts))(parts)
+      parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
     add = lambda carry, part: (jax.tree.map(jnp.add, carry, grad(state.params, part)), None)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
         grad, state.params, jax.tree.map(lambda x: x[0], parts)))
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(add, (place(zeros[0]), zeros[1]), parts)[0]
 
   def step(state: types.TrainState, frozen: Any, batch: Any
            ) -> tuple[types.TrainState, dict[str, Array]]:
@@ -74,7 +86,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
 
     def update(_):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      return optax.apply_updates(state.params, updates), opt_state
+      return place(optax.apply_updates(state.params, updates)), place(opt_state)
     params, opt_state = jax.lax.cond(finite, update, lambda _: (state.params, state.opt_state),
                                      None)
     ema = state.ema
@@ -90,7 +102,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
 
 
 def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
-                 ema_decay: float = 0., micro_batches: int = 1, runner: str = 'jit'):
+                 ema_decay: float = 0., micro_batches: int = 1, group_parts: int = 1,
+                 runner: str = 'jit'):
   """The step, compiled for a mesh ('jit') or for plain data parallelism ('pmap').
 
   Both take and return the same state and global batch; the state is donated.
@@ -99,10 +112,15 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
     ValueError: unknown runner.
   """
   if runner == 'jit':
-    return jax.jit(make_step(loss, optimizer, ema_decay, micro_batches), donate_argnums=0)
+    pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts,
+                     place=lambda tree: sharding.constrain(tree, mesh))
+    return sharding.scoped(jax.jit(pure, donate_argnums=0), mesh)
   if runner != 'pmap':
     raise ValueError(f"parallel.runner is {runner!r}; allowed: 'jit', 'pmap'")
-  pure = make_step(loss, optimizer, ema_decay, micro_batches, axis='devices')
+  if jax.process_count() > 1:
+    raise ValueError(f"parallel.runner is 'pmap' with {jax.process_count()} processes; allowed: "
+                     "'jit', or one process")
+  pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts, axis='devices')
   mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None,
                     devices=mesh.devices.reshape(-1).tolist())
   count = mesh.devices.size

@@ -19,7 +19,7 @@ from lvrpo_jax import sharding
 from lvrpo_jax import types
 from lvrpo_jax.models import unified
 
-BASE, ALIGNED, VAE = 'base', 'aligned', 'vae'
+BASE, ALIGNED, VAE, JUDGE = 'base', 'aligned', 'vae', 'judge'
 """Checkpoints of parameters alone, by their folder in `<workdir>/checkpoints`."""
 
 COPIED = ('config.json', 'llm_config.json', 'vit_config.json', 'generation_config.json',
@@ -33,8 +33,12 @@ SHAPED_BY = ('architecture', 'checkpoint', 'data.source', 'model.', 'vae.')
 
 
 def template(job: job_lib.Job, name: str) -> types.Params:
-  """Shapes, dtypes and shardings of the policy's or the autoencoder's parameters."""
+  """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or judge."""
   def make():
+    if name == JUDGE:
+      side = job.judge.vision_config.image_size
+      return job.judge.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), job.captions(['']))[
+          'params']
     if name != VAE:
       return unified.init(job.policy.config, jax.random.key(0))
     side = job.policy.image_size
@@ -49,7 +53,8 @@ def kept(workdir: pathlib.Path, name: str, like: types.Params,
   """Parameters that are made once and then read back."""
   store = checkpoint.Checkpoints(workdir / 'checkpoints' / name, keep=1)
   restored = store.restore(like)
-  params = restored[0] if restored else make()
+  params = restored[0] if restored else sharding.put(
+      make(), jax.tree.map(lambda leaf: leaf.sharding, like))
   if not restored:
     store.save(0, params, {})
   store.close()

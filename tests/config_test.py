@@ -25,6 +25,8 @@ def changed(**values):
 
 def bad_value(value):
   """A value of the same type that no check allows."""
+  if isinstance(value, tuple):
+    return ('bogus',)
   return 'bogus' if isinstance(value, str) else type(value)(-1)
 
 

@@ -16,13 +16,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 REQUIRED = {
     'gke_xpk': {'PROJECT': 'p', 'ZONE': 'z', 'CLUSTER': 'c', 'WORKLOAD': 'w', 'TPU_TYPE': 'v5-16',
-                'DOCKER_IMAGE': 'i', 'WORKDIR': 'gs://bucket/a run'},
+                'DOCKER_IMAGE': 'i', 'WORKDIR': '/mnt/shared/a run'},
     'gpu': {},
     'slurm': {'GPUS_PER_NODE': '4'},
     'tpu_pod': {'TPU_NAME': 'tpu', 'ZONE': 'z', 'PROJECT': 'p', 'REPO': 'https://host/a b.git',
-                'WORKDIR': 'gs://bucket/a run'},
+                'WORKDIR': '/mnt/shared/a run'},
     'tpu_queued': {'TPU_NAME': 'tpu', 'ZONE': 'z', 'PROJECT': 'p', 'REPO': 'https://host/a b.git',
-                   'WORKDIR': 'gs://bucket/a run', 'ACCELERATOR_TYPE': 'v5-16',
+                   'WORKDIR': '/mnt/shared/a run', 'ACCELERATOR_TYPE': 'v5-16',
                    'RUNTIME_VERSION': 'v2'},
     'tpu_vm': {'TPU_NAME': 'tpu', 'ZONE': 'z', 'PROJECT': 'p', 'REPO': 'https://host/a b.git',
                'ACCELERATOR_TYPE': 'v5-8', 'RUNTIME_VERSION': 'v2'},

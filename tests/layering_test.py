@@ -12,12 +12,12 @@ PACKAGE = 'lvrpo_jax'
 ROOT = pathlib.Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS = (
-    ('types', 'ops', 'stats', 'config', 'report_assets'),
+    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops'),
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
     ('losses', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run',
-     'inference', 'weights', 'sample'),
+     'inference', 'weights', 'sample', 'ahead'),
     ('main', 'report', 'summary'),
 )
 """Rooms by layer, the lowest first. A room is a file or a folder."""

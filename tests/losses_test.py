@@ -41,11 +41,9 @@ def fake_policy():
   """A linear velocity and a table of next-token logits in the place of the model."""
   return SimpleNamespace(
       bos=0, latent_shape=(3, 2), encode=lambda _, image_BYXC: image_BYXC,
-      prefill=lambda params, vae, prompts: prompts,
-      prefill_all=lambda params, vae, prompts: prompts,
-      velocity_all=lambda params, caches, x, time: {
-          t: params['scale'] * x[t] + params['offset'] * time[t][..., None, None] for t in x},
-      read=lambda params, cache, ids: params['table'][ids])
+      follow=lambda params, vae, prompts, x, time, ids: (
+          {t: params['scale'] * x[t] + params['offset'] * time[t][..., None, None] for t in x},
+          {t: params['table'][rows] for t, rows in ids.items()}))
 
 
 def random(*shape, seed=0):

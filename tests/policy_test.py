@@ -143,6 +143,14 @@ class SeveralTasksTest(absltest.TestCase):
 
 class PixelsTest(absltest.TestCase):
 
+  def test_the_vision_tower_sees_no_more_than_its_table_holds(self):
+    policy = job().policy
+    vit = dataclasses.replace(policy.config.vit, patch=14, side=70)
+    at = lambda size: dataclasses.replace(
+        policy, image_size=size, config=dataclasses.replace(
+            policy.config, interpolate_pos=False, vit=vit)).vit_size
+    self.assertEqual([at(size) for size in (8, 512, 980, 1024)], [14, 37 * 14, 980, 980])
+
   def test_to_unit(self):
     np.testing.assert_allclose(policy_lib.to_unit(np.array([0, 255, 51], np.uint8)),
                                [-1., 1., -0.6], atol=1e-6)

@@ -7,19 +7,21 @@ import types as python_types
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
+from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
+from configs import bagel_7b
 from configs import base
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
+from lvrpo_jax.models import released
 from lvrpo_jax.models import unified
 
 REPLICATED_KERNELS = {
     'vae2llm/kernel', 'llm2vae/kernel',  # A few channels on one side.
-    'vit/patch_embedding/kernel',
 }
 """Kernels that no rule of the table splits."""
 
@@ -44,6 +46,13 @@ def abstract_params():
   return jax.eval_shape(lambda: unified.init(policy.config, jax.random.key(0)))
 
 
+def autoencoder_names():
+  """Names of the parameters of a released model's autoencoder."""
+  vae = released.autoencoder(bagel_7b.get_config().architecture.to_dict())
+  return names(jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))[
+      'params']))
+
+
 class MeshTest(parameterized.TestCase):
 
   def test_rest(self):
@@ -51,7 +60,7 @@ class MeshTest(parameterized.TestCase):
       mesh = sharding.make_mesh(shape, jax.devices()[:1])
       self.assertEqual(dict(mesh.shape), dict(data=1, fsdp=1, tensor=1))
 
-  @parameterized.parameters((2, 1, 1), (-1, 3, 1), (1, 1, 0))
+  @parameterized.parameters((2, 1, 1), (-1, 3, 1), (1, 1, 2))
   def test_sizes_that_do_not_fit_are_named(self, *shape):
     message = re.escape(f'parallel.mesh is {shape}, which does not multiply to the 1 devices')
     with self.assertRaisesRegex(ValueError, message):
@@ -68,7 +77,11 @@ class PartitionTest(parameterized.TestCase):
       ('trunk/layers/und/q_proj/kernel', (2, 16, 8), P(None, 'fsdp', 'tensor')),
       ('trunk/layers/gen/down_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
       ('trunk/layers/und/o_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'fsdp', None)),
+      ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
+      ('vit/layers/fc2/kernel', (2, 9, 8), P(None, None, 'fsdp')),
+      ('vit/patch_embedding/kernel', (9, 8), P(None, 'fsdp')),
+      ('latent_pos_embed', (9, 8), P(None, 'fsdp')),
+      ('decoder/up_0/block_1/conv2/kernel', (3, 3, 4, 8), P(None, None, None, 'fsdp')),
       ('embed_tokens', (16, 8), P('tensor', 'fsdp')),
       ('lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
       ('time_embedder/mlp_0/kernel', (16, 8), P('fsdp', None)),
@@ -96,8 +109,9 @@ class PartitionTest(parameterized.TestCase):
     bare = {name for name in kernels
             if not any(sharding.partition(name, shapes[name], described()))}
     self.assertEqual(bare, REPLICATED_KERNELS)
+    every = [*shapes, *autoencoder_names()]
     for pattern, _ in sharding.TABLE:
-      self.assertTrue(any(re.search(pattern, name) for name in shapes), pattern)
+      self.assertTrue(any(re.search(pattern, name) for name in every), pattern)
 
   def test_most_parameters_are_split(self):
     shapes = names(abstract_params())

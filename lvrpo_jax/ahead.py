@@ -1,0 +1,278 @@
+"""Compiles the programs of alignment for TPUs that need not be there, and says what they take.
+
+    python -m lvrpo_jax.main --config=configs/bagel_7b.py --config.program=compile \
+        --config.topology=v5p:4x4x4
+
+Everything is abstract: no parameter is ever made. libtpu must be installed (`pip install libtpu`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+from jax import numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import ml_collections
+import numpy as np
+
+from lvrpo_jax import align
+from lvrpo_jax import experience
+from lvrpo_jax import flops as flops_lib
+from lvrpo_jax import hlo
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import losses
+from lvrpo_jax import pretrain
+from lvrpo_jax import sharding
+from lvrpo_jax import step as step_lib
+from lvrpo_jax import types
+from lvrpo_jax import weights
+from lvrpo_jax.data import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published peaks of a TPU chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+
+  Attributes:
+    flops: bf16 operations a second.
+    hbm: bytes of memory.
+    bandwidth: bytes a second to memory.
+    network: bytes a second between chips of a slice, all links, one direction.
+  """
+  flops: float
+  hbm: float
+  bandwidth: float
+  network: float
+
+
+CHIPS = {
+    'v4': Chip(275e12, 32 * 2 ** 30, 1.2288e12, 1.5e11),
+    'v5e': Chip(197e12, 16 * 2 ** 30, 8.1e11, 1e11),
+    'v5p': Chip(459e12, 95 * 2 ** 30, 2.765e12, 3e11),
+    'v6e': Chip(918e12, 32 * 2 ** 30, 1.638e12, 2.24e11),
+}
+
+SPARE = 0.15
+"""Share of a chip's memory that should stay free."""
+
+
+class Traced(NamedTuple):
+  """A program with its abstract arguments: all that is needed to compile it."""
+  function: Any
+  arguments: tuple[Any, ...]
+  mesh: Mesh
+  resident: float
+  loop: int
+
+
+def abstract(tree: Any, where: Any, dtype: Callable[[str, Any], Any] = lambda name, d: d) -> Any:
+  """Shapes with shardings in place of arrays; `where` is a sharding or a tree of them."""
+  where = where if not isinstance(where, jax.sharding.Sharding) else jax.tree.map(
+      lambda _: where, tree)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x, s: jax.ShapeDtypeStruct(x.shape, dtype(sharding.name(path), x.dtype),
+                                              sharding=s), tree, where)
+
+
+def bytes_of(tree: Any) -> float:
+  """Bytes of a tree on one device, from its shardings."""
+  return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                   for x in jax.tree.leaves(tree)))
+
+
+def devices(topology: str) -> list[Any]:
+  """The devices of a topology such as 'v5p:4x4x4'.
+
+  Raises:
+    ValueError: no such topology, or libtpu is missing.
+  """
+  # libtpu asks the cloud's metadata server where it runs unless it is told.
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  try:
+    return list(topologies.get_topology_desc(topology, platform='tpu').devices)
+  except Exception as error:  # The plugin raises whatever it likes.
+    raise ValueError(f'config.topology is {topology!r}, which cannot be described ({error}); '
+                     "expected a name such as 'v5p:4x4x4', and libtpu installed") from error
+
+
+def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> job_lib.Job:
+  """The job on the devices of the topology, with `auto` attention being that of a TPU."""
+  if config.model.attention == 'auto':
+    config = config.copy_and_resolve_references()
+    config.model.attention = 'splash'
+  return job_lib.build(config, workdir, devices(config.topology), config.compile.image_size)
+
+
+def prompts(job: job_lib.Job, tasks: dict[str, int], where: Any) -> dict[str, types.Prompts]:
+  """Abstract prompts by task."""
+  side = job.policy.image_size
+  blank = np.zeros((side, side, 3), np.uint8)
+  out = {}
+  for task, rows in tasks.items():
+    encoded = job.encoder(task, [pipeline.Example(0, '', source=blank, target=blank, answer='')])
+    out[task] = abstract(jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), encoded.prompts), where)
+  return out
+
+
+def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
+  """What an update reads, abstract."""
+  a, (N, C) = job.config.align, job.policy.latent_shape
+  T = job.config.data.answer_words + 1
+  sizes = pretrain.sizes(a)
+  asked = prompts(job, sizes, where)
+  def floats(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+  out = {}
+  for task, B in sizes.items():
+    G = a.group
+    advantage = floats(B, G), floats(B, G, dtype=bool)
+    if task == pipeline.UNDERSTAND:
+      out[task] = types.TextExperience(
+          asked[task], floats(B, G, T, dtype=jnp.int32), floats(B, G, T),
+          floats(B, G, T, dtype=bool), floats(B), floats(B, G, T), *advantage)
+      continue
+    K, M = a.window * G, a.draws * G
+    x, time_BM = floats(B, K, N, C), floats(B, K)
+    steps = types.Transitions(x, time_BM, time_BM, time_BM, time_BM, x, x, time_BM)
+    points = floats(B, M, N, C)
+    out[task] = types.ImageExperience(asked[task], floats(B, G, N, C), steps, points, floats(B, M),
+                                      points, points, *advantage)
+  return out
+
+
+def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
+  """The programs by name: text and image rollouts, and the update."""
+  a = job.config.align
+  sizes = pretrain.sizes(a)
+  params = weights.template(job, weights.BASE)
+  optimizer, update = align.update(job)
+  state = jax.eval_shape(lambda p: step_lib.init(
+      p, optimizer, old=a.objective in losses.FORWARD, reference=True), params)
+  state = abstract(state, sharding.tree_shardings(state, job.mesh))
+  vae = lambda mesh: abstract(weights.template(job, weights.VAE), sharding.tree_shardings(
+      weights.template(job, weights.VAE), mesh))
+
+  def rollout(tasks: tuple[str, ...]) -> Traced:
+    mesh = job.rollout_mesh
+    collector = experience.Collector(job)
+    rows = sharding.rows_sharding(mesh)
+    mine = abstract(params, sharding.tree_shardings(params, mesh),
+                    job.rollout_dtype)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    asked = prompts(job, {t: n for t, n in sizes.items() if t in tasks}, rows)
+    return Traced(jax.jit(collector.sample), (mine, vae(mesh), asked, step), mesh, bytes_of(state),
+                  job.config.data.answer_words + 1)
+
+  def train() -> Traced:
+    arguments = state, {'vae': vae(job.mesh)}, batch(job, sharding.rows_sharding(job.mesh))
+    return Traced(getattr(update, '__wrapped__', update), arguments, job.mesh, 0., 1)
+  return {'text': lambda: rollout((pipeline.UNDERSTAND,)),
+          'image': lambda: rollout((pipeline.GENERATE, pipeline.EDIT)), 'step': train}
+
+
+def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = None
+            ) -> dict[str, Any]:
+  """Compiles a program and counts what it takes, on one chip unless said otherwise."""
+  chips = program.mesh.size
+  with sharding.scope(program.mesh):
+    traced = program.function.trace(*program.arguments)
+    lowered = traced.lower(lowering_platforms=('tpu',))
+  start = time.monotonic()
+  compiled = lowered.compile()
+  seconds = time.monotonic() - start
+  text = compiled.as_text()
+  if keep:
+    keep.mkdir(parents=True, exist_ok=True)
+    (keep / f'{name}.hlo.txt').write_text(text)
+  memory = compiled.memory_analysis()
+  hbm = {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+         'output': memory.output_size_in_bytes, 'alias': memory.alias_size_in_bytes,
+         'resident': program.resident}
+  peak = sum(hbm.values()) - 2 * hbm['alias']
+  arithmetic = flops_lib.count(traced.jaxpr.jaxpr, program.loop) / chips
+  moved = hlo.collectives(text, chips, program.loop)
+  traffic = hlo.memory_traffic(text, program.loop)
+  return {
+      'program': name, 'chips': chips, 'mesh': list(program.mesh.shape.values()),
+      'compile_seconds': round(seconds, 1), 'hbm_bytes': {k: int(v) for k, v in hbm.items()},
+      'hbm_peak_bytes': int(peak), 'hbm_share': round(peak / chip.hbm, 3),
+      'fits': bool(peak <= (1 - SPARE) * chip.hbm), 'flops': arithmetic,
+      'collective_bytes': {k: int(v) for k, v in moved.items()},
+      'arithmetic_seconds': round(arithmetic / chip.flops, 3),
+      'memory_seconds': round(traffic / chip.bandwidth, 3),
+      'network_seconds': round(sum(moved.values()) / chip.network, 3)}
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Prints a JSON line for every program of `config.compile.programs`; writes `compile.jsonl`.
+
+  Raises:
+    ValueError: the topology is unknown, or sizes do not divide over it.
+  """
+  kind = config.topology.split(':')[0]
+  if kind not in CHIPS:
+    raise ValueError(f'config.topology is {config.topology!r}; allowed: {sorted(CHIPS)} with a '
+                     "shape, such as 'v5p:4x4x4'")
+  job = build(config, workdir)
+  replicated = large_replicated(job)
+  if replicated:
+    logging.warning('replicated parameters above 1 MB: %s', replicated)
+  made = programs(job)
+  workdir.mkdir(parents=True, exist_ok=True)
+  for name in config.compile.programs:
+    logging.info('compiling %s for %d chips', name, job.mesh.size)
+    out = {'topology': config.topology,
+           **measure(name, made[name](), CHIPS[kind], workdir / 'hlo')}
+    if name == 'step':
+      out['collective_ratio'] = round(passes(job, out), 3)
+    print(json.dumps(out), flush=True)
+    with (workdir / 'compile.jsonl').open('a') as file:
+      file.write(json.dumps(out) + '\n')
+
+
+def passes(job: job_lib.Job, measured: dict[str, Any]) -> float:
+  """Bytes moved in a micro-batch, in units of three passes over the parameters in 16 bits."""
+  parallel = job.config.parallel
+  count = sum(np.prod(x.shape) for x in jax.tree.leaves(weights.template(job, weights.BASE)))
+  turns = parallel.micro_batches * parallel.group_parts
+  return sum(measured['collective_bytes'].values()) / turns / (3 * 2 * float(count))
+
+
+def large_replicated(job: job_lib.Job, limit: float = 2 ** 20) -> list[tuple[str, int]]:
+  """Parameters above `limit` bytes that every device holds whole."""
+  out = []
+  for kind in (weights.BASE, weights.VAE):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights.template(job, kind)):
+      size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+      if job.mesh.size > 1 and leaf.sharding.is_fully_replicated and size > limit:
+        out.append((sharding.name(path), size))
+  return out
+
+
+def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Prints every parameter with its shape, partition and bytes on a device."""
+  job = build(config, workdir) if config.topology else job_lib.build(config, workdir)
+  total = whole = 0.
+  rows = [('parameter', 'shape', 'partition', 'bytes a device')]
+  for kind in (weights.BASE, weights.VAE):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights.template(job, kind)):
+      size = bytes_of(leaf)
+      total, whole = total + size, whole + np.prod(leaf.shape) * leaf.dtype.itemsize
+      spec = ', '.join('-' if axis is None else str(axis) for axis in leaf.sharding.spec)
+      rows.append((f'{kind}/{sharding.name(path)}', str(tuple(leaf.shape)), f'({spec})',
+                   f'{int(size):,}'))
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  for row in rows:
+    print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+  print(f'mesh {dict(job.mesh.shape)}: {int(total):,} of {int(whole):,} bytes on every device')
