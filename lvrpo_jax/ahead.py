@@ -187,7 +187,7 @@ def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = 
   chips = program.mesh.size
   with sharding.scope(program.mesh):
     traced = program.function.trace(*program.arguments)
-    lowered = traced.lower(lowering_platforms=('tpu',))
+    lowered = traced.lower(lowering_platforms=(program.mesh.devices.flat[0].platform,))
   start = time.monotonic()
   compiled = lowered.compile()
   seconds = time.monotonic() - start

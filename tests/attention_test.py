@@ -1,5 +1,7 @@
 """Tests of lvrpo_jax.models.attention and lvrpo_jax.models.layers."""
 
+import functools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -231,6 +233,62 @@ class LayersTest(parameterized.TestCase):
     angle = 0.5 * 10000. ** (-np.arange(4) / 4)
     np.testing.assert_allclose(got[0], [1.] * 4 + [0.] * 4, atol=1e-6)
     np.testing.assert_allclose(got[1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-6)
+
+
+def case(masked, seed=0):
+  """Queries and blocks (a context that rows share, and the rows themselves) of grouped heads."""
+  B, M, L, S, H, J, K = 2, 2, 72, 40, 4, 2, 16
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  valid = jnp.asarray(rng.random((B, S)) < 0.7).at[:, 0].set(True)
+  mask = {
+      'context': (attention.Mask(keys=valid), attention.Mask()),
+      'causal': (attention.Mask(keys=valid), attention.Mask(causal=True)),
+      'alone': (None, attention.Mask()),
+      'dense': (None, attention.Mask(jnp.asarray(
+          rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool))),
+  }[masked]
+  blocks = [] if mask[0] is None else [
+      attention.Block(normal(B, S, J, K), normal(B, S, J, K), mask[0])]
+  return normal(B, M, L, H, K), [
+      *blocks, attention.Block(normal(B, M, L, J, K), normal(B, M, L, J, K), mask[1])]
+
+
+def value_and_gradients(attend, q, blocks):
+  """Output, and gradients of queries, keys and values, under a weight for every output."""
+  weight = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), jnp.float32)
+
+  def total(arrays):
+    q, kv = arrays
+    out = attend(q, [b._replace(k=k, v=v) for b, (k, v) in zip(blocks, kv)])
+    return jnp.sum(weight * out), out
+  run = jax.jit(jax.value_and_grad(total, has_aux=True))
+  (_, out), grads = run((q, [(b.k, b.v) for b in blocks]))
+  return out, grads
+
+
+class ImplementationsTest(parameterized.TestCase):
+  """The kernels of accelerators, interpreted, against the plain one."""
+
+  @parameterized.product(
+      masked=('context', 'causal', 'alone', 'dense'), name=('splash', 'cudnn'))
+  def test_agrees_with_xla(self, masked, name):
+    attend = {
+        'splash': functools.partial(attention.attend_splash, interpret=True),
+        # The same call, masks and layouts included, without the GPU's kernel.
+        'cudnn': functools.partial(attention.attend_cudnn, implementation='xla')}[name]
+    q, blocks = case(masked)
+    want = value_and_gradients(attention.attend_xla, q, blocks)
+    got = value_and_gradients(attend, q, blocks)
+    self.assertGreater(min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)), 0.1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
+
+  @parameterized.parameters('splash', 'cudnn', 'xla')
+  def test_short_queries_take_the_plain_one(self, name):
+    q, blocks = case('context')
+    self.assertEqual(attention.choose(name, q, blocks), name)
+    self.assertEqual(attention.choose(name, q[:, :, :1], blocks), 'xla')
+    self.assertEqual(attention.choose('auto', q, blocks), 'xla')
 
 
 if __name__ == '__main__':

@@ -329,6 +329,30 @@ class ModelTest(absltest.TestCase):
     cls.alone = staticmethod(compiled(dict.fromkeys(NUMBERS.weights, 1.)))
     cls.value, cls.grad = cls.mixed(cls.params, cls.batch)
 
+  def test_parts_of_groups_add_up(self):
+    mixed = {t: b.replace(valid_BG=np.asarray(b.valid_BG).copy()) for t, b in self.batch.items()}
+    mixed['understand'].valid_BG[0, :] = False
+    loss = losses.alignment(self.job.policy, NUMBERS)
+    weights = loss.weights(mixed)
+    divided = lambda b: {t: np.asarray(b[t].valid_BG).sum() for t in b}
+    parts = losses.split_group(mixed, G)
+    count = lambda tree, n: jax.tree.map(lambda x: x[n], tree)
+    pieces = [count(parts, n) for n in range(G)]
+    for task, b in mixed.items():
+      self.assertEqual(pieces[0][task].valid_BG.shape, (B, 1))
+      self.assertEqual(sum(divided(p)[task] for p in pieces), b.valid_BG.sum())
+    for name, want in weights.items():
+      got = sum(loss.weights(p)[name] for p in pieces)
+      np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=name)
+    # Every sample keeps its own points: row m of a sample g of G is m * G + g.
+    b, piece = mixed['generate'], pieces[1]['generate']
+    np.testing.assert_array_equal(piece.x_BMNC, np.asarray(b.x_BMNC)[:, 1::G])
+    np.testing.assert_array_equal(piece.advantage_BG, np.asarray(b.advantage_BG)[:, 1:2])
+    np.testing.assert_array_equal(piece.prompts.index_B, b.prompts.index_B)
+    with self.assertRaisesRegex(ValueError, f'groups of {G} samples do not divide into '
+                                f'parallel.group_parts = {G + 1}'):
+      losses.split_group(mixed, G + 1)
+
   def named(self, tree):
     return {'/'.join(k.key for k in path): np.asarray(x)
             for path, x in jax.tree_util.tree_leaves_with_path(tree)}

@@ -11,7 +11,9 @@ import pathlib
 
 import jax
 from jax import numpy as jnp
+import ml_collections
 import numpy as np
+import optax
 
 from configs import tiny
 from lvrpo_jax import align
@@ -27,17 +29,20 @@ from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
 
 ROWS, GROUP = 8, 2
-TASKS = (pipeline.GENERATE, pipeline.UNDERSTAND)  # Editing would only add compile time.
+TASKS = pipeline.TASKS
 MESHES = {'data': ((8, 1, 1), 'jit'), 'fsdp': ((1, 8, 1), 'jit'), 'mixed': ((2, 2, 2), 'jit'),
           'pmap': ((8, 1, 1), 'pmap')}
+BATCHES = {'mixed': TASKS, 'text': (pipeline.UNDERSTAND,), 'image': (pipeline.GENERATE,),
+           'edit': (pipeline.EDIT,)}
+"""Tasks that count in an update; samples of the others have no weight, and shapes stay."""
 
 
 def make_config():
-  """The tiny job with eight rows of two tasks and widths that divide by eight."""
+  """The tiny job with eight rows of all tasks and widths that divide by eight."""
   config = tiny.get_config()
   config.model.update(depth=1)
   for part in (config.pretrain, config.align):
-    part.update(generate=ROWS, understand=ROWS, edit=0)
+    part.update(dict.fromkeys(TASKS, ROWS))
   config.align.update(group=GROUP, steps_per_image=3, window=1)
   config.data.update(answer_words=4, chatty=0., plan=0., describe=0.)
   return config
@@ -70,33 +75,50 @@ def make_experience(job, prompts):
   time = lambda low: rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
   transitions = types.Transitions(x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(),
                                   time(0.1))
-  out[pipeline.GENERATE] = types.ImageExperience(
-      prompts[pipeline.GENERATE], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP),
-      valid)
+  for task in (pipeline.GENERATE, pipeline.EDIT):
+    out[task] = types.ImageExperience(
+        prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid)
   return out
 
 
-def update(loss, params, vae_params, batch, shape, runner, count):
-  """One optimizer step on the first `count` devices: (parameters, metrics) as NumPy."""
+def only(batch, tasks):
+  """The batch in which the samples of other tasks have no weight."""
+  return {task: b if task in tasks else b.replace(valid_BG=np.zeros_like(b.valid_BG))
+          for task, b in batch.items()}
+
+
+def run_updates(loss, params, vae_params, batches, shape, runner, count, **parts):
+  """One optimizer step for every batch on the first `count` devices.
+
+  Returns:
+    By batch, as NumPy: parameters, gradients, metrics.
+  """
   mesh = sharding.make_mesh(shape, jax.devices()[:count])
   # Adam divides by the gradient's size; a large eps keeps rounding noise of tiny gradients small.
-  optimizer = optim.build(
+  optimizer = optax.chain(optax.trace(0.), optim.build(
       kind='adamw', learning_rate=optim.schedule('constant', 1e-2, 10, 1), b1=.9, b2=.98, eps=1e-2,
-      weight_decay=0.01, clip_norm=1.)
-  state = sharding.shard_state(step_lib.init(jax.tree.map(jnp.array, params), optimizer), mesh)
-  if runner == 'jit':
-    batch = sharding.shard_rows(batch, mesh)
-    split = not state.params['lm_head']['kernel'].is_fully_replicated
-    assert split == (shape[1] * shape[2] > 1), shape
-  step = step_lib.compile_step(loss, optimizer, mesh, runner=runner)
-  state, metrics = step(state, {'vae': vae_params}, batch)
-  return jax.tree.map(np.asarray, (state.params, metrics))
+      weight_decay=0.01, clip_norm=1.))
+  step = step_lib.compile_step(loss, optimizer, mesh, runner=runner, **parts)
+  out = {}
+  for name, batch in batches.items():
+    state = sharding.shard_state(step_lib.init(jax.tree.map(jnp.array, params), optimizer), mesh)
+    if runner == 'jit':
+      batch = sharding.shard_rows(batch, mesh)
+      split = not state.params['lm_head']['kernel'].is_fully_replicated
+      assert split == (shape[1] * shape[2] > 1), shape
+    state, metrics = step(state, {'vae': vae_params}, batch)
+    out[name] = jax.tree.map(np.asarray, (state.params, state.opt_state[0].trace, metrics))
+  return out
 
 
 def difference(one, two):
   """Largest absolute difference of two trees."""
   return max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
              for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+
+
+def largest(tree):
+  return max(float(np.max(np.abs(x))) for x in jax.tree.leaves(tree))
 
 
 def together(parts):
@@ -115,38 +137,64 @@ def together(parts):
 
 
 def updates(job, params, vae_params, batches):
-  """Both losses on every mesh against one device."""
+  """The losses on every mesh against one device."""
   p = job.config.pretrain
   loss = together({
       'pretrain': losses.pretraining(job.policy, p.weights, p.draws, p.shift, job.config.seed),
       'align': align.alignment_loss(job)})
-  one, metrics = update(loss, params, vae_params, batches, (1, 1, 1), 'jit', 1)
-  out = {'one': dict(metrics={k: float(v) for k, v in metrics.items()},
-                     moved=difference(one, params))}
+  batches = {name: dict(batches, align=only(batches['align'], tasks))
+             for name, tasks in BATCHES.items()}
+  one = run_updates(loss, params, vae_params, batches, (1, 1, 1), 'jit', 1)
+  out = {'one': {name: dict(metrics={k: float(v) for k, v in metrics.items()},
+                            moved=difference(got, params), gradient=largest(gradients))
+                 for name, (got, gradients, metrics) in one.items()}}
   for mesh, (shape, runner) in MESHES.items():
-    got, got_metrics = update(loss, params, vae_params, batches, shape, runner, 8)
-    out[mesh] = dict(params=difference(got, one),
-                     metrics={k: float(v) for k, v in got_metrics.items()})
+    out[mesh] = {
+        name: dict(params=difference(got, one[name][0]),
+                   gradients=difference(gradients, one[name][1]),
+                   metrics={k: float(v) for k, v in metrics.items()})
+        for name, (got, gradients, metrics) in run_updates(
+            loss, params, vae_params, batches, shape, runner, 8).items()}
   return out
+
+
+def parts(job, params, vae_params, batch):
+  """The alignment loss in parts of rows and groups, contexts and followers in one pass, on a mesh."""
+  batch = {'all': batch}
+  one = run_updates(align.alignment_loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
+  joint = dataclasses.replace(job, policy=dataclasses.replace(job.policy, joint=True))
+  got = run_updates(align.alignment_loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4,
+                    micro_batches=2, group_parts=GROUP)
+  return {'parts': dict(params=difference(got['all'][0], one['all'][0]),
+                        gradients=difference(got['all'][1], one['all'][1]))}
 
 
 def rollouts(job, params, vae_params, prompts):
   """Samples of one device and of eight."""
-  found = []
-  for shape, count in (((1, 1, 1), 1), ((8, 1, 1), 8)):
-    mesh = sharding.make_mesh(shape, jax.devices()[:count])
+  found = {}
+  shapes = {'one': (1, 1, 1), **{mesh: shape for mesh, (shape, runner) in MESHES.items()
+                                 if runner == 'jit'}}
+  for name, shape in shapes.items():
+    mesh = sharding.make_mesh(shape, jax.devices()[:1 if name == 'one' else 8])
     placed = dataclasses.replace(job, mesh=mesh)
+    if name == 'mixed':
+      config = ml_collections.ConfigDict(job.config)
+      config.parallel.rollout_mesh = (4, 1, 2)
+      placed = dataclasses.replace(placed, config=config)
+      assert placed.rollout_mesh is not mesh
     tasks = experience.Tasks({}, {task: placed.place(p) for task, p in prompts.items()})
-    answers, images, pixels = experience.Collector(placed).rollout(
-        sharding.shard_state(params, mesh), sharding.shard_state(vae_params, mesh), tasks, 3)
-    found.append(jax.tree.map(np.asarray, (answers, images, pixels)))
-  (answers, images, pixels), (other_answers, other_images, other_pixels) = found
-  return {'rollout': dict(
+    found[name] = jax.tree.map(np.asarray, experience.Collector(placed).rollout(
+        sharding.shard_state(params, mesh), sharding.shard_state(vae_params, mesh), tasks, 3))
+  answers, images, pixels = found.pop('one')
+  return {'rollout': {name: dict(
       tokens=int(np.sum(answers.tokens_BGT != other_answers.tokens_BGT)),
       logp=difference(answers.logp_BGT, other_answers.logp_BGT),
-      latents=difference(images, other_images), pixels=difference(pixels, other_pixels),
-      distinct_answers=len(np.unique(answers.tokens_BGT.reshape(ROWS * GROUP, -1), axis=0)),
-      deviation=float(np.std(images[pipeline.GENERATE].latents_BGNC, axis=(0, 1)).min()))}
+      latents=difference(images, other_images), pixels=difference(pixels, other_pixels))
+                      for name, (other_answers, other_images, other_pixels) in found.items()},
+          'samples': dict(
+              distinct_answers=len(np.unique(answers.tokens_BGT.reshape(ROWS * GROUP, -1), axis=0)),
+              deviation=min(float(np.std(x.latents_BGNC, axis=(0, 1)).min())
+                            for x in images.values()))}
 
 
 def main():
@@ -158,7 +206,9 @@ def main():
   batches = {'pretrain': {task: encode(task, job.data.pretraining)
                           for task in pretrain.sizes(job.config.pretrain)},
              'align': make_experience(job, prompts)}
-  out = {**updates(job, params, vae_params, batches), **rollouts(job, params, vae_params, prompts)}
+  out = {**updates(job, params, vae_params, batches),
+         **parts(job, params, vae_params, batches['align']),
+         **rollouts(job, params, vae_params, prompts)}
   print(json.dumps(out))
 
 

@@ -30,30 +30,48 @@ class MultiDeviceTest(parameterized.TestCase):
       raise AssertionError(f'the program failed:\n{done.stderr[-4000:]}')
     cls.out = json.loads(done.stdout.splitlines()[-1])
 
-  @parameterized.parameters('data', 'fsdp', 'mixed', 'pmap')
-  def test_update_equals_one_device(self, mesh):
-    self.assertLess(self.out[mesh]['params'], TOLERANCE)
-    want, got = self.out['one']['metrics'], self.out[mesh]['metrics']
-    self.assertEqual(got.keys(), want.keys())
-    for name, value in want.items():
-      self.assertAlmostEqual(got[name], value, delta=TOLERANCE * max(1., abs(value)), msg=name)
+  @parameterized.product(mesh=('data', 'fsdp', 'mixed', 'pmap'),
+                         batch=('mixed', 'text', 'image', 'edit'))
+  def test_update_equals_one_device(self, mesh, batch):
+    one, got = self.out['one'][batch], self.out[mesh][batch]
+    self.assertLess(got['gradients'], TOLERANCE * max(1., one['gradient']))
+    self.assertLess(got['params'], TOLERANCE)
+    self.assertEqual(got['metrics'].keys(), one['metrics'].keys())
+    for name, value in one['metrics'].items():
+      self.assertAlmostEqual(got['metrics'][name], value,
+                             delta=TOLERANCE * max(1., abs(value)), msg=name)
 
-  def test_update_moves(self):
-    metrics = self.out['one']['metrics']
-    self.assertEqual(metrics['skipped'], 0.)
-    self.assertGreater(self.out['one']['moved'], 1e-3)
-    for name in ('pretrain/generate', 'pretrain/understand', 'align/generate', 'align/understand',
-                 'align/generate_penalty', 'align/understand_penalty'):
-      self.assertGreater(abs(metrics[f'loss/{name}']), 1e-4, name)
+  def test_parts_in_one_pass_equal_the_whole(self):
+    self.assertLess(self.out['parts']['gradients'], TOLERANCE)
+    self.assertLess(self.out['parts']['params'], TOLERANCE)
 
-  def test_rollouts_equal_one_device(self):
-    got = self.out['rollout']
+  @parameterized.parameters(('mixed', ('generate', 'understand', 'edit')),
+                            ('text', ('understand',)), ('image', ('generate',)),
+                            ('edit', ('edit',)))
+  def test_update_moves(self, batch, counted):
+    one = self.out['one'][batch]
+    self.assertEqual(one['metrics']['skipped'], 0.)
+    self.assertGreater(one['moved'], 1e-3)
+    for task in ('generate', 'understand', 'edit'):
+      for name in (f'align/{task}', f'align/{task}_penalty'):
+        value = abs(one['metrics'][f'loss/{name}'])
+        if task in counted:
+          self.assertGreater(value, 1e-4, name)
+        else:
+          self.assertEqual(value, 0., name)
+      self.assertGreater(one['metrics'][f'loss/pretrain/{task}'], 1e-4)
+
+  @parameterized.parameters('data', 'fsdp', 'mixed')
+  def test_rollouts_equal_one_device(self, mesh):
+    got = self.out['rollout'][mesh]
     self.assertEqual(got['tokens'], 0)
     self.assertLess(got['logp'], TOLERANCE)
     self.assertLess(got['latents'], 1e-4)  # Rounding grows along a trajectory.
     self.assertLessEqual(got['pixels'], 1)
-    self.assertGreater(got['distinct_answers'], 4)
-    self.assertGreater(got['deviation'], 0.01)
+
+  def test_samples_differ(self):
+    self.assertGreater(self.out['samples']['distinct_answers'], 4)
+    self.assertGreater(self.out['samples']['deviation'], 0.01)
 
 
 if __name__ == '__main__':

@@ -135,6 +135,28 @@ class SeveralTasksTest(absltest.TestCase):
     for task in xs:
       close(v[task], outputs(params, alone[task], inputs()[0], xs[task], times[task])[1])
 
+  def test_joint_pass_gives_the_same_numbers_and_gradients(self):
+    params, vae_params = parameters()
+    ids, x, time = inputs()
+    # Rows of unlike shapes, as a released model has them.
+    p = {task: prompts(task, False) for task in pipeline.TASKS}
+    xs, times = {'generate': x, 'edit': x + 1.}, {'generate': time, 'edit': 1. - time}
+
+    def run(joint):
+      policy = dataclasses.replace(job().policy, joint=joint)
+
+      def total(params):
+        out = policy.follow(params, vae_params, p, xs, times, {'understand': ids})
+        return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(out)), out
+      (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+      return out, grads
+    (want, want_grads), (got, got_grads) = run(False), run(True)
+    self.assertEqual((set(got[0]), set(got[1])), ({'generate', 'edit'}, {'understand'}))
+    close(got, want)
+    size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want_grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size, rtol=1e-4),
+                 got_grads, want_grads)
+
   def test_alike(self):
     shapes = {'a': np.zeros((2, 3)), 'b': np.zeros((5, 4)), 'c': np.zeros((7, 3))}
     self.assertEqual(policy_lib.alike(shapes), [['a', 'c'], ['b']])

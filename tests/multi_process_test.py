@@ -1,0 +1,81 @@
+"""Two processes of four devices equal one of eight, and it reads their checkpoint."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = ('--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+         '--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=')
+TOLERANCE = 1e-5
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    return server.getsockname()[1]
+
+
+def start(folder, port, processes, process):
+  path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+  return subprocess.Popen(
+      [sys.executable, str(ROOT / 'tests' / 'multi_process_program.py'), str(folder),
+       f'localhost:{port}', str(processes), str(process)], cwd=ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path,
+           'XLA_FLAGS': f'{FLAGS}{8 // processes}'},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+  """The JSON object that a program has printed."""
+  try:
+    out, errors = process.communicate(timeout=600)
+  finally:
+    process.kill()
+  if process.returncode:
+    raise AssertionError(f'the program failed:\n{errors[-4000:]}')
+  return json.loads(out.splitlines()[-1])
+
+
+class MultiProcessTest(absltest.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = tempfile.TemporaryDirectory()
+    cls.addClassCleanup(folder.cleanup)
+    folder, port = pathlib.Path(folder.name), free_port()
+    both = [start(folder, port, 2, process) for process in range(2)]
+    for process in both:
+      cls.addClassCleanup(process.kill)
+    cls.files = [finish(process) for process in both]
+    cls.out = finish(start(folder, port, 1, 0))
+
+  def test_state_equals_that_of_one_process(self):
+    self.assertGreater(self.out['moved'], 2e-4)
+    self.assertLess(self.out['difference'], TOLERANCE)
+    self.assertEqual(self.out['reference'], 0.)
+    self.assertEqual((self.out['step'], self.out['iterations']), (1, [1, 1]))
+
+  def test_metrics_equal_those_of_one_process(self):
+    one, several = self.out['metrics']
+    self.assertEqual(one.keys(), several.keys())
+    self.assertIn('reward/generate/rules', one)
+    for name, value in one.items():
+      if isinstance(value, float) and name not in ('seconds', 'time'):
+        self.assertAlmostEqual(several[name], value, delta=TOLERANCE * max(1., abs(value)),
+                               msg=name)
+
+  def test_one_process_writes(self):
+    self.assertEqual(self.files[0], self.files[1])
+    self.assertIn('metrics.jsonl', self.files[0])
+
+
+if __name__ == '__main__':
+  absltest.main()
