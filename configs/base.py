@@ -158,6 +158,10 @@ def get_config() -> config_dict.ConfigDict:
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.
   config.align.save_every = 25  # iterations
+  config.align.keep_best = 1  # checkpoints of the best score that are kept besides the newest two
+  # Metric that ranks checkpoints, its mean since the one before; '': what is correct, over all tasks
+  config.align.score = ''
+  config.align.finish = 'last'  # the policy that is measured and exported, or 'best'
 
   config.evaluate = config_dict.ConfigDict()
   config.evaluate.generate = 60  # prompts of every kind

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import functools
+import math
 from typing import Any
 
+from absl import logging
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -215,6 +217,22 @@ def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str
   return out
 
 
+def score(scalars: dict[str, float], key: str) -> float:
+  """The number that ranks checkpoints: a metric, or by default the mean of what is correct (nan
+  where nothing is).
+
+  Raises:
+    ValueError: there is no such metric.
+  """
+  if not key:
+    correct = [v for k, v in scalars.items()
+               if k.startswith('accuracy/') and k.endswith('/correct')]
+    return sum(correct) / len(correct) if correct else math.nan
+  if key not in scalars:
+    raise ValueError(f'config.align.score is {key!r}; allowed: {sorted(scalars)}')
+  return scalars[key]
+
+
 def prompt_batches(job: job_lib.Job) -> dict[str, Iterator[Any]]:
   """Endless (examples, prompts) of every task."""
   def collate(task):
@@ -237,7 +255,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   a = job.config.align
   aligner = Aligner(job, params, vae_params, siglip_params)
   data = prompt_batches(job)
-  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align')
+  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
   start, restored = 0, store.restore(aligner.state)
   if restored:
     aligner.state, record = restored
@@ -248,9 +266,11 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   keys = tuple(f'accuracy/{task}/correct' for task in data)
   with (checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
+    scores = []  # Since the last checkpoint.
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
+      scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
     for number in range(start + 1, a.steps + 1):
       drawn = {task: next(iterator) for task, iterator in data.items()}
@@ -265,10 +285,16 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       if number % a.save_every == 0 or number == a.steps or stopped:
         late.flush()
         store.save(number, aligner.state, {
-            'iteration': number, 'data': {t: i.get_state() for t, i in data.items()}})
+            'iteration': number, 'data': {t: i.get_state() for t, i in data.items()}},
+                   score=np.mean(scores))
+        scores.clear()
       if stopped:
         store.close()
         raise checkpoint.Preempted(f'align stopped after iteration {number} of {a.steps}')
     late.flush()
+  best = store.best() if a.finish == 'best' else None
+  if best is not None:
+    logging.info('the policy of iteration %d has the best score', best)
+    aligner.state = store.restore(aligner.state, best)[0]
   store.close()
   return aligner.params

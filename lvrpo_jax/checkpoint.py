@@ -9,6 +9,7 @@ inside the state, so nothing else has to be kept.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import signal
 import threading
@@ -19,33 +20,52 @@ import jax
 from jax.experimental import multihost_utils
 import ml_collections
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 
 class Checkpoints:
   """Asynchronous checkpoints of a stage: a state (arrays) and a record (JSON)."""
 
-  def __init__(self, folder: pathlib.Path, keep: int = 2):
+  def __init__(self, folder: pathlib.Path, keep: int = 2, best: int = 0):
+    """Keeps the newest `keep`, and the `best` ones of highest score."""
     self._folder = folder.resolve()
+    policies = [preservation_policy.LatestN(keep)]
+    if best:
+      policies.append(preservation_policy.BestN(
+          get_metric_fn=lambda metrics: metrics['score'], n=best,
+          keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
         self._folder, options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True))
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True,
+            best_fn=(lambda metrics: metrics['score']) if best else None,
+            enable_async_checkpointing=True))
 
   def latest(self) -> int | None:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, record: dict[str, Any]):
-    """Starts saving; the state may be donated as soon as this returns."""
+  def save(self, step: int, state: Any, record: dict[str, Any], score: float = math.nan):
+    """Starts saving; the state may be donated as soon as this returns. A score of nan is none."""
     self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)))
+        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+                       metrics={'score': float(score)} if math.isfinite(score) else None)
 
-  def restore(self, target: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The newest complete (state, record) laid out like `target`, or None.
+  def best(self) -> int | None:
+    """Step of the checkpoint of highest score that is kept; the newest one of equals."""
+    self._manager.wait_until_finished()
+    scores = [(metrics['score'], step) for step in self._manager.all_steps()
+              if (metrics := self._manager.metrics(step))]
+    return max(scores)[1] if scores else None
+
+  def restore(self, target: Any, newest: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+    """The newest complete (state, record), of at most step `newest`, laid out like `target`; or
+    None.
 
     A checkpoint that cannot be read is set aside as `<step>.unreadable<n>`, with a warning, and
     the one before is used; the same step can then be saved again.
     """
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    steps = [s for s in self._manager.all_steps() if newest is None or s <= newest]
+    for step in sorted(steps, reverse=True):
       try:
         out = self._manager.restore(step, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))

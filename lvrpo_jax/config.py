@@ -50,6 +50,7 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('optimizer.clip_norm', POSITIVE), ('align.clip_norm', POSITIVE),
     ('sampling.steps', COUNT),
     *((f'align.{k}', COUNT) for k in ('steps', 'updates', 'draws', 'window', 'save_every')),
+    ('align.keep_best', NATURAL), ('align.finish', one_of('last', 'best')),
     ('align.group', (lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings')),
     ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),
     ('align.advantage', one_of('gdpo', 'sum')), ('align.ddof', one_of(0, 1)),

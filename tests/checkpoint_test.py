@@ -44,6 +44,20 @@ class CheckpointsTest(parameterized.TestCase):
       store.save(number, make_state(number), {'iteration': number})
     store.close()
 
+  def test_the_best_stay(self):
+    store = checkpoint.Checkpoints(self.folder, keep=2, best=1)
+    self.assertIsNone(store.best())
+    for number, score in ((1, .5), (2, .9), (3, .9), (4, np.nan), (5, .1), (6, .2)):
+      store.save(number, make_state(number), {'iteration': number}, score)
+    self.assertEqual(store.best(), 3)
+    store.close()
+    self.assertEqual({p.name for p in self.folder.iterdir()}, {'3', '5', '6'})
+    store = checkpoint.Checkpoints(self.folder, best=1)
+    self.assertEqual(store.best(), 3)
+    self.assertEqual(int(store.restore(make_state(0), store.best())[0].step), 3)
+    self.assertEqual(int(store.restore(make_state(0))[0].step), 6)
+    store.close()
+
   def restore(self, target=None):
     store = checkpoint.Checkpoints(self.folder)
     out = store.restore(make_state(0) if target is None else target)

@@ -5,6 +5,7 @@ from absl.testing import parameterized
 import jax
 from jax import numpy as jnp
 
+from lvrpo_jax import flops as flops_lib
 from lvrpo_jax import types
 from lvrpo_jax.models import unified
 
@@ -81,6 +82,43 @@ class FlopsTest(parameterized.TestCase):
     images = flops(apply('velocity'), self.params, cache, x, time, position)
     prefill = flops(apply('prefill'), self.params, context)
     self.assertBetween((both - images) / prefill, 1 - TOLERANCE, 1 + TOLERANCE)
+
+
+class CountTest(parameterized.TestCase):
+  """The counter of programs that are only traced."""
+
+  def count(self, function, *args, unknown=1):
+    return flops_lib.count(jax.make_jaxpr(function)(*args).jaxpr, unknown)
+
+  def test_products(self):
+    a, b = abstract(3, 4, 5, dtype=jnp.float32), abstract(3, 5, 6, dtype=jnp.float32)
+    self.assertEqual(self.count(lambda a, b: jnp.tanh(a @ b), a, b), 2 * 3 * 4 * 5 * 6)
+
+  def test_convolution(self):
+    image, kernel = abstract(2, 8, 8, 3, dtype=jnp.float32), abstract(3, 3, 3, 7, dtype=jnp.float32)
+    convolve = lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    self.assertEqual(self.count(convolve, image, kernel), 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3))
+
+  def test_control_flow(self):
+    x = abstract(4, 4, dtype=jnp.float32)
+    once = 2 * 4 ** 3
+    scan = lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0]
+    loop = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ x, x)
+    choice = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
+    self.assertEqual(self.count(scan, x), 5 * once)
+    self.assertEqual(self.count(loop, x, unknown=3), 3 * once)
+    self.assertEqual(self.count(choice, x), 2 * once)
+    again = lambda x: jnp.sum(jax.checkpoint(lambda y: jnp.tanh(y @ y))(x))
+    self.assertEqual(self.count(jax.grad(again), x), 4 * once)  # Twice forward, two gradients.
+
+  @parameterized.parameters((16, 64), (64, 16))
+  def test_agrees_with_the_compiler(self, und, gen):
+    params = jax.eval_shape(lambda: unified.init(CONFIG, jax.random.key(0)))
+    args = params, sequence(2, und, gen)
+    got = self.count(apply('__call__'), *args)
+    want = flops(apply('__call__'), *args)
+    self.assertLess(abs(got / want - 1), TOLERANCE)
 
 
 if __name__ == '__main__':

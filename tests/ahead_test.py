@@ -1,0 +1,136 @@
+"""Tests of lvrpo_jax.ahead: what it compiles is what a run calls. A pod's programs need libtpu."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import tempfile
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from configs import tiny
+from lvrpo_jax import ahead
+from lvrpo_jax import align
+from lvrpo_jax import experience
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import sharding
+from lvrpo_jax import weights
+from lvrpo_jax.models import unified
+
+
+def make_job():
+  config = tiny.get_config()
+  config.model.depth = 1
+  config.align.update(steps_per_image=3, window=1)
+  return job_lib.build(config, pathlib.Path('unused'))
+
+
+def signature(tree):
+  return jax.tree.map(lambda x: (tuple(x.shape), jnp.dtype(x.dtype).name), tree)
+
+
+class ProgramsTest(absltest.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.job = make_job()
+    cls.programs = ahead.programs(cls.job)
+
+  def test_arguments_are_those_of_an_iteration(self):
+    policy = self.job.policy
+    image = jnp.zeros((1, policy.image_size, policy.image_size, 3))
+    params, vae_params, judge_params = (
+        unified.init(policy.config, jax.random.key(0)),
+        policy.vae.init(jax.random.key(0), image)['params'],
+        self.job.judge.init(jax.random.key(0), image, self.job.captions(['']))['params'])
+    aligner = align.Aligner(self.job, params, vae_params, judge_params)
+    drawn = {task: next(rows) for task, rows in align.prompt_batches(self.job).items()}
+    tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
+                             {t: self.job.place(d[1]) for t, d in drawn.items()})
+
+    class Called(Exception):
+      pass
+
+    def step(*arguments):
+      raise Called(*arguments)
+    aligner.step = step
+    with self.assertRaises(Called) as caught:
+      aligner.iterate(tasks, 1)
+    self.assertEqual(signature(self.programs['step']().arguments),
+                     signature(caught.exception.args))
+    everything = {}
+    for name in ('text', 'image'):
+      asked = self.programs[name]().arguments
+      self.assertEqual(signature(asked[:2]), signature((params, vae_params)))
+      everything.update(signature(asked[2]))
+    self.assertEqual(everything, signature(tasks.prompts))
+
+  def test_measures_what_it_compiles(self):
+    chip = ahead.Chip(flops=1e9, hbm=1e6, bandwidth=1e6, network=1e6)
+    program = self.programs['text']()
+    with tempfile.TemporaryDirectory() as folder:
+      out = ahead.measure('text', program, chip, pathlib.Path(folder))
+      self.assertIn('ENTRY', (pathlib.Path(folder) / 'text.hlo.txt').read_text())
+    json.dumps(out)
+    self.assertEqual((out['chips'], out['mesh']), (1, [1, 1, 1]))
+    given = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.arguments))
+    self.assertLessEqual(out['hbm_bytes']['arguments'], given)  # The compiler drops unused ones.
+    self.assertGreater(out['hbm_bytes']['arguments'], 0.2 * given)
+    # The state of an update stays while a rollout runs: policy, reference, old policy and moments.
+    size = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(program.arguments[0]))
+    self.assertAlmostEqual(out['hbm_bytes']['resident'] / size, 5., delta=0.01)
+    self.assertAlmostEqual(out['arithmetic_seconds'], out['flops'] / 1e9, delta=1e-3)
+    self.assertEqual(sum(out['collective_bytes'].values()), 0)
+    self.assertEqual(out['fits'], out['hbm_peak_bytes'] <= 0.85e6)
+
+
+class DescribeTest(absltest.TestCase):
+
+  def test_table(self):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      ahead.describe(tiny.get_config(), pathlib.Path('unused'))
+    *rows, total = printed.getvalue().splitlines()
+    self.assertRegex(rows[0], r'parameter +shape +partition +bytes a device')
+    found = {row.split('  ')[0]: row for row in rows[1:]}
+    self.assertRegex(found['base/trunk/layers/und/q_proj/kernel'],
+                     r'\(2, 16, 16\) +\(-, fsdp, tensor\) +2,048$')
+    job = job_lib.build(tiny.get_config(), pathlib.Path('unused'))
+    leaves = [leaf for kind in (weights.BASE, weights.VAE)
+              for leaf in jax.tree.leaves(weights.template(job, kind))]
+    self.assertLen(found, len(leaves))
+    size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    listed = sum(int(re.search(r'([\d,]+)$', row)[1].replace(',', '')) for row in rows[1:])
+    self.assertEqual(listed, size)
+    self.assertIn(f'{size:,} of {size:,} bytes', total)
+
+
+class TopologyTest(parameterized.TestCase):
+
+  @parameterized.parameters('', 'v9:2x2', 'h100')
+  def test_unknown_chip_is_named(self, topology):
+    config = tiny.get_config()
+    config.topology = topology
+    with self.assertRaisesRegex(ValueError, f"config.topology is '{topology}'; allowed: .*v5p"):
+      ahead.run(config, pathlib.Path('unused'))
+
+
+class ReplicatedTest(absltest.TestCase):
+
+  def test_one_device_replicates_nothing(self):
+    self.assertEqual(ahead.large_replicated(make_job(), limit=0), [])
+
+  def test_bytes_follow_the_partition(self):
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    tree = {'a': jax.ShapeDtypeStruct((3, 5), jnp.bfloat16, sharding=sharding.rows_sharding(mesh))}
+    self.assertEqual(ahead.bytes_of(tree), 30.)
+
+
+if __name__ == '__main__':
+  absltest.main()
