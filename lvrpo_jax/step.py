@@ -71,7 +71,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
     parts = sharding.interleaved(batch, micro_batches)
     if group_parts > 1:
       parts = jax.vmap(lambda part: loss.split_group(part, group_parts))(parts)
-      parts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+      # Not -1: some arrays have no values.
+      parts = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts)
     add = lambda carry, part: (jax.tree.map(jnp.add, carry, grad(state.params, part)), None)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(
         grad, state.params, jax.tree.map(lambda x: x[0], parts)))

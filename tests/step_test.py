@@ -26,7 +26,10 @@ def make_loss():
     fit, weight = ops.masked_sum(error, batch['mask'])
     return ({'fit': fit, 'size': jnp.sum(jnp.square(out))},
             {'error': (fit, weight), 'largest_row': (jnp.sum(out), jnp.float32(len(out)))})
-  return step_lib.Loss(weights, sums, {'fit': 2., 'size': 0.25})
+  def split_group(batch, parts):
+    """Every row is a group of its own here: the parts of a row are rows."""
+    return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+  return step_lib.Loss(weights, sums, {'fit': 2., 'size': 0.25}, split_group)
 
 
 def make_batch():
@@ -79,6 +82,12 @@ class StepTest(parameterized.TestCase):
     optimizer = optax.adam(0.01, eps=1e-3)
     want = run(make_batch(), optimizer, ema_decay=0.5)
     close(run(make_batch(), optimizer, ema_decay=0.5, micro_batches=parts), want)
+
+  @parameterized.parameters((1, 2), (2, 2), (2, 4))
+  def test_parts_of_groups_change_nothing(self, micro_batches, parts):
+    optimizer = optax.adam(0.01, eps=1e-3)
+    close(run(make_batch(), optimizer, ema_decay=0.5, micro_batches=micro_batches,
+              group_parts=parts), run(make_batch(), optimizer, ema_decay=0.5))
 
   @parameterized.parameters((1, np.nan), (1, np.inf), (2, np.nan))
   def test_gradient_that_is_not_finite_is_skipped(self, parts, value):
