@@ -125,6 +125,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
       generate='', generate_weight=1., understand='', understand_weight=1., edit='',
       edit_weight=1.))
+  config.align.dense_top = 2  # patches that must match a word in 'dense'; 1 is the paper's maximum
   config.align.advantage = 'gdpo'  # 'gdpo': normalise each component; 'sum': the paper's form
   config.align.floor = 0.05  # smallest deviation divided by, in units of the reward
   config.align.scope = 'group'  # deviation of 'group' or 'batch'; 'none': not divided (Dr. GRPO)
@@ -136,7 +137,11 @@ def get_config() -> config_dict.ConfigDict:
   config.align.eta = 0.7  # noise scale of the sampler
   config.align.noise_low = 0.4  # steps that start at a time in (low, high] are noisy
   config.align.noise_high = 1.
-  config.align.window = 2  # noisy steps replayed an iteration; 'sde' and 'guard' train on them
+  # Noisy steps replayed an iteration; 'sde' and 'guard' train on them. 0: all. (The first half of
+  # the steps has times above shift / (1 + shift), a value for noise_low.)
+  config.align.window = 2
+  config.align.window_schedule = 'random'  # or 'sliding' (MixGRPO)
+  config.align.window_every = 25  # iterations between two moves of a sliding window
   config.align.draws = 2  # noised copies of every sample for 'nft' and 'awm'
   config.align.nft_beta = 1.  # mixture of policy and old policy
   config.align.nft_scale = 2.  # advantage at which the optimality probability saturates
@@ -144,12 +149,19 @@ def get_config() -> config_dict.ConfigDict:
   config.align.old_rise = 0.02  # rise of its decay an iteration,
   config.align.old_hold = 0.5  # and its largest decay
   config.align.image_clip = 1e-3  # all but 'nft': bound on |ratio - 1|; the log-ratio is a mean
-  config.align.velocity_penalty = 0.02  # weight of the velocity MSE to the reference
+  config.align.velocity_penalty = 0.02  # weight of the images' penalty to the reference:
+  # 'velocity' (mean squared difference); with 'sde' and 'guard' also 'gaussian' (the exact KL of a
+  # step), or 'gaussian_per_time' (without the step's length, as Flow-GRPO's code)
+  config.align.image_kl = 'velocity'
+  config.align.image_target = 0.  # where the images' penalty should be; 0 leaves its weight fixed
   config.align.temperature = 1.  # of sampled answers
   config.align.text_low = 0.2  # clip range of the token ratio
   config.align.text_high = 0.28
   config.align.text_objective = 'dapo'  # 'grpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo'
-  config.align.text_penalty = 0.02  # weight of k3 to the reference
+  config.align.text_penalty = 0.02  # weight of the answers' penalty to the reference:
+  config.align.text_kl = 'k3'  # 'k1', 'k2', 'k3', or 'k3_ratio' (weighted by the policy's ratio)
+  config.align.text_target = 0.  # where the answers' penalty should be; 0 leaves its weight fixed
+  config.align.adapt = 0.1  # largest change of an adapting weight an iteration is a fifth of this
   config.align.lora = config_dict.ConfigDict(dict(  # adapters instead of all parameters
       rank=0,  # 0 trains all parameters
       alpha=16.,  # the product of the factors is scaled by alpha / rank

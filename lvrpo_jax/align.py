@@ -28,6 +28,7 @@ from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import flow as flow_objectives
+from lvrpo_jax.objectives import penalty
 
 UNDERSTANDING = r'layers/und/|norm_und|embed_tokens|lm_head|^vit/|connector'
 """Parameters of the understanding expert, which may learn at a rate of their own."""
@@ -42,7 +43,8 @@ def alignment_loss(job: job_lib.Job) -> step_lib.Loss:
       weights={task: a.weights[task] for task in pretrain.sizes(a)}, objective=a.objective,
       sampler=a.sampler, nft_beta=a.nft_beta, nft_scale=a.nft_scale, image_clip=a.image_clip,
       velocity_penalty=a.velocity_penalty, text_low=a.text_low, text_high=a.text_high,
-      text_objective=a.text_objective, text_penalty=a.text_penalty))
+      text_objective=a.text_objective, text_penalty=a.text_penalty, text_kl=a.text_kl,
+      image_kl=a.image_kl))
   if not a.lora.rank:
     return loss
 
@@ -80,6 +82,8 @@ class Aligner:
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
+    # Of the penalties' weights; empty where these are fixed.
+    self.factors = dict(text=1., image=1.) if a.text_target or a.image_target else {}
     self.full = lambda trained: trained
     trained = params
     if a.lora.rank:
@@ -119,14 +123,14 @@ class Aligner:
     """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
     c, a, vae_params = self.collector, self.job.config.align, self.frozen['vae']
     answers, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
-    first = experience.window(self.job.config.seed, iteration, len(c.noisy), a.window)
-    batch, metrics = {}, {'window': first}
+    replayed = c.replayed(iteration)
+    batch, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
                                        iteration)
       placed = self.job.place(rewards)
       advantage = c.advantages[task](placed)
-      steps = experience.transitions(rollout, c.noisy[first:first + a.window], c.grid, c.eta_T)
+      steps = experience.transitions(rollout, replayed, c.grid, c.eta_T)
       batch[task] = types.ImageExperience(
           tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC, steps.time_BM, None,
           None, advantage.value_BG, advantage.valid_BG)
@@ -177,6 +181,24 @@ class Aligner:
             b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
             for task, b in batch.items()}
 
+  def _frozen(self) -> dict[str, Any]:
+    """What the step reads besides the state: factors of the penalties too, where they adapt."""
+    if not self.factors:
+      return self.frozen
+    return {**self.frozen, 'penalty': {k: np.float32(v) for k, v in self.factors.items()}}
+
+  def _adapt(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Moves the factors of the penalties towards their targets; returns the new ones."""
+    a = self.job.config.align
+    for kind, names in (('text', (f'understand/kl_{a.text_kl}',)), ('image', tuple(
+        f'{task}/{"velocity_mse" if a.image_kl == "velocity" else "kl"}'
+        for task in (pipeline.GENERATE, pipeline.EDIT)))):
+      found = [float(metrics[name]) for name in names if name in metrics]
+      if kind in self.factors and found and a[f'{kind}_target']:
+        self.factors[kind] = penalty.adapted(
+            self.factors[kind], sum(found) / len(found), a[f'{kind}_target'], a.adapt)
+    return {f'penalty/{kind}': value for kind, value in self.factors.items()}
+
   def iterate(self, tasks: experience.Tasks, iteration: int
               ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """One whole iteration; returns its metrics and pictures."""
@@ -188,8 +210,8 @@ class Aligner:
       batch[pipeline.UNDERSTAND] = b.replace(
           reference_BGT=self._answer_logp(self.reference, self.frozen, b))
     for _ in range(a.updates):
-      self.state, update = self.step(self.state, self.frozen, self.with_reference(batch))
-    metrics.update(update)
+      self.state, update = self.step(self.state, self._frozen(), self.with_reference(batch))
+    metrics.update(update, **self._adapt(update))
     if a.objective in losses.FORWARD:
       # Importance ratios are to the policy that sampled: a plain copy.
       decay = flow_objectives.old_policy_decay(iteration, a.old_flat, a.old_rise, a.old_hold
@@ -260,6 +282,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   if restored:
     aligner.state, record = restored
     start = record['iteration']
+    aligner.factors = record['factors']
     for task, iterator in data.items():
       iterator.set_state(record['data'][task])
   writer.begin('align', start if restored else -1)
@@ -285,7 +308,8 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       if number % a.save_every == 0 or number == a.steps or stopped:
         late.flush()
         store.save(number, aligner.state, {
-            'iteration': number, 'data': {t: i.get_state() for t, i in data.items()}},
+            'iteration': number, 'data': {t: i.get_state() for t, i in data.items()},
+            'factors': aligner.factors},
                    score=np.mean(scores))
         scores.clear()
       if stopped:

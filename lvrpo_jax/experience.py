@@ -25,6 +25,7 @@ from lvrpo_jax.rewards import rules
 from lvrpo_jax.rewards import semantic
 from lvrpo_jax.rollouts import image as image_rollout
 from lvrpo_jax.rollouts import text as text_rollout
+from lvrpo_jax.rollouts import windows
 
 Array = jax.Array
 
@@ -48,15 +49,6 @@ class Judges(NamedTuple):
   words_VD: Array
 
 
-def window(seed: int, iteration: int, permitted: int, size: int) -> int:
-  """First of `size` consecutive steps out of `permitted`, uniform over all starts.
-
-  A pure function of its arguments: the same for a whole group, on any number of devices, and after
-  a resume.
-  """
-  return int(np.random.default_rng((seed, 7, iteration)).integers(permitted - size + 1))
-
-
 class Collector:
   """Compiled rollouts and judges of a job."""
 
@@ -67,7 +59,8 @@ class Collector:
     self.eta_T = image_rollout.eta_schedule(a.eta, a.steps_per_image, a.noise_low, a.noise_high,
                                             self.grid)
     self.noisy = np.flatnonzero(np.asarray(self.eta_T))
-    if len(self.noisy) < a.window:
+    self.window = a.window or len(self.noisy)
+    if len(self.noisy) < max(self.window, 1):
       raise ValueError(f'align.window is {a.window}, but only {len(self.noisy)} of '
                        f'align.steps_per_image = {a.steps_per_image} steps start in '
                        f'(align.noise_low, align.noise_high] = ({a.noise_low}, {a.noise_high}]')
@@ -82,6 +75,13 @@ class Collector:
             advantage_lib.combine, weights=self.weights(task), method=a.advantage, floor=a.floor,
             ddof=a.ddof, scope=a.scope))
         for task in pipeline.TASKS}
+
+  def replayed(self, iteration: int) -> np.ndarray:
+    """Numbers of the steps that the update of an iteration replays."""
+    a = self.job.config.align
+    first = windows.start(a.window_schedule, self.job.config.seed, iteration, len(self.noisy),
+                          self.window, a.window_every)
+    return self.noisy[first:first + self.window]
 
   def weights(self, task: str) -> dict[str, float]:
     """Components of a task with a weight other than 0."""
@@ -140,7 +140,8 @@ class Collector:
     asked = jnp.ones((B, 1), bool)
     return {
         'semantic': semantic.similarity(group(image), text[:, None]),
-        'dense': semantic.dense(group(patches), judges.words_VD, words_BV, top=2),
+        'dense': semantic.dense(group(patches), judges.words_VD, words_BV,
+                                top=self.job.config.align.dense_top),
         'knowledge': knowledge.agreement(group(probability)[:, :, None], answer_B[:, None],
                                          asked)}
 

@@ -18,6 +18,7 @@ from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import step
 from lvrpo_jax import types
 from lvrpo_jax.objectives import flow as flow_objectives
+from lvrpo_jax.objectives import penalty as penalty_lib
 from lvrpo_jax.objectives import sft
 from lvrpo_jax.objectives import text
 from lvrpo_jax.rollouts import text as text_rollout
@@ -95,20 +96,26 @@ class Alignment:
   text_high: float
   text_objective: str
   text_penalty: float
+  text_kl: str = 'k3'
+  image_kl: str = 'velocity'
 
 
 def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   """The GRPO loss of a mixed batch of `types.TextExperience` and `types.ImageExperience`.
 
   Every task is normalised by its own weight, so the total is the weighted sum of what each task
-  alone would give. `frozen` holds 'vae'.
+  alone would give. `frozen` holds 'vae', and where coefficients adapt 'penalty': factors of those
+  of 'text' and 'image'.
 
   Raises:
-    ValueError: unknown objective.
+    ValueError: unknown objective, or a penalty that does not go with it.
   """
   allowed = sorted(FORWARD + REPLAYED)
   if a.objective not in allowed:
     raise ValueError(f'align.objective is {a.objective!r}; allowed: {allowed}')
+  if a.image_kl != 'velocity' and a.objective in FORWARD:
+    raise ValueError(f"align.image_kl is {a.image_kl!r}, which is of steps of the rollout; allowed "
+                     f"with align.objective {a.objective!r}: 'velocity'")
 
   def weights(batch):
     out = {}
@@ -129,6 +136,9 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
       parts[UNDERSTAND] = _text_sums(a, logits, batch[UNDERSTAND])
     terms, metrics = {}, {}
     for task, (loss, penalty, extra) in parts.items():
+      factors = frozen.get('penalty')
+      if factors:
+        penalty = penalty * factors['text' if task == UNDERSTAND else 'image']
       terms[task], terms[f'{task}_penalty'] = loss, penalty
       metrics.update({f'{task}/{k}': value for k, value in extra.items()})
     return terms, metrics
@@ -191,18 +201,19 @@ def _forward(policy, params, frozen, batch: dict[str, Any]
 
 
 def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
-  """The text objective, and k3 to the reference (arXiv 2402.03300)."""
+  """The text objective, and the penalty to the reference (arXiv 2402.03300)."""
   logp = _logp(logits, b)
   log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
   objective = text.OBJECTIVES[a.text_objective]
   weight = text.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
   loss, log_ratio = text.loss(objective, log_ratio, logp, b.mask_BGT, b.advantage_BG, a.text_low,
                               a.text_high)
-  kl = jnp.where(b.mask_BGT, text.k3(logp, b.reference_BGT), 0.)
+  sampled = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
+  kl = jnp.where(b.mask_BGT, penalty_lib.of_text(a.text_kl, logp, b.reference_BGT, sampled), 0.)
   ratio = jnp.exp(log_ratio)
   clipped = ((ratio < 1 - a.text_low) & (not objective.cut)) | (ratio > 1 + a.text_high)
   return jnp.sum(loss * weight), jnp.sum(kl * weight), {
-      'kl_k3': (jnp.sum(kl * weight), jnp.sum(weight)),
+      f'kl_{a.text_kl}': (jnp.sum(kl * weight), jnp.sum(weight)),
       'entropy': ops.masked_sum(ops.token_entropy(logits), weight),
       'clip_fraction': ops.masked_sum(clipped, weight)}
 
@@ -238,12 +249,17 @@ REPLAYED = ('sde', 'guard')
 
 
 def _image_sums(a: Alignment, v: Array, b: types.ImageExperience):
-  """The image objective, and velocity MSE to the reference."""
+  """The image objective, and the penalty to the reference."""
   loss, extra = (_forward_sums if a.objective in FORWARD else _replayed_sums)(a, v, b)
   valid = _per_point(b.valid_BG, b)
   drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
-  metrics = {'velocity_mse': drift, **extra}
-  return jnp.sum(loss * valid), jnp.sum(drift * valid), {
+  metrics, penalty = {'velocity_mse': drift, **extra}, drift
+  if a.image_kl != 'velocity':
+    s = b.transitions
+    means = (transition_mean(a.sampler, x, s) for x in (v, b.reference_BMNC))
+    penalty = penalty_lib.of_steps(a.image_kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
+    metrics['kl'] = penalty
+  return jnp.sum(loss * valid), jnp.sum(penalty * valid), {
       name: (jnp.sum(value * valid), jnp.sum(valid)) for name, value in metrics.items()}
 
 

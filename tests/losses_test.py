@@ -113,7 +113,7 @@ def text_oracle(a, table, b, cut):
       else:
         loss += w * max(-A * ratio, -A * np.clip(ratio, 1 - a.text_low, 1 + a.text_high))
       d = b.reference_BGT[i, g, t] - logp
-      kl += w * (np.exp(d) - d - 1)
+      kl += w * {'k1': -d, 'k3': np.exp(d) - d - 1}[a.text_kl]
       weight += 0. if a.text_objective == 'dr_grpo' else w
   return loss / weight, kl / weight
 
@@ -145,6 +145,9 @@ def image_oracle(a, scale, offset, b, frozen):
       d, std = mean - s.mean_BMNC[i, m], s.std_BM[i, m]
       ratio = np.exp((s.noise_BMNC[i, m] * d).mean() / std - (d**2).mean() / (2 * std**2))
       loss = max(-A * ratio, -A * np.clip(ratio, 1 - a.image_clip, 1 + a.image_clip))
+      if a.image_kl == 'gaussian':
+        apart = (v - b.reference_BMNC[i, m]) * (1 + half * (1 - t)) * dt
+        drift = (apart**2).mean() / (2 * std**2)
     found.append((loss, drift))
   return np.mean(found, axis=0)
 
@@ -152,9 +155,11 @@ def image_oracle(a, scale, offset, b, frozen):
 class LinearPolicyTest(parameterized.TestCase):
 
   @parameterized.parameters(('nft', 'dapo'), ('sde', 'grpo'), ('nft', 'dr_grpo'), ('nft', 'gspo'),
-                            ('nft', 'cispo'))
-  def test_value_and_gradient_against_loops(self, objective, text_objective):
-    a = dataclasses.replace(NUMBERS, objective=objective, text_objective=text_objective)
+                            ('nft', 'cispo'), ('sde', 'dapo', 'k1', 'gaussian'))
+  def test_value_and_gradient_against_loops(self, objective, text_objective, text_kl='k3',
+                                            image_kl='velocity'):
+    a = dataclasses.replace(NUMBERS, objective=objective, text_objective=text_objective,
+                            text_kl=text_kl, image_kl=image_kl)
     batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1, objective),
              'understand': text_case(2, 3, 4, 5, ()),
              'edit': image_case(3, 2, 1, 3, 2, (), 2, objective)}
@@ -203,6 +208,20 @@ class LinearPolicyTest(parameterized.TestCase):
     for value, count in metrics.values():
       self.assertEqual(float(count), weight)
       self.assertGreater(float(value), 0.)
+
+  def test_factors_of_penalties(self):
+    batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1), 'understand': text_case(2, 3, 4, 5, ())}
+    loss, params = losses.alignment(fake_policy(), NUMBERS), fake_params()
+    terms = lambda frozen: loss.sums(params, None, {'vae': None, **frozen}, batch)[0]
+    plain = terms({})
+    scaled = terms({'penalty': {'text': 3., 'image': .5}})
+    for name, factor in (('generate', 1.), ('generate_penalty', .5), ('understand', 1.),
+                         ('understand_penalty', 3.)):
+      np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-5)
+
+  def test_penalty_of_steps_wants_steps(self):
+    with self.assertRaisesRegex(ValueError, "align.image_kl is 'gaussian', .* 'velocity'"):
+      losses.alignment(fake_policy(), dataclasses.replace(NUMBERS, image_kl='gaussian'))
 
   def test_unknown_objective(self):
     with self.assertRaisesRegex(ValueError, "'ppo'"):

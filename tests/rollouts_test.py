@@ -16,6 +16,7 @@ from lvrpo_jax import types
 from lvrpo_jax.models import unified
 from lvrpo_jax.rollouts import image
 from lvrpo_jax.rollouts import text
+from lvrpo_jax.rollouts import windows
 
 BOS, EOS, VOCABULARY = 1, 2, 12
 CONFIG = unified.ModelConfig(
@@ -302,7 +303,8 @@ class WindowTest(parameterized.TestCase):
 
   @parameterized.parameters((6, 2), (4, 1), (3, 3))
   def test_uniform_and_repeatable(self, permitted, size):
-    draw = lambda seed: [experience.window(seed, i, permitted, size) for i in range(1000)]
+    draw = lambda seed: [windows.start('random', seed, i, permitted, size, 1)
+                         for i in range(1000)]
     first = draw(3)
     self.assertEqual(first, draw(3))
     starts = permitted - size + 1
@@ -313,10 +315,18 @@ class WindowTest(parameterized.TestCase):
       self.assertNotEqual(first, draw(4))
 
   def test_calls_in_any_order_agree(self):
-    want = [experience.window(0, i, 6, 2) for i in range(20)]
+    at = lambda i: windows.start('random', 0, i, 6, 2, 1)
+    want = [at(i) for i in range(20)]
     np.random.seed(0)
     np.random.random(7)
-    self.assertEqual([experience.window(0, i, 6, 2) for i in reversed(range(20))], want[::-1])
+    self.assertEqual([at(i) for i in reversed(range(20))], want[::-1])
+
+  def test_sliding(self):
+    at = lambda i, size=4: windows.start('sliding', 0, i, 6, size, 3)
+    self.assertEqual([at(i) for i in range(12)], [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3)
+    self.assertEqual({at(i, 6) for i in range(50)}, {0})  # All steps: it cannot move.
+    with self.assertRaisesRegex(ValueError, "align.window_schedule is 'decay'"):
+      windows.start('decay', 0, 1, 6, 2, 1)
 
 
 if __name__ == '__main__':

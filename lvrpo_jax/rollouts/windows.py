@@ -1,0 +1,29 @@
+"""Which steps of a trajectory an update replays: pure functions of (seed, iteration).
+
+The same for a whole group, on any number of devices, and after a resume.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SCHEDULES = ('random', 'sliding')
+
+
+def start(schedule: str, seed: int, iteration: int, permitted: int, size: int, every: int) -> int:
+  """First of `size` consecutive steps out of `permitted`; all of them where the numbers are equal.
+
+  Args:
+    schedule: 'random' is uniform over all starts (Flow-GRPO-Fast draws from the first steps, which
+      are the permitted ones here); 'sliding' moves by one step every `every` iterations (MixGRPO,
+      arXiv 2507.21802) and starts again after the last full window, so that none is ever empty.
+
+  Raises:
+    ValueError: unknown schedule.
+  """
+  starts = permitted - size + 1
+  if schedule == 'random':
+    return int(np.random.default_rng((seed, 7, iteration)).integers(starts))
+  if schedule == 'sliding':
+    return iteration // every % starts
+  raise ValueError(f'align.window_schedule is {schedule!r}; allowed: {SCHEDULES}')
