@@ -117,11 +117,24 @@ def get_config() -> config_dict.ConfigDict:
   config.align.updates = 2  # optimizer steps on every rollout
   config.align.rewards = config_dict.ConfigDict()  # component: weight; 0 leaves it out
   config.align.rewards.generate = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.25, dense=0., knowledge=0.25))
+      rules=1., semantic=0.25, dense=0., knowledge=0.25, remote=0.))
   config.align.rewards.understand = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.1, knowledge=0.1))
+      rules=1., semantic=0.1, knowledge=0.1, remote=0.))
   config.align.rewards.edit = config_dict.ConfigDict(dict(
-      rules=1., semantic=0., dense=0., knowledge=0.25))
+      rules=1., semantic=0., dense=0., knowledge=0.25, remote=0.))
+  config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
+      url='',  # such as http://localhost:8000/score
+      protocol='batch',  # or 'chat' (OpenAI-compatible)
+      model='',  # sent with chat requests
+      template='',  # text of a chat request; '' takes the built-in ones
+      batch=8,  # samples a request; 'chat' sends one
+      concurrency=8,  # requests under way at once
+      retries=3,  # after a connection error, a timeout, 429 or 5xx
+      timeout_s=60.,  # seconds of one try
+      deadline_s=300.,  # seconds until a sample without a score is invalid
+      low=0., high=1.,  # smallest and largest score that is valid
+      cache='',  # file that keeps scores over restarts
+      api_key_env=''))  # environment variable with the key
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
       generate='', generate_weight=1., understand='', understand_weight=1., edit='',
       edit_weight=1.))
@@ -170,7 +183,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.
   config.align.save_every = 25  # iterations
-  config.align.keep_best = 1  # checkpoints of the best score that are kept besides the newest two
+  config.align.keep_best = 1  # checkpoints of the best score, kept besides the newest two
   # Metric that ranks checkpoints, its mean since the one before; '': what is correct, over all tasks
   config.align.score = ''
   config.align.finish = 'last'  # the policy that is measured and exported, or 'best'

@@ -29,6 +29,7 @@ from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import penalty
+from lvrpo_jax.rewards import remote
 
 UNDERSTANDING = r'layers/und/|norm_und|embed_tokens|lm_head|^vit/|connector'
 """Parameters of the understanding expert, which may learn at a rate of their own."""
@@ -94,14 +95,18 @@ class Aligner:
     self.state = sharding.shard_state(
         step_lib.init(sharding.shard_state(trained, job.mesh), optimizer,
                       old=a.objective in losses.FORWARD, reference=not a.lora.rank), job.mesh)
-    self.judges = experience.Judges(
-        jax.tree.map(jnp.copy, self.reference), sharding.shard_state(siglip_params, job.mesh),
-        job_lib.word_table(job, siglip_params))
+    self._siglip = sharding.shard_state(siglip_params, job.mesh)
+    self._words = job_lib.word_table(job, siglip_params)
 
   @property
   def reference(self) -> types.Params:
     """The frozen policy: the state's copy, or the weights under the adapters."""
     return self.frozen['base'] if self.state.reference is None else self.state.reference
+
+  @property
+  def judges(self) -> experience.Judges:
+    """What scores, as long as no step has taken the state away."""
+    return experience.Judges(self.reference, self._siglip, self._words)
 
   @property
   def params(self) -> types.Params:
@@ -123,11 +128,12 @@ class Aligner:
     """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
     c, a, vae_params = self.collector, self.job.config.align, self.frozen['vae']
     answers, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
+    asked = c.ask(tasks, answers, pixels)
     replayed = c.replayed(iteration)
     batch, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
-                                       iteration)
+                                       iteration, asked)
       placed = self.job.place(rewards)
       advantage = c.advantages[task](placed)
       steps = experience.transitions(rollout, replayed, c.grid, c.eta_T)
@@ -138,7 +144,7 @@ class Aligner:
     if answers is not None:
       task = pipeline.UNDERSTAND
       metrics['gap/decode'] = answers.drift
-      rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params)
+      rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params, asked)
       placed = self.job.place(rewards)
       advantage = c.advantages[task](placed)
       rows = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
@@ -146,6 +152,8 @@ class Aligner:
           tasks.prompts[task], answers.tokens_BGT, answers.logp_BGT, answers.mask_BGT,
           rows, None, advantage.value_BG, advantage.valid_BG)
       metrics.update(reward_metrics(task, placed, self.job.place(facts), advantage))
+    metrics.update({f'judge/{task}/{name}': value for task, future in asked.items()
+                    for name, value in future.result().stats.items()})
     return self.job.place_rows(batch), metrics, {
         task: sharding.local_rows(image) for task, image in pixels.items()}
 
@@ -264,7 +272,7 @@ def prompt_batches(job: job_lib.Job) -> dict[str, Iterator[Any]]:
 
 def check(job: job_lib.Job):
   """Refuses settings of alignment that do not fit, before any work."""
-  experience.Collector(job)
+  experience.Collector(job).close()
   a = job.config.align
   if a.lora.rank:
     jax.eval_shape(lambda: lora.init(unified.init(job.policy.config, jax.random.key(0)),
@@ -295,23 +303,33 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       writer.write('align', number, scalars)
       scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
+    def save(number, states):
+      late.flush()
+      store.save(number, aligner.state, {
+          'iteration': number, 'data': states, 'factors': aligner.factors},
+                 score=np.mean(scores) if scores else math.nan)
+      scores.clear()
+    saved = start
     for number in range(start + 1, a.steps + 1):
+      states = {task: iterator.get_state() for task, iterator in data.items()}
       drawn = {task: next(iterator) for task, iterator in data.items()}
       tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
                                {t: job.place(d[1]) for t, d in drawn.items()})
-      metrics, pictures = aligner.iterate(tasks, number)
+      try:
+        metrics, pictures = aligner.iterate(tasks, number)
+      except remote.JudgeUnavailable:
+        if number - 1 > saved:  # The state is that of the iteration before.
+          save(number - 1, states)
+        store.close()
+        raise
       late.push(number, metrics)
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
       stopped = stop.asked(number)
       if number % a.save_every == 0 or number == a.steps or stopped:
-        late.flush()
-        store.save(number, aligner.state, {
-            'iteration': number, 'data': {t: i.get_state() for t, i in data.items()},
-            'factors': aligner.factors},
-                   score=np.mean(scores))
-        scores.clear()
+        save(number, {task: iterator.get_state() for task, iterator in data.items()})
+        saved = number
       if stopped:
         store.close()
         raise checkpoint.Preempted(f'align stopped after iteration {number} of {a.steps}')
@@ -321,4 +339,5 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     logging.info('the policy of iteration %d has the best score', best)
     aligner.state = store.restore(aligner.state, best)[0]
   store.close()
+  aligner.collector.close()
   return aligner.params

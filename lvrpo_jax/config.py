@@ -128,6 +128,9 @@ def validate(config: ml_collections.ConfigDict):
     if config.align[task] and not any(rewards.values()) and not custom[task]:
       raise ValueError(f'config.align.rewards.{task} is {rewards.to_dict()}; allowed: at least '
                        'one weight above 0, or a reward of your own')
+    if config.align[task] and rewards.remote and not config.align.remote.url:
+      raise ValueError(f"config.align.remote.url is ''; allowed: the address of a judge, as "
+                       f'config.align.rewards.{task}.remote is {rewards.remote}')
   if config.align.sampler == 'cps' and config.align.eta > 1:
     raise ValueError(f"config.align.eta is {config.align.eta}; allowed: at most 1 with "
                      "config.align.sampler = 'cps'")

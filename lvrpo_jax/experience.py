@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent import futures
 import functools
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from lvrpo_jax.data import tokenizer as tokenizer_lib
 from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.rewards import knowledge
+from lvrpo_jax.rewards import remote
 from lvrpo_jax.rewards import rules
 from lvrpo_jax.rewards import semantic
 from lvrpo_jax.rollouts import image as image_rollout
@@ -67,6 +69,7 @@ class Collector:
     self._rollout = job.sampler(self.sample)
     self._judge_images = job.compile(self._judge_images_fn)
     self._judge_answers = job.compile(self._judge_answers_fn)
+    self._remote_tasks = [t for t in pipeline.TASKS if a[t] and a.rewards[t].remote]
     self._custom = {
         task: job_lib.load_symbol(a.custom[task], f'align.custom.{task}')
         for task in pipeline.TASKS if a.custom[task]}
@@ -75,6 +78,18 @@ class Collector:
             advantage_lib.combine, weights=self.weights(task), method=a.advantage, floor=a.floor,
             ddof=a.ddof, scope=a.scope))
         for task in pipeline.TASKS}
+
+  @functools.cached_property
+  def remote(self) -> remote.Judge | None:
+    """The judge behind `align.remote`, where any task has a reward of it."""
+    settings = self.job.config.align.remote.to_dict()
+    return (remote.Judge(remote.Endpoint(**settings), 'config.align.remote')
+            if self._remote_tasks else None)
+
+  def close(self) -> None:
+    """Ends the threads of a remote judge."""
+    if self.remote:
+      self.remote.close()
 
   def replayed(self, iteration: int) -> np.ndarray:
     """Numbers of the steps that the update of an iteration replays."""
@@ -172,12 +187,31 @@ class Collector:
     Answers and pixels come back on the job's mesh; trajectories stay where they are until
     `job.place_rows` takes what the update reads of them.
     """
-    answers, images, pixels = self._rollout(params, vae_params, tasks.prompts,
-                                            jnp.int32(iteration))
+    # One task after the other where a remote judge scores one while the next is sampled.
+    parts = ([{task: p} for task, p in tasks.prompts.items()] if self._remote_tasks else
+             [tasks.prompts])
+    found = [self._rollout(params, vae_params, prompts, jnp.int32(iteration)) for prompts in parts]
+    answers = next((a for a, _, _ in found if a is not None), None)
+    images, pixels = ({t: x for part in found for t, x in part[n].items()} for n in (1, 2))
     return self.job.place_rows(answers), images, self.job.place_rows(pixels)
 
+  def ask(self, tasks: Tasks, answers: types.TextRollout | None, pixels: dict[str, Array]
+          ) -> dict[str, futures.Future]:
+    """Sends what was sampled to the remote judge; the scores by task come later."""
+    out = {}
+    for task in self._remote_tasks:
+      outputs = (self._texts(answers.tokens_BGT) if task == pipeline.UNDERSTAND else
+                 sharding.local_rows(pixels[task]))
+      out[task] = self.remote.submit(task, tasks.examples[task], outputs)
+    return out
+
+  def _texts(self, tokens_BGT: Array) -> list[list[str]]:
+    """Answers of this process's prompts."""
+    return [[self.job.data.tokenizer.decode(ids) for ids in row]
+            for row in sharding.local_rows(tokens_BGT)]
+
   def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
-                    iteration: int) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
+                    iteration: int, asked_remote: dict[str, futures.Future]) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of images, and facts for the log."""
     job, examples = self.job, tasks.examples[task]
     asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
@@ -205,15 +239,14 @@ class Collector:
                  for k, v in judged.items()}}
     if task in self._custom:
       values['custom'] = self._custom[task](examples, images)
-    return self._pick(task, values), {'correct': correct}
+    return self._pick(task, values, asked_remote), {'correct': correct}
 
-  def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params
-                   ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
+  def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
+                   asked_remote: dict[str, futures.Future]) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of answers, and facts for the log."""
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]
-    texts = [[job.data.tokenizer.decode(ids) for ids in row]
-             for row in sharding.local_rows(tokens_BGT)]
+    texts = self._texts(tokens_BGT)
     correct, well_formed = rules.answers(texts, [e.answer for e in examples])
     words = [[job.data.read_answer(text) for text in row] for row in texts]
     # A policy may say that it does not know the word; the judge has no token for that.
@@ -229,10 +262,15 @@ class Collector:
               **{k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}}
     if task in self._custom:
       values['custom'] = self._custom[task](examples, texts)
-    return self._pick(task, values), {'correct': correct, 'format': well_formed}
+    return self._pick(task, values, asked_remote), {'correct': correct, 'format': well_formed}
 
-  def _pick(self, task: str, values: dict[str, Any]) -> dict[str, types.Rewards]:
+  def _pick(self, task: str, values: dict[str, Any], asked: dict[str, futures.Future]
+            ) -> dict[str, types.Rewards]:
+    """The components with a weight; waits for those of a remote judge."""
     wanted = self.weights(task)
+    if task in asked:
+      scored = asked[task].result()
+      values['remote'] = scored.value_BG, scored.valid_BG
     unknown = wanted.keys() - values.keys()
     if unknown:
       raise ValueError(f'align.rewards.{task} names {sorted(unknown)}; '

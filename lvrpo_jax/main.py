@@ -26,6 +26,7 @@ from lvrpo_jax import report
 from lvrpo_jax import run
 from lvrpo_jax import sample
 from lvrpo_jax import weights
+from lvrpo_jax.rewards import remote
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', 'Configuration file.',
                                          lock_config=True)
@@ -124,6 +125,9 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))
     sys.exit(2)
+  except remote.JudgeUnavailable as error:
+    logging.error('%s; what was done is saved, and the same command goes on from there', error)
+    sys.exit(os.EX_UNAVAILABLE)
   except checkpoint.Preempted as stopped:
     logging.warning('%s and saved; the same command goes on from there', stopped)
     sys.exit(128 + signal.SIGTERM)
