@@ -182,6 +182,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.
+  config.align.diagnose_every = 10  # iterations between gradients by task; 0 never
   config.align.save_every = 25  # iterations
   config.align.keep_best = 1  # checkpoints of the best score, kept besides the newest two
   # Metric that ranks checkpoints, its mean since the one before; '': what is correct, over all tasks

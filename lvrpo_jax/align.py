@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from lvrpo_jax import checkpoint
+from lvrpo_jax import diagnostics
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import lora
@@ -21,6 +22,7 @@ from lvrpo_jax import losses
 from lvrpo_jax import metrics as metrics_lib
 from lvrpo_jax import ops
 from lvrpo_jax import optim
+from lvrpo_jax import panel
 from lvrpo_jax import pretrain
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
@@ -31,8 +33,6 @@ from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import penalty
 from lvrpo_jax.rewards import remote
 
-UNDERSTANDING = r'layers/und/|norm_und|embed_tokens|lm_head|^vit/|connector'
-"""Parameters of the understanding expert, which may learn at a rate of their own."""
 PICTURES_EVERY = 25
 """Iterations between picture grids in TensorBoard."""
 
@@ -60,7 +60,7 @@ def update(job: job_lib.Job) -> tuple[optax.GradientTransformation, Callable[...
   a, parallel = job.config.align, job.config.parallel
   optimizer = optim.build(
       'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98, 1e-8,
-      0., a.clip_norm, rules=((UNDERSTANDING, a.understand_rate),))
+      0., a.clip_norm, rules=((diagnostics.EXPERTS['understanding'], a.understand_rate),))
   return optimizer, step_lib.compile_step(
       alignment_loss(job), optimizer, job.mesh, micro_batches=parallel.micro_batches,
       group_parts=parallel.group_parts, runner=parallel.runner)
@@ -77,8 +77,9 @@ class Aligner:
     self._replay = job.compile(functools.partial(losses.replay, job.policy))
     self._velocities = job.compile(functools.partial(losses.velocities, job.policy))
     self._answer_logp = job.compile(functools.partial(losses.answer_logp, job.policy))
-    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler))
+    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler, group=a.group))
     self._text_gap = jax.jit(losses.text_gap)
+    self._gradients = job.compile(functools.partial(diagnostics.gradients, alignment_loss(job)))
     self._points = jax.jit(self._points_fn)
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
@@ -169,10 +170,14 @@ class Aligner:
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
     velocities, logp = self._replay(self.params, self.frozen, batch)
-    out = {f'gap/{task}': self._image_gap(v, batch[task].transitions)
-           for task, v in velocities.items()}
+    out = {}
+    for task, v in velocities.items():
+      steps = self._image_gap(v, batch[task].transitions)
+      out[f'gap/{task}'] = jnp.max(steps)
+      out.update({f'gap/{task}/step{k}': steps[k] for k in range(len(steps))})
     if logp is not None:
-      out['gap/understand'] = self._text_gap(logp, batch[pipeline.UNDERSTAND])
+      largest, mean = self._text_gap(logp, batch[pipeline.UNDERSTAND])
+      out.update({'gap/understand': largest, 'gap/understand/mean': mean})
     return out
 
   def with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +222,9 @@ class Aligner:
       b = batch[pipeline.UNDERSTAND]
       batch[pipeline.UNDERSTAND] = b.replace(
           reference_BGT=self._answer_logp(self.reference, self.frozen, b))
+    if a.diagnose_every and (iteration - 1) % a.diagnose_every == 0:  # The first compiles it.
+      metrics.update(self._gradients(self.state.params, self.state, self._frozen(),
+                                     self.with_reference(batch)))
     for _ in range(a.updates):
       self.state, update = self.step(self.state, self._frozen(), self.with_reference(batch))
     metrics.update(update, **self._adapt(update))
@@ -286,11 +294,11 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   aligner = Aligner(job, params, vae_params, siglip_params)
   data = prompt_batches(job)
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
-  start, restored = 0, store.restore(aligner.state)
+  start, restored, watch = 0, store.restore(aligner.state), panel.Watch()
   if restored:
     aligner.state, record = restored
     start = record['iteration']
-    aligner.factors = record['factors']
+    aligner.factors, watch = record['factors'], panel.Watch(record['watch'])
     for task, iterator in data.items():
       iterator.set_state(record['data'][task])
   writer.begin('align', start if restored else -1)
@@ -306,7 +314,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     def save(number, states):
       late.flush()
       store.save(number, aligner.state, {
-          'iteration': number, 'data': states, 'factors': aligner.factors},
+          'iteration': number, 'data': states, 'factors': aligner.factors, 'watch': watch.state},
                  score=np.mean(scores) if scores else math.nan)
       scores.clear()
     saved = start
@@ -322,6 +330,12 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
           save(number - 1, states)
         store.close()
         raise
+      if pipeline.GENERATE in pictures:
+        seen, raised = watch(pictures[pipeline.GENERATE])
+        metrics.update({f'pictures/{name}': value for name, value in seen.items()},
+                       alarms=float(len(watch.state['raised'])))
+        for sentence in raised:
+          logging.warning('iteration %d: %s; the reward may be gamed', number, sentence)
       late.push(number, metrics)
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():

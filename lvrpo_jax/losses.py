@@ -288,14 +288,16 @@ def replay(policy, params, frozen, batch: dict[str, Any]) -> tuple[dict[str, Arr
   return v, None if logits is None else _logp(logits, batch[UNDERSTAND])
 
 
-def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> Array:
-  """Largest absolute log-ratio between rollout and replay."""
+def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions, group: int) -> Array:
+  """Largest absolute log-ratio between rollout and replay at every replayed step, (K,)."""
   s = transitions
   mean = transition_mean(sampler, v_BMNC, s)
-  return jnp.max(jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, s.std_BM,
-                                        flow_objectives.TOKENS)))
+  gap_BM = jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, s.std_BM,
+                                  flow_objectives.TOKENS))
+  return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
 
 
-def text_gap(logp_BGT: Array, b: types.TextExperience) -> Array:
-  """Largest absolute log-ratio of a token between rollout and teacher forcing."""
-  return jnp.max(jnp.abs(jnp.where(b.mask_BGT, logp_BGT - b.logp_BGT, 0.)))
+def text_gap(logp_BGT: Array, b: types.TextExperience) -> tuple[Array, Array]:
+  """Largest and mean absolute log-ratio of a token between rollout and teacher forcing."""
+  gap_BGT = jnp.abs(jnp.where(b.mask_BGT, logp_BGT - b.logp_BGT, 0.))
+  return jnp.max(gap_BGT), ops.masked_mean(gap_BGT, b.mask_BGT)

@@ -90,6 +90,55 @@ def _pixels(groups: list[np.ndarray], everything: np.ndarray) -> dict[str, float
       'pixel_diversity': float(np.mean([(g / 255.).std(axis=1).mean() for g in groups]))}
 
 
+WARM = 5
+"""Iterations that make the first picture of a run, and that a later one is averaged over."""
+
+DRIFTS = {'dark': ('rose', .1), 'luminance': ('fell', .25), 'edge_density': ('fell', .35),
+          'hue_entropy': ('fell', .25)}
+"""As `ALARMS`, for pictures of rollouts; 'dark' is a fraction, the others are relative."""
+
+
+def appearance(images: np.ndarray) -> dict[str, float]:
+  """How uint8 pictures (..., Y, X, 3) look, whatever they show."""
+  pixels = images.reshape(-1, *images.shape[-3:]).astype(np.float32) / 255.
+  light, top = pixels.mean(-1), pixels.max(-1)
+  chroma = top - pixels.min(-1)
+  edges = np.abs(np.diff(light, axis=1)).mean() + np.abs(np.diff(light, axis=2)).mean()
+  r, g, b = (pixels[chroma > .2] - .5).T
+  # Twelve hues by angle around the grey axis.
+  hue = np.floor(np.arctan2(np.sqrt(3.) * (g - b), 2 * r - g - b) / np.pi * 6.).astype(int) % 12
+  return {'luminance': float(light.mean()), 'dark': float((light < .25).mean()),
+          'edge_density': float(edges),
+          'hue_entropy': stats.entropy(collections.Counter(hue.tolist()))}
+
+
+class Watch:
+  """Compares the pictures of rollouts with those of the first iterations.
+
+  `state` is JSON and belongs to a checkpoint.
+  """
+
+  def __init__(self, state: dict[str, Any] | None = None):
+    self.state = state or {'first': [], 'recent': [], 'raised': []}
+
+  def __call__(self, images: np.ndarray) -> tuple[dict[str, float], list[str]]:
+    """Takes the pictures of an iteration; returns their statistics, and new alarms as sentences."""
+    now, s = appearance(images), self.state
+    if len(s['first']) < WARM:
+      s['first'].append(now)
+    s['recent'] = [*s['recent'], now][-WARM:]
+    mean = lambda rows, name: float(np.mean([row[name] for row in rows]))
+    raised = []
+    for name, (direction, bound) in DRIFTS.items():
+      before, after = mean(s['first'], name), mean(s['recent'], name)
+      change = after - before if name == 'dark' else (after - before) / max(before, 1e-9)
+      if name not in s['raised'] and (change if direction == 'rose' else -change) > bound:
+        s['raised'].append(name)
+        raised.append(f'{name.replace("_", " ")} of rollouts {direction} from {before:.3g} to '
+                      f'{after:.3g}')
+    return now, raised
+
+
 def _cell(found: detect.Detection) -> str:
   x0, y0, x1, y1 = found.box
   column, row = int((x0 + x1) / 2 >= shapes.SIZE / 2), int((y0 + y1) / 2 >= shapes.SIZE / 2)

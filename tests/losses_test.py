@@ -234,14 +234,14 @@ class LinearPolicyTest(parameterized.TestCase):
     s = jax.tree.map(np.float32, b.transitions)
     mean = jax.jit(functools.partial(losses.transition_mean, sampler))
     s = s.replace(mean_BMNC=mean(v, s))
-    gap = jax.jit(functools.partial(losses.image_gap, sampler))
-    self.assertEqual(float(gap(v, s)), 0.)
+    gap = jax.jit(functools.partial(losses.image_gap, sampler, group=3))
+    np.testing.assert_array_equal(gap(v, s), [0., 0.])
     moved = np.array(v)
     moved[1, 2] += .01
     d = np.asarray(mean(moved, s) - s.mean_BMNC)
     expected = np.abs((s.noise_BMNC * d)[1, 2].mean() / s.std_BM[1, 2]
                       - (d[1, 2]**2).mean() / (2 * s.std_BM[1, 2]**2))
-    np.testing.assert_allclose(gap(moved, s), expected, rtol=1e-4)
+    np.testing.assert_allclose(gap(moved, s), [expected, 0.], rtol=1e-4)
 
   def test_log_probabilities_and_gap_of_answers(self):
     b = text_case(2, 3, 4, 5, ())
@@ -251,8 +251,8 @@ class LinearPolicyTest(parameterized.TestCase):
     np.testing.assert_array_equal(logp[~b.mask_BGT], 0.)
     first = special.log_softmax(fake_params()['table'][0] / b.temperature_B[1])
     self.assertAlmostEqual(logp[1, 2, 0], first[b.tokens_BGT[1, 2, 0]], places=5)
-    np.testing.assert_allclose(losses.text_gap(logp, b),
-                               np.abs(logp - b.logp_BGT)[b.mask_BGT].max(), rtol=1e-6)
+    gaps = np.abs(logp - b.logp_BGT)[b.mask_BGT]
+    np.testing.assert_allclose(losses.text_gap(logp, b), (gaps.max(), gaps.mean()), rtol=1e-6)
 
   def test_noised_points_lie_on_their_paths(self):
     key_BM = ops.fold_rows(jax.random.key(0), (2, 3))

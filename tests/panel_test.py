@@ -1,5 +1,6 @@
 """Tests of the over-optimisation panel on rendered scenes counted by hand."""
 
+import json
 import math
 
 from absl.testing import absltest
@@ -122,6 +123,63 @@ class AlarmTest(parameterized.TestCase):
                           panel.measure(shown([same], [example()])))
     for name in ('color entropy', 'cell entropy', 'scene diversity'):
       self.assertTrue(any(s.startswith(name) for s in raised), name)
+
+
+def rollouts(rng, count=16):
+  """Pictures of random scenes, as an iteration samples them."""
+  colors, forms = list(shapes.COLORS), list(shapes.SHAPES)
+  return np.stack([picture(*((forms[rng.integers(len(forms))], colors[rng.integers(len(colors))], c)
+                             for c in rng.choice(4, rng.integers(1, 4), replace=False)),
+                           seed=int(rng.integers(1 << 30))) for _ in range(count)])
+
+
+class AppearanceTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    image[0, :, 2:] = 255  # A white half beside a black one.
+    out = panel.appearance(image)
+    self.assertAlmostEqual(out['luminance'], .5)
+    self.assertAlmostEqual(out['dark'], .5)
+    self.assertAlmostEqual(out['edge_density'], 1 / 3)  # One of three steps along a row.
+    self.assertEqual(out['hue_entropy'], 0.)
+    image[0, :2, 2:] = 255, 0, 0
+    image[0, 2:, 2:] = 0, 0, 255
+    self.assertAlmostEqual(panel.appearance(image)['hue_entropy'], math.log(2))
+
+
+class WatchTest(absltest.TestCase):
+
+  def test_a_clean_run_raises_nothing(self):
+    rng, watch = np.random.default_rng(0), panel.Watch()
+    for _ in range(200):
+      _, raised = watch(rollouts(rng))
+      self.assertEmpty(raised)
+
+  def test_a_run_that_goes_dark_is_told_early(self):
+    """The dark share rises from 0.45 to 0.93, as one run's did that gamed its reward."""
+    rng, watch = np.random.default_rng(1), panel.Watch()
+    side = np.arange(64)
+    first = None
+    for number in range(100):
+      dark = .45 + .48 * number / 99
+      images = rng.integers(120, 256, (8, 64, 64, 3)).astype(np.uint8)
+      images[:, :, side < round(64 * dark)] //= 8
+      now, raised = watch(images)
+      if any(sentence.startswith('dark') for sentence in raised):
+        first = now['dark'] if first is None else self.fail('an alarm was raised twice')
+    self.assertBetween(first, .5, .6)
+
+  def test_state_goes_on(self):
+    rng = np.random.default_rng(2)
+    batches = [rollouts(rng) // (1 + n // 6) for n in range(20)]
+    whole = panel.Watch()
+    want = [whole(images) for images in batches]
+    self.assertTrue(any(raised for _, raised in want))
+    half = panel.Watch()
+    got = [half(images) for images in batches[:9]]
+    half = panel.Watch(json.loads(json.dumps(half.state)))
+    self.assertEqual(got + [half(images) for images in batches[9:]], want)
 
 
 if __name__ == '__main__':
