@@ -79,7 +79,8 @@ class Aligner:
     self._answer_logp = job.compile(functools.partial(losses.answer_logp, job.policy))
     self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler, group=a.group))
     self._text_gap = jax.jit(losses.text_gap)
-    self._gradients = job.compile(functools.partial(diagnostics.gradients, alignment_loss(job)))
+    self._gradient = job.compile(functools.partial(diagnostics.part, alignment_loss(job)))
+    self._report = jax.jit(diagnostics.report)
     self._points = jax.jit(self._points_fn)
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
@@ -223,8 +224,10 @@ class Aligner:
       batch[pipeline.UNDERSTAND] = b.replace(
           reference_BGT=self._answer_logp(self.reference, self.frozen, b))
     if a.diagnose_every and (iteration - 1) % a.diagnose_every == 0:  # The first compiles it.
-      metrics.update(self._gradients(self.state.params, self.state, self._frozen(),
-                                     self.with_reference(batch)))
+      given = self.state.params, self.state, self._frozen(), self.with_reference(batch)
+      one, none = np.float32(1), np.float32(0)
+      metrics.update(self._report(self._gradient(*given, one, none),
+                                  self._gradient(*given, none, one)))
     for _ in range(a.updates):
       self.state, update = self.step(self.state, self._frozen(), self.with_reference(batch))
     metrics.update(update, **self._adapt(update))

@@ -38,28 +38,36 @@ def cosine(one: list[Array], two: list[Array]) -> Array:
   return ops.divide(product, ops.global_norm(one) * ops.global_norm(two))
 
 
-def gradients(loss: step.Loss, params: types.Params, state: types.TrainState, frozen: Any,
-              batch: dict[str, Any]) -> dict[str, Array]:
-  """Norms of the gradient by expert, and of the two modalities on the attention they share.
+def part(loss: step.Loss, params: types.Params, state: types.TrainState, frozen: Any,
+         batch: dict[str, Any], answers: Array, images: Array) -> types.Params:
+  """Gradient of the weighted losses of both modalities, penalties included, times 0 or 1 each.
 
-  LVRPO (arXiv 2603.27693) speaks of gradients that decouple; the cosine says whether they do. Both
-  gradients are of the weighted losses, penalties included, so that their sum is the update's.
+  A factor that is an argument costs one program, where two gradients at once cost two.
   """
   weights = loss.weights(batch)
 
-  def terms(params):
+  def total(params):
     sums, _ = loss.sums(params, state, frozen, batch)
-    scaled = {k: loss.coefficients[k] * ops.divide(v, weights[k]) for k, v in sums.items()}
-    answers = pipeline.UNDERSTAND, f'{pipeline.UNDERSTAND}_penalty'
-    return (sum((v for k, v in scaled.items() if k in answers), jnp.float32(0)),
-            sum((v for k, v in scaled.items() if k not in answers), jnp.float32(0)))
-  _, pull = jax.vjp(terms, params)
-  one, none = jnp.float32(1), jnp.float32(0)
-  answers, images = pull((one, none))[0], pull((none, one))[0]
+    out = jnp.float32(0)
+    for name, value in sums.items():
+      factor = answers if name.startswith(pipeline.UNDERSTAND) else images
+      out += factor * loss.coefficients[name] * ops.divide(value, weights[name])
+    return out
+  return jax.grad(total)(params)
+
+
+def report(answers: types.Params, images: types.Params) -> dict[str, Array]:
+  """Norms of the gradient by expert, and of the two modalities on the attention they share.
+
+  LVRPO (arXiv 2603.27693) speaks of gradients that decouple; the cosine says whether they do.
+
+  Args:
+    answers, images: gradients of `part`; their sum is the update's.
+  """
   whole = jax.tree.map(jnp.add, answers, images)
   out = {f'gradient/{name}_expert': ops.global_norm(chosen(whole, pattern))
          for name, pattern in EXPERTS.items()}
   parts = chosen(answers, SHARED), chosen(images, SHARED)
-  for name, part in zip(('answers', 'images'), parts):
-    out[f'gradient/{name}_on_shared'] = ops.global_norm(part)
+  for name, leaves in zip(('answers', 'images'), parts):
+    out[f'gradient/{name}_on_shared'] = ops.global_norm(leaves)
   return {**out, 'gradient/cosine': cosine(*parts)}

@@ -34,7 +34,8 @@ class GradientsTest(absltest.TestCase):
     coefficients = dict(zip(names, (1., .5, 2., .1)))
     weights = dict(zip(names, (np.float32(4), np.float32(2), np.float32(1), np.float32(8))))
     loss = linear_loss(slopes, coefficients, weights)
-    got = jax.jit(lambda p: diagnostics.gradients(loss, p, None, None, None))(params)
+    gradient = jax.jit(lambda p, a, b: diagnostics.part(loss, p, None, None, None, a, b))
+    got = jax.jit(diagnostics.report)(gradient(params, 1., 0.), gradient(params, 0., 1.))
 
     def vector(picked, *path):
       """The weighted sum of some terms' slopes as one vector of the named parts."""
@@ -64,7 +65,8 @@ class GradientsTest(absltest.TestCase):
     rng = np.random.default_rng(1)
     params = make_params(rng)
     loss = linear_loss({'generate': make_params(rng)}, {'generate': 1.}, {'generate': 1.})
-    got = diagnostics.gradients(loss, params, None, None, None)
+    got = diagnostics.report(*(diagnostics.part(loss, params, None, None, None, a, b)
+                               for a, b in ((1., 0.), (0., 1.))))
     self.assertEqual((float(got['gradient/cosine']), float(got['gradient/answers_on_shared'])),
                      (0., 0.))
     self.assertGreater(float(got['gradient/images_on_shared']), 0.)
