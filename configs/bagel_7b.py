@@ -37,7 +37,8 @@ def get_config() -> config_dict.ConfigDict:
       {**released.SCRIPT, 'llm_config': LLM, 'vit_config': VIT})
   config.model.update(dtype='bfloat16', unroll=1, remat='full')
   config.data.update(prompt_words=64, answer_words=64, uniform=False)
-  config.parallel.update(mesh=(-1, 0, 1), rollout_mesh=(-1, 1, 0), joint=True)
+  config.parallel.update(mesh=(-1, 0, 1), rollout_mesh=(-1, 1, 0), joint=True,
+                         group_parts=0)
   config.compile.image_size = 1024
 
   config.sample.shift = 3.

@@ -117,11 +117,11 @@ def get_config() -> config_dict.ConfigDict:
   config.align.updates = 2  # optimizer steps on every rollout
   config.align.rewards = config_dict.ConfigDict()  # component: weight; 0 leaves it out
   config.align.rewards.generate = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.25, dense=0., knowledge=0.25, remote=0.))
+      rules=1., semantic=0.25, dense=0., knowledge=0.25, mutual=0., remote=0.))
   config.align.rewards.understand = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.1, knowledge=0.1, remote=0.))
+      rules=1., semantic=0.1, knowledge=0.1, mutual=0., remote=0.))
   config.align.rewards.edit = config_dict.ConfigDict(dict(
-      rules=1., semantic=0., dense=0., knowledge=0.25, remote=0.))
+      rules=1., semantic=0., dense=0., knowledge=0.25, mutual=0., remote=0.))
   config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)
@@ -238,7 +238,9 @@ def get_config() -> config_dict.ConfigDict:
   config.parallel.joint = False
   config.parallel.runner = 'jit'  # 'jit' over the mesh, or 'pmap' (data parallel)
   config.parallel.micro_batches = 1  # parts a batch is split into, gradients accumulated
-  config.parallel.group_parts = 1  # parts the samples of every prompt are split into as well
+  # Parts the samples of every prompt are split into as well, each with the context anew; 0: one, or
+  # every sample by itself on TPUs of at most 32 GB
+  config.parallel.group_parts = 1
 
   config.log_every = 10  # seconds between log lines where there is no terminal
   config.report = True  # write report.html at the end

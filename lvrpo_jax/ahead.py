@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import time
@@ -95,9 +96,13 @@ def devices(topology: str) -> list[Any]:
   Raises:
     ValueError: no such topology, or libtpu is missing.
   """
+  kind, _, shape = topology.partition(':')
+  cores = math.prod(int(side) for side in shape.split('x') if side.isdigit()) * (
+      2 if kind in ('v4', 'v5p') else 1)
   # libtpu asks the cloud's metadata server where it runs unless it is told.
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{kind}-{cores}')
   try:
     return list(topologies.get_topology_desc(topology, platform='tpu').devices)
   except Exception as error:  # The plugin raises whatever it likes.
@@ -175,7 +180,9 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
                   job.config.data.answer_words + 1)
 
   def train() -> Traced:
-    arguments = state, {'vae': vae(job.mesh)}, batch(job, sharding.rows_sharding(job.mesh))
+    factors = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(job.mesh, P()))
+               for name in losses.FACTORS}
+    arguments = state, {'vae': vae(job.mesh), 'factors': factors}, batch(job, sharding.rows_sharding(job.mesh))
     return Traced(getattr(update, '__wrapped__', update), arguments, job.mesh, 0., 1)
   return {'text': lambda: rollout((pipeline.UNDERSTAND,)),
           'image': lambda: rollout((pipeline.GENERATE, pipeline.EDIT)), 'step': train}
@@ -245,7 +252,7 @@ def passes(job: job_lib.Job, measured: dict[str, Any]) -> float:
   """Bytes moved in a micro-batch, in units of three passes over the parameters in 16 bits."""
   parallel = job.config.parallel
   count = sum(np.prod(x.shape) for x in jax.tree.leaves(weights.template(job, weights.BASE)))
-  turns = parallel.micro_batches * parallel.group_parts
+  turns = parallel.micro_batches * job.group_parts
   return sum(measured['collective_bytes'].values()) / turns / (3 * 2 * float(count))
 
 

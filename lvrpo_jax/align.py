@@ -33,6 +33,8 @@ from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import penalty
 from lvrpo_jax.rewards import remote
 
+B1 = .9
+"""Decay of Adam's momentum."""
 PICTURES_EVERY = 25
 """Iterations between picture grids in TensorBoard."""
 
@@ -59,11 +61,11 @@ def update(job: job_lib.Job) -> tuple[optax.GradientTransformation, Callable[...
   """The optimizer, and the compiled step."""
   a, parallel = job.config.align, job.config.parallel
   optimizer = optim.build(
-      'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), .9, .98, 1e-8,
+      'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), B1, .98, 1e-8,
       0., a.clip_norm, rules=((diagnostics.EXPERTS['understanding'], a.understand_rate),))
   return optimizer, step_lib.compile_step(
       alignment_loss(job), optimizer, job.mesh, micro_batches=parallel.micro_batches,
-      group_parts=parallel.group_parts, runner=parallel.runner)
+      group_parts=job.group_parts, runner=parallel.runner)
 
 
 class Aligner:
@@ -79,14 +81,11 @@ class Aligner:
     self._answer_logp = job.compile(functools.partial(losses.answer_logp, job.policy))
     self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler, group=a.group))
     self._text_gap = jax.jit(losses.text_gap)
-    self._gradient = job.compile(functools.partial(diagnostics.part, alignment_loss(job)))
-    self._report = jax.jit(diagnostics.report)
     self._points = jax.jit(self._points_fn)
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
-    # Of the penalties' weights; empty where these are fixed.
-    self.factors = dict(text=1., image=1.) if a.text_target or a.image_target else {}
+    self.factors = dict.fromkeys(losses.FACTORS, 1.)
     self.full = lambda trained: trained
     trained = params
     if a.lora.rank:
@@ -196,22 +195,23 @@ class Aligner:
             for task, b in batch.items()}
 
   def _frozen(self) -> dict[str, Any]:
-    """What the step reads besides the state: factors of the penalties too, where they adapt."""
-    if not self.factors:
-      return self.frozen
-    return {**self.frozen, 'penalty': {k: np.float32(v) for k, v in self.factors.items()}}
+    """What the step reads besides the state."""
+    return {**self.frozen, 'factors': {k: np.float32(v) for k, v in self.factors.items()}}
 
   def _adapt(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
     """Moves the factors of the penalties towards their targets; returns the new ones."""
     a = self.job.config.align
-    for kind, names in (('text', (f'understand/kl_{a.text_kl}',)), ('image', tuple(
-        f'{task}/{"velocity_mse" if a.image_kl == "velocity" else "kl"}'
-        for task in (pipeline.GENERATE, pipeline.EDIT)))):
-      found = [float(metrics[name]) for name in names if name in metrics]
-      if kind in self.factors and found and a[f'{kind}_target']:
-        self.factors[kind] = penalty.adapted(
-            self.factors[kind], sum(found) / len(found), a[f'{kind}_target'], a.adapt)
-    return {f'penalty/{kind}': value for kind, value in self.factors.items()}
+    drift = 'velocity_mse' if a.image_kl == 'velocity' else 'kl'
+    out = {}
+    for kind, target, names in (
+        ('answers', a.text_target, (f'understand/kl_{a.text_kl}',)),
+        ('images', a.image_target, (f'generate/{drift}', f'edit/{drift}'))):
+      found = [metrics[name] for name in names if name in metrics]
+      if target and found:
+        factor = penalty.adapted(self.factors[f'{kind}_penalty'],
+                                 sum(map(float, found)) / len(found), target, a.adapt)
+        self.factors[f'{kind}_penalty'] = out[f'factor/{kind}_penalty'] = factor
+    return out
 
   def iterate(self, tasks: experience.Tasks, iteration: int
               ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -224,10 +224,8 @@ class Aligner:
       batch[pipeline.UNDERSTAND] = b.replace(
           reference_BGT=self._answer_logp(self.reference, self.frozen, b))
     if a.diagnose_every and (iteration - 1) % a.diagnose_every == 0:  # The first compiles it.
-      given = self.state.params, self.state, self._frozen(), self.with_reference(batch)
-      one, none = np.float32(1), np.float32(0)
-      metrics.update(self._report(self._gradient(*given, one, none),
-                                  self._gradient(*given, none, one)))
+      metrics.update(diagnostics.probe(self.step, self.state, self._frozen(),
+                                       self.with_reference(batch), B1, a.clip_norm))
     for _ in range(a.updates):
       self.state, update = self.step(self.state, self._frozen(), self.with_reference(batch))
     metrics.update(update, **self._adapt(update))

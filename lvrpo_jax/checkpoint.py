@@ -50,6 +50,17 @@ class Checkpoints:
         state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
                        metrics={'score': float(score)} if math.isfinite(score) else None)
 
+  def record(self) -> dict[str, Any] | None:
+    """The newest record alone; None where there is none that can be read."""
+    step = self.latest()
+    if step is None:
+      return None
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
+          'record']
+    except (OSError, ValueError, KeyError):
+      return None
+
   def best(self) -> int | None:
     """Step of the checkpoint of highest score that is kept; the newest one of equals."""
     self._manager.wait_until_finished()

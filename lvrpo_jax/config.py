@@ -76,6 +76,8 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),
     *((f'{k}', COUNT) for k in ('sample.max_tokens', 'convert.shards')),
     ('sample.shift', POSITIVE), ('sample.temperature', NATURAL),
+    ('sample.size', (lambda v: len(v) == 2 and all(isinstance(x, int) and x >= 0 for x in v),
+                     '(width, height) in pixels, 0 for the model\'s own')),
     ('sample.top_p', (lambda v: 0 < v <= 1, 'above 0 and at most 1')),
     *((f'sample.guidance.{task}.renorm', one_of('global', 'channel', 'text_channel'))
       for task in ('generate', 'edit')),
@@ -85,7 +87,7 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
                           "some of 'text', 'image', 'step'")),
     ('parallel.rollout_mesh', (lambda v: len(v) in (0, 3), '() or three sizes')),
     ('parallel.runner', one_of('jit', 'pmap')),
-    *((f'parallel.{k}', COUNT) for k in ('micro_batches', 'group_parts')),
+    ('parallel.micro_batches', COUNT), ('parallel.group_parts', NATURAL),
     ('log_every', POSITIVE),
 )
 
@@ -146,7 +148,8 @@ def _check_shapes(config: ml_collections.ConfigDict):
       ('model.kv_heads', m.kv_heads, 'model.heads', m.heads),
       ('model.vit_heads', m.vit_heads, 'model.vit_width', m.vit_width),
       ('judge.heads', config.judge.heads, 'judge.width', config.judge.width),
-      ('parallel.group_parts', config.parallel.group_parts, 'align.group', config.align.group),
+      ('parallel.group_parts', config.parallel.group_parts or 1, 'align.group',
+       config.align.group),
       *(('parallel.micro_batches', config.parallel.micro_batches, f'{part}.{task}',
          config[part][task]) for part in ('pretrain', 'align') for task in TASKS),
   )

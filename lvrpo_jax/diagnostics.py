@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import re
 from typing import Any
 
 import jax
 from jax import numpy as jnp
+import numpy as np
+import optax
 
 from lvrpo_jax import ops
 from lvrpo_jax import sharding
-from lvrpo_jax import step
 from lvrpo_jax import types
-from lvrpo_jax.data import pipeline
 
 Array = jax.Array
 
@@ -38,22 +39,17 @@ def cosine(one: list[Array], two: list[Array]) -> Array:
   return ops.divide(product, ops.global_norm(one) * ops.global_norm(two))
 
 
-def part(loss: step.Loss, params: types.Params, state: types.TrainState, frozen: Any,
-         batch: dict[str, Any], answers: Array, images: Array) -> types.Params:
-  """Gradient of the weighted losses of both modalities, penalties included, times 0 or 1 each.
+def gradient(before: optax.OptState, after: optax.OptState, norm: Array, decay: float,
+             clip_norm: float) -> types.Params:
+  """The gradient of an update of Adam, read from its momentum: `m' = decay m + (1 - decay) g`.
 
-  A factor that is an argument costs one program, where two gradients at once cost two.
+  Args:
+    norm: global norm of the gradient, which was clipped to `clip_norm`.
   """
-  weights = loss.weights(batch)
-
-  def total(params):
-    sums, _ = loss.sums(params, state, frozen, batch)
-    out = jnp.float32(0)
-    for name, value in sums.items():
-      factor = answers if name.startswith(pipeline.UNDERSTAND) else images
-      out += factor * loss.coefficients[name] * ops.divide(value, weights[name])
-    return out
-  return jax.grad(total)(params)
+  momentum = lambda state: optax.tree_utils.tree_get(state, 'mu')
+  scale = 1. / ((1. - decay) * jnp.minimum(1., clip_norm / jnp.maximum(norm, 1e-30)))
+  return jax.tree.map(lambda new, old: (new - decay * old) * scale, momentum(after),
+                      momentum(before))
 
 
 def report(answers: types.Params, images: types.Params) -> dict[str, Array]:
@@ -62,7 +58,7 @@ def report(answers: types.Params, images: types.Params) -> dict[str, Array]:
   LVRPO (arXiv 2603.27693) speaks of gradients that decouple; the cosine says whether they do.
 
   Args:
-    answers, images: gradients of `part`; their sum is the update's.
+    answers, images: gradients of the losses of either modality; their sum is the update's.
   """
   whole = jax.tree.map(jnp.add, answers, images)
   out = {f'gradient/{name}_expert': ops.global_norm(chosen(whole, pattern))
@@ -71,3 +67,20 @@ def report(answers: types.Params, images: types.Params) -> dict[str, Array]:
   for name, leaves in zip(('answers', 'images'), parts):
     out[f'gradient/{name}_on_shared'] = ops.global_norm(leaves)
   return {**out, 'gradient/cosine': cosine(*parts)}
+
+
+def probe(step: Callable[..., Any], state: types.TrainState, frozen: dict[str, Any], batch: Any,
+          decay: float, clip_norm: float) -> dict[str, Array]:
+  """`report` of an update, by the update's own program on copies of the state.
+
+  It runs twice, with the losses of one modality off each time, so nothing else is compiled.
+  """
+  def one(**off):
+    factors = {**frozen['factors'], **off}
+    after, metrics = step(jax.tree.map(jnp.copy, state), {**frozen, 'factors': factors}, batch)
+    return gradient(state.opt_state, after.opt_state, metrics['grad_norm'], decay, clip_norm)
+  off = np.float32(0)
+  return _report(one(images=off), one(answers=off))
+
+
+_report = jax.jit(report)

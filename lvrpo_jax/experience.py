@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent import futures
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lvrpo_jax.data import tokenizer as tokenizer_lib
 from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.rewards import knowledge
+from lvrpo_jax.rewards import mutual
 from lvrpo_jax.rewards import remote
 from lvrpo_jax.rewards import rules
 from lvrpo_jax.rewards import semantic
@@ -66,6 +68,7 @@ class Collector:
       raise ValueError(f'align.window is {a.window}, but only {len(self.noisy)} of '
                        f'align.steps_per_image = {a.steps_per_image} steps start in '
                        f'(align.noise_low, align.noise_high] = ({a.noise_low}, {a.noise_high}]')
+    self._answer_ids = jnp.asarray(job.answer_ids)
     self._rollout = job.sampler(self.sample)
     self._judge_images = job.compile(self._judge_images_fn)
     self._judge_answers = job.compile(self._judge_answers_fn)
@@ -141,8 +144,11 @@ class Collector:
     return answers, images, pixels
 
   def _judge_images_fn(self, judges: Judges, vae_params, pixels_BGYXC, captions_BL, words_BV,
-                       questions: types.Prompts, answer_B):
-    """Semantic, dense and knowledge values (B, G) of images."""
+                       questions: types.Prompts, answer_B, blind: types.Prompts | None):
+    """Semantic, dense, knowledge and mutual values (B, G) of images.
+
+    `blind` are the questions without an image; None leaves the mutual reward out.
+    """
     B, G = pixels_BGYXC.shape[:2]
     flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
     siglip = lambda *args, method: self.job.judge.apply({'params': judges.siglip}, *args,
@@ -151,35 +157,52 @@ class Collector:
     text, _ = siglip(captions_BL, method='embed_text')
     group = lambda x: x.reshape(B, G, *x.shape[1:])
     spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
-    probability = self._answer(judges.reference, vae_params, spread.replace(source_BYXC=flat))
+    seen = self._answer(judges.reference, vae_params, spread.replace(source_BYXC=flat))
+    probability = knowledge.answer_probabilities(seen, self._answer_ids)
     asked = jnp.ones((B, 1), bool)
+    out = {} if blind is None else {'mutual': mutual.gain(
+        group(seen), self._answer(judges.reference, vae_params, blind)[:, None],
+        jnp.broadcast_to(self._answer_ids[answer_B][:, None], (B, G)))}
     return {
-        'semantic': semantic.similarity(group(image), text[:, None]),
+        **out, 'semantic': semantic.similarity(group(image), text[:, None]),
         'dense': semantic.dense(group(patches), judges.words_VD, words_BV,
                                 top=self.job.config.align.dense_top),
         'knowledge': knowledge.agreement(group(probability)[:, :, None], answer_B[:, None],
                                          asked)}
 
   def _judge_answers_fn(self, judges: Judges, vae_params, prompts: types.Prompts, statements_RL,
-                        answer_BG):
-    """Semantic and knowledge values (B, G) of answers."""
+                        answer_BG, blind: types.Prompts | None):
+    """Semantic, knowledge and mutual values (B, G) of answers; see `_judge_images_fn`."""
     B, G = answer_BG.shape
     siglip = lambda *args, method: self.job.judge.apply({'params': judges.siglip}, *args,
                                                         method=method)[0]
     image = siglip(policy_lib.to_unit(prompts.source_BYXC), method='embed_image')
     text = siglip(statements_RL, method='embed_text').reshape(B, G, -1)
-    probability = self._answer(judges.reference, vae_params, prompts)
+    seen = self._answer(judges.reference, vae_params, prompts)
+    probability = knowledge.answer_probabilities(seen, self._answer_ids)
     agreed = jnp.take_along_axis(probability, jnp.maximum(answer_BG, 0), axis=-1)
-    return {'semantic': semantic.similarity(image[:, None], text),
+    out = {}
+    if blind is not None:
+      token = jnp.where(answer_BG >= 0, self._answer_ids[jnp.maximum(answer_BG, 0)], -1)
+      without = self._answer(judges.reference, vae_params, blind)
+      out['mutual'] = mutual.gain(jnp.broadcast_to(seen[:, None], (B, G, seen.shape[-1])),
+                                  without[:, None], token)
+    return {**out, 'semantic': semantic.similarity(image[:, None], text),
             'knowledge': jnp.where(answer_BG >= 0, agreed, 0.)}
 
   def _answer(self, reference, vae_params, prompts):
-    """The reference's probabilities (B, A) of all answers to a question about an image."""
+    """The reference's logits (B, V) of the first token of an answer."""
     policy = self.job.policy
     cache = policy.prefill(reference, vae_params, prompts)
     start = jnp.full((prompts.ids_BL.shape[0], 1, 1), policy.bos)
-    logits = policy.read(reference, cache, start)[:, 0, 0]
-    return knowledge.answer_probabilities(logits, jnp.asarray(self.job.answer_ids))
+    return policy.read(reference, cache, start)[:, 0, 0]
+
+  def _blind(self, task: str, examples: list[pipeline.Example]) -> types.Prompts | None:
+    """Questions without their images, where the mutual reward of a task has a weight."""
+    if not self.job.config.align.rewards[task].mutual:
+      return None
+    alone = [dataclasses.replace(e, drop_vit=True) for e in examples]
+    return self.job.place(self.job.encoder(pipeline.UNDERSTAND, alone).prompts)
 
   def rollout(self, params, vae_params, tasks: Tasks, iteration: int):
     """Dispatches the rollouts of an iteration.
@@ -217,15 +240,16 @@ class Collector:
     asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
              for e in examples]
     source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)
-    questions = job.encoder(pipeline.UNDERSTAND, [
-        pipeline.Example(e.index, question, source=source, answer='')
-        for e, (question, _) in zip(examples, asked)]).prompts
+    questioned = [pipeline.Example(e.index, question, source=source, answer='')
+                  for e, (question, _) in zip(examples, asked)]
+    questions = job.encoder(pipeline.UNDERSTAND, questioned).prompts
     right = np.array([job.data.answers.index(answer) if answer else 0 for _, answer in asked],
                      np.int32)
     judged = self._judge_images(
         judges, vae_params, pixels, *job.place((
             job.captions([e.prompt for e in examples]),
-            job_lib.key_word_counts(job, [e.prompt for e in examples]), questions, right)))
+            job_lib.key_word_counts(job, [e.prompt for e in examples]), questions, right)),
+        self._blind(task, questioned))
     images, specs = sharding.local_rows(pixels), [e.spec for e in examples]
     if task == pipeline.EDIT:
       correct, parts = rules.edits(detect.detect_components,
@@ -235,7 +259,8 @@ class Collector:
     everywhere = np.ones(parts.shape, bool)
     has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
     values = {'rules': (parts, everywhere),
-              **{k: (sharding.local_rows(v), has_question if k == 'knowledge' else everywhere)
+              **{k: (sharding.local_rows(v),
+                     has_question if k in ('knowledge', 'mutual') else everywhere)
                  for k, v in judged.items()}}
     if task in self._custom:
       values['custom'] = self._custom[task](examples, images)
@@ -256,7 +281,8 @@ class Collector:
     number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
                       np.int32)
     judged = self._judge_answers(judges, vae_params, tasks.prompts[task],
-                                 *job.place((job.captions(statements), number)))
+                                 *job.place((job.captions(statements), number)),
+                                 self._blind(task, examples))
     everywhere = np.ones(correct.shape, bool)
     values = {'rules': (rules.text_reward(correct, well_formed), everywhere),
               **{k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}}

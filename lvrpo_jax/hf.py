@@ -21,6 +21,7 @@ from jax import numpy as jnp
 import numpy as np
 import safetensors
 
+from lvrpo_jax import files
 from lvrpo_jax import types
 from lvrpo_jax.models import layers
 from lvrpo_jax.models import unified
@@ -218,8 +219,12 @@ def _files(path: pathlib.Path, config: Config) -> list[pathlib.Path]:
     return [path]
   if not index.exists():
     raise ValueError(f'neither {path} nor {index} exists')
-  names = json.loads(index.read_text())['weight_map'].values()
-  return [index.with_name(name) for name in sorted(set(names))]
+  return files.indexed(index)
+
+
+def fingerprint(path: _Path, config: Config) -> str:
+  """A digest that tells checkpoints apart; see `files.digest`."""
+  return files.digest(_files(pathlib.Path(path), config))
 
 
 def _open(path: pathlib.Path, config: Config) -> dict[str, _Source]:

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from lvrpo_jax import files
 from lvrpo_jax import types
 from lvrpo_jax.models import siglip
 
@@ -117,6 +118,18 @@ def to_tensor(path: str, row: Row, value: np.ndarray, model: siglip.Siglip, conv
   return value.reshape(1) if path.startswith('logit_') else value
 
 
+def expected_shapes(path: str, row: Row, shape: tuple[int, ...], model: siglip.Siglip
+                    ) -> list[tuple[int, ...]]:
+  """Shapes that the tensor of one of our parameters may have."""
+  ours, out = jax.ShapeDtypeStruct(shape, jnp.float32), []
+  for conv in (True, False):
+    made = jax.eval_shape(lambda x, c=conv: to_tensor(path, row, x, model, c), ours).shape
+    out.append((3 * made[0], *made[1:]) if row.kind == 'fused' else made)
+  if path.startswith('logit_'):
+    out.append(())
+  return list(dict.fromkeys(out))
+
+
 def load(path: str | os.PathLike, model: siglip.Siglip, sharding: types.Params | None = None
          ) -> types.Params:
   """Parameters from `model.safetensors` or its index, tensor by tensor.
@@ -139,11 +152,13 @@ def load(path: str | os.PathLike, model: siglip.Siglip, sharding: types.Params |
       raise ValueError(f'tensor {name} is missing from {path}')
     left.pop(name, None)
     value = known[name].get_tensor(name)
-    try:
-      value = from_tensor(row, value.astype(np.float32), shape)
-    except ValueError as error:
-      raise ValueError(f'tensor {name} in {path} has shape {list(value.shape)}, which does not '
-                       f'give {ours} of {list(shape)}') from error
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise ValueError(f'tensor {name} in {path} has dtype {value.dtype}; expected floats')
+    expected = expected_shapes(ours, row, shape, model)
+    if value.shape not in expected:
+      raise ValueError(f'tensor {name} in {path} has shape {list(value.shape)}; expected '
+                       f'{" or ".join(str(list(s)) for s in expected)} for {ours}')
+    value = from_tensor(row, value.astype(np.float32), shape)
     flat[ours] = (jnp.asarray(value) if where is None else
                   jax.make_array_from_callback(shape, where[ours], lambda i, v=value: v[i]))
   if left:
@@ -176,10 +191,7 @@ def _open(path: pathlib.Path) -> list[Any]:
     single = path / 'model.safetensors'
     path = single if single.exists() else path / 'model.safetensors.index.json'
   try:
-    files = [path]
-    if path.name.endswith('.index.json'):
-      names = json.loads(path.read_text())['weight_map'].values()
-      files = [path.with_name(name) for name in sorted(set(names))]
-    return [safetensors.safe_open(file, 'np') for file in files]
+    parts = files.indexed(path) if path.name.endswith('.index.json') else [path]
+    return [safetensors.safe_open(file, 'np') for file in parts]
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(f'{path} cannot be read: {error}') from error

@@ -185,9 +185,11 @@ class Model:
   def prefill(self, segments: Segments) -> types.Cache:
     """Encodes a context once."""
     sequence = packing.pack([segments], self.form).sequence
-    if self.buckets:
-      sizes = [x.shape[1] for x in (sequence.ids_BL, sequence.patches_BNP, sequence.latents_BNC)]
-      lengths = packing.Lengths(text_bucket(sizes[0]), *sizes[1:])
+    sizes = [x.shape[1] for x in (sequence.ids_BL, sequence.patches_BNP, sequence.latents_BNC)]
+    # A context of nothing, as guidance has without a system prompt, is one of padding.
+    text = sizes[0] if any(sizes) else 1
+    lengths = packing.Lengths(text_bucket(text) if self.buckets else text, *sizes[1:])
+    if lengths.text != sizes[0]:
       sequence = packing.pack([segments], self.form, lengths=lengths).sequence
     return self._prefill(self.params, sequence)
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 from jax import numpy as jnp
 from jax.sharding import Mesh
@@ -26,6 +27,9 @@ from lvrpo_jax.models import unified
 from lvrpo_jax.models import vae as vae_lib
 
 Array = jax.Array
+
+SMALL_CHIPS = ('TPU v3', 'TPU v4', 'TPU v4 lite', 'TPU v5 lite', 'TPU v6 lite')
+"""Kinds of devices of at most 32 GB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,12 @@ class Job:
   def place_copies(self, rows: Any) -> Any:
     """Puts a batch, of which every process holds all rows, on the devices of the mesh."""
     return sharding.shard_copies(rows, self.mesh)
+
+  @property
+  def group_parts(self) -> int:
+    """Parts that the samples of a prompt are split into in an update."""
+    small = self.mesh.devices.flat[0].device_kind in SMALL_CHIPS
+    return self.config.parallel.group_parts or (self.config.align.group if small else 1)
 
   def compile(self, function: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
     """A function under `jit` whose activations follow the job's mesh, or another."""
@@ -162,7 +172,10 @@ def find_architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return mine
   theirs = released.read_config(config.checkpoint)
   if mine:
-    here, there = (dataclasses.asdict(released.model_config(a)) for a in (mine, theirs))
+    sizes = lambda a: {**dataclasses.asdict(released.model_config(a)), **{
+        f'vae_config.{key}': value
+        for key, value in released.autoencoder(a).__dict__.items() if key in a['vae_config']}}
+    here, there = sizes(mine), sizes(theirs)
     for key, value in here.items():
       if value != there[key]:
         raise ValueError(f'config.architecture gives {key} = {value!r}, but the model in '
@@ -195,6 +208,12 @@ def released_policy(config: ml_collections.ConfigDict, data: Any, architecture: 
       attention=m.attention)
   vae, patch = released.autoencoder(architecture), architecture['latent_patch_size']
   if config.checkpoint:
+    mine = dict(bos_token_id=tokens.bos, eos_token_id=tokens.eos,
+                start_of_image=tokens.start_of_image, end_of_image=tokens.end_of_image)
+    if not tokens.added and mine != architecture['special_tokens']:
+      logging.warning('special tokens of the tokenizer in %s are %s, its configuration says %s; '
+                      "the tokenizer's hold", config.checkpoint, mine,
+                      architecture['special_tokens'])
     model = dataclasses.replace(
         model, vocab=max(model.vocab, len(tokens)), start_of_image=tokens.start_of_image,
         end_of_image=tokens.end_of_image)

@@ -100,12 +100,16 @@ class Alignment:
   image_kl: str = 'velocity'
 
 
+FACTORS = ('answers', 'images', 'answers_penalty', 'images_penalty')
+"""What may scale the terms of an update while it runs."""
+
+
 def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   """The GRPO loss of a mixed batch of `types.TextExperience` and `types.ImageExperience`.
 
   Every task is normalised by its own weight, so the total is the weighted sum of what each task
-  alone would give. `frozen` holds 'vae', and where coefficients adapt 'penalty': factors of those
-  of 'text' and 'image'.
+  alone would give. `frozen` holds 'vae', and may hold 'factors' of `FACTORS`, which are arguments
+  and not constants: of all terms of 'answers' and 'images', and of their penalties.
 
   Raises:
     ValueError: unknown objective, or a penalty that does not go with it.
@@ -136,9 +140,11 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
       parts[UNDERSTAND] = _text_sums(a, logits, batch[UNDERSTAND])
     terms, metrics = {}, {}
     for task, (loss, penalty, extra) in parts.items():
-      factors = frozen.get('penalty')
+      factors = frozen.get('factors')
       if factors:
-        penalty = penalty * factors['text' if task == UNDERSTAND else 'image']
+        kind = 'answers' if task == UNDERSTAND else 'images'
+        loss = loss * factors[kind]
+        penalty = penalty * (factors[kind] * factors[f'{kind}_penalty'])
       terms[task], terms[f'{task}_penalty'] = loss, penalty
       metrics.update({f'{task}/{k}': value for k, value in extra.items()})
     return terms, metrics

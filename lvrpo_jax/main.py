@@ -121,6 +121,8 @@ def main(argv: list[str]) -> None:
     prepare(workdir)
     if config.program not in ('compile', 'describe'):
       start_processes()
+    elif 'JAX_PLATFORMS' not in os.environ:
+      jax.config.update('jax_platforms', 'cpu')  # libtpu without a TPU looks for one.
     scores = PROGRAMS[config.program](config, workdir)
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import json
 import os
 import pathlib
 import shutil
@@ -49,34 +50,66 @@ def template(job: job_lib.Job, name: str) -> types.Params:
 
 
 def kept(workdir: pathlib.Path, name: str, like: types.Params,
-         make: Callable[[], types.Params]) -> types.Params:
+         make: Callable[[], types.Params], record: dict[str, Any] | None = None) -> types.Params:
   """Parameters that are made once and then read back."""
-  store = checkpoint.Checkpoints(workdir / 'checkpoints' / name, keep=1)
-  restored = store.restore(like)
-  params = restored[0] if restored else sharding.put(
-      make(), jax.tree.map(lambda leaf: leaf.sharding, like))
-  if not restored:
-    store.save(0, params, {})
+  folder = workdir / 'checkpoints' / name
+  if folder.is_dir():
+    restored = _restored(folder, like)
+    if restored is not None:
+      return restored
+  # Made first: what cannot be made leaves no folder.
+  params = sharding.put(make(), jax.tree.map(lambda leaf: leaf.sharding, like))
+  store = checkpoint.Checkpoints(folder, keep=1)
+  store.save(0, params, record or {})
   store.close()
   return params
 
 
-def stored(job: job_lib.Job, name: str) -> types.Params | None:
-  """Parameters kept in the workdir, or None."""
-  folder = job.workdir / 'checkpoints' / name
-  if not folder.is_dir():
-    return None
+def _restored(folder: pathlib.Path, like: types.Params) -> types.Params | None:
   store = checkpoint.Checkpoints(folder, keep=1)
-  restored = store.restore(template(job, name))
+  restored = store.restore(like)
   store.close()
   return restored[0] if restored else None
 
 
+def stored(job: job_lib.Job, name: str) -> types.Params | None:
+  """Parameters kept in the workdir, or None.
+
+  Raises:
+    ValueError: they were imported from another model than that of `config.checkpoint`.
+  """
+  folder = job.workdir / 'checkpoints' / name
+  if not folder.is_dir():
+    return None
+  if job.config.checkpoint and name in (BASE, VAE):
+    _check_source(job, name, folder)
+  return _restored(folder, template(job, name))
+
+
+def _check_source(job: job_lib.Job, name: str, folder: pathlib.Path) -> None:
+  store = checkpoint.Checkpoints(folder, keep=1)
+  record = store.record() or {}
+  store.close()
+  mine, here = source(job, name), record.get('source', {})
+  if here and here['digest'] != mine['digest']:
+    raise ValueError(f"config.checkpoint is {job.config.checkpoint!r}, but {folder} was imported "
+                     f"from {here['folder']}, whose weights differ; use another --workdir")
+
+
+def _config_of(job: job_lib.Job, name: str) -> hf.Config:
+  return job.policy.vae if name == VAE else job.policy.config
+
+
+def source(job: job_lib.Job, name: str) -> dict[str, str]:
+  """Where the released weights of the policy or the autoencoder come from."""
+  folder = pathlib.Path(job.config.checkpoint)
+  return {'folder': str(folder.resolve()), 'digest': hf.fingerprint(folder, _config_of(job, name))}
+
+
 def read_released(job: job_lib.Job, name: str) -> types.Params:
   """Parameters of the released folder, read straight into their shards."""
-  config = job.policy.vae if name == VAE else job.policy.config
   shardings = jax.tree.map(lambda leaf: leaf.sharding, template(job, name))
-  return hf.load(job.config.checkpoint, config, shardings)
+  return hf.load(job.config.checkpoint, _config_of(job, name), shardings)
 
 
 def base(job: job_lib.Job, name: str) -> types.Params:
@@ -111,13 +144,17 @@ def newest(job: job_lib.Job) -> tuple[types.Params, types.Params]:
 def import_released(job: job_lib.Job) -> None:
   """Writes a released model into the workdir as Orbax checkpoints, sharded over the mesh.
 
+  Nothing is written before all of it has been read.
+
   Raises:
-    ValueError: `config.checkpoint` is not set.
+    ValueError: `config.checkpoint` is not set, its files cannot be read, or the workdir holds
+      another model.
   """
   if not job.config.checkpoint:
     raise ValueError("config.checkpoint is ''; allowed: the folder of a released model")
-  for name in (VAE, BASE):
-    kept(job.workdir, name, template(job, name), lambda name=name: read_released(job, name))
+  for name, params in {name: base(job, name) for name in (VAE, BASE)}.items():
+    kept(job.workdir, name, template(job, name), lambda params=params: params,
+         {'source': source(job, name)})
     logging.info('imported %s into %s', name, job.workdir / 'checkpoints' / name)
 
 
@@ -135,21 +172,37 @@ def export(job: job_lib.Job, target: str | os.PathLike, shards: int) -> None:
   if target.exists():
     raise ValueError(f'config.convert.target is {str(target)!r}, which exists; allowed: a new '
                      'folder')
-  source: Any = job.config.checkpoint
-  if not source:
+  folder = job.config.checkpoint
+  if not folder:
     raise ValueError("config.checkpoint is ''; allowed: the folder of the released model that was "
                      'aligned, whose configuration and tokenizer are copied')
   params, vae_params = newest(job)
   partial = target.with_name(target.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   try:
+    partial.mkdir(parents=True)
     hf.save(params, partial / 'ema.safetensors', job.policy.config, shards)
     hf.save(vae_params, partial / 'ae.safetensors', job.policy.vae)
     for name in COPIED:
-      if (pathlib.Path(source) / name).is_file():
-        shutil.copy(pathlib.Path(source) / name, partial / name)
+      if (pathlib.Path(folder) / name).is_file():
+        shutil.copy(pathlib.Path(folder) / name, partial / name)
+    _set_vocabulary(partial, job.policy.config.vocab)
     partial.rename(target)
+  except OSError as error:
+    raise ValueError(f'config.convert.target is {str(target)!r}, which cannot be written: {error}'
+                     ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   logging.info('exported to %s', target)
+
+
+def _set_vocabulary(folder: pathlib.Path, size: int) -> None:
+  """Makes the configuration say how many rows the exported table has: special tokens may have been
+  appended."""
+  for name, part in (('llm_config.json', ''), ('config.json', 'llm_config')):
+    path = folder / name
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    config = found.get(part, {}) if part else found
+    if config.get('vocab_size', size) != size:
+      config['vocab_size'] = size
+      path.write_text(json.dumps(found, indent=1))

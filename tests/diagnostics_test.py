@@ -4,8 +4,10 @@ from absl.testing import absltest
 import jax
 from jax import numpy as jnp
 import numpy as np
+import optax
 
 from lvrpo_jax import diagnostics
+from lvrpo_jax import optim
 from lvrpo_jax import step as step_lib
 
 
@@ -16,60 +18,69 @@ def make_params(rng):
           'llm2vae': {'kernel': normal(4)}, 'other': normal(2)}
 
 
-def linear_loss(slopes, coefficients, weights):
-  """Every term is a product with a tree, so that its gradient is that tree."""
-  dot = lambda a, b: sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
-  return step_lib.Loss(
-      lambda batch: weights, lambda params, state, frozen, batch: (
-          {name: dot(params, slope) for name, slope in slopes.items()}, {}), coefficients)
-
-
-class GradientsTest(absltest.TestCase):
+class ReportTest(absltest.TestCase):
 
   def test_by_hand(self):
     rng = np.random.default_rng(0)
-    params = make_params(rng)
-    names = ('understand', 'understand_penalty', 'generate', 'edit_penalty')
-    slopes = {name: make_params(rng) for name in names}
-    coefficients = dict(zip(names, (1., .5, 2., .1)))
-    weights = dict(zip(names, (np.float32(4), np.float32(2), np.float32(1), np.float32(8))))
-    loss = linear_loss(slopes, coefficients, weights)
-    gradient = jax.jit(lambda p, a, b: diagnostics.part(loss, p, None, None, None, a, b))
-    got = jax.jit(diagnostics.report)(gradient(params, 1., 0.), gradient(params, 0., 1.))
-
-    def vector(picked, *path):
-      """The weighted sum of some terms' slopes as one vector of the named parts."""
-      total = 0.
-      for name in picked:
-        parts = slopes[name]
-        for key in path[0]:
-          parts = parts[key]
-        kept = [parts[k]['kernel'] for k in path[1]] if len(path) > 1 else jax.tree.leaves(parts)
-        total += coefficients[name] / weights[name] * np.concatenate([np.ravel(x) for x in kept])
-      return total
-    und, gen = ('trunk', 'layers', 'und'), ('trunk', 'layers', 'gen')
+    answers, images = make_params(rng), make_params(rng)
+    got = jax.jit(diagnostics.report)(answers, images)
     norm = np.linalg.norm
-    everything = lambda trunk, head: norm(np.concatenate([vector(names, trunk),
-                                                          vector(names, (head,))]))
-    answers = vector(names[:2], und, ('q_proj', 'o_proj'))
-    images = vector(names[2:], und, ('q_proj', 'o_proj'))
+
+    def vector(tree, *path):
+      """The named part of a gradient as one vector, or only some kernels of it."""
+      for key in path[0]:
+        tree = tree[key]
+      kept = [tree[k]['kernel'] for k in path[1]] if len(path) > 1 else jax.tree.leaves(tree)
+      return np.concatenate([np.ravel(x) for x in kept])
+    und, gen = ('trunk', 'layers', 'und'), ('trunk', 'layers', 'gen')
+    both = jax.tree.map(np.add, answers, images)
+    everything = lambda trunk, head: norm(np.concatenate([vector(both, trunk),
+                                                          vector(both, (head,))]))
+    a, b = (vector(tree, und, ('q_proj', 'o_proj')) for tree in (answers, images))
     want = {'gradient/understanding_expert': everything(und, 'lm_head'),
             'gradient/generation_expert': everything(gen, 'llm2vae'),
-            'gradient/answers_on_shared': norm(answers), 'gradient/images_on_shared': norm(images),
-            'gradient/cosine': answers @ images / norm(answers) / norm(images)}
+            'gradient/answers_on_shared': norm(a), 'gradient/images_on_shared': norm(b),
+            'gradient/cosine': a @ b / norm(a) / norm(b)}
     self.assertEqual(got.keys(), want.keys())
     for name, value in want.items():
-      np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+      np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
-  def test_one_task_alone(self):
-    rng = np.random.default_rng(1)
-    params = make_params(rng)
-    loss = linear_loss({'generate': make_params(rng)}, {'generate': 1.}, {'generate': 1.})
-    got = diagnostics.report(*(diagnostics.part(loss, params, None, None, None, a, b)
-                               for a, b in ((1., 0.), (0., 1.))))
+  def test_one_modality_alone(self):
+    params = make_params(np.random.default_rng(1))
+    got = diagnostics.report(jax.tree.map(np.zeros_like, params), params)
     self.assertEqual((float(got['gradient/cosine']), float(got['gradient/answers_on_shared'])),
                      (0., 0.))
     self.assertGreater(float(got['gradient/images_on_shared']), 0.)
+
+
+class ProbeTest(absltest.TestCase):
+
+  def test_reads_the_gradients_out_of_the_update(self):
+    rng = np.random.default_rng(2)
+    params, slopes = make_params(rng), {name: make_params(rng) for name in ('answers', 'images')}
+    dot = lambda a, b: sum(jnp.sum(x * y)
+                           for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+    def sums(params, state, frozen, batch):
+      return {name: frozen['factors'][name] * dot(params, slope)
+              for name, slope in slopes.items()}, {}
+    loss = step_lib.Loss(lambda batch: dict.fromkeys(slopes, jnp.float32(2)), sums,
+                         {'answers': 1., 'images': 3.})
+    clip = 4.  # Below the norms: gradients are clipped before the momentum sees them.
+    optimizer = optim.build('adamw', optax.constant_schedule(.1), .9, .98, 1e-8, 0., clip)
+    step = jax.jit(step_lib.make_step(loss, optimizer), donate_argnums=0)
+    frozen = {'factors': {name: np.float32(1) for name in slopes}}
+    state = step_lib.init(jax.tree.map(jnp.asarray, params), optimizer)
+    for _ in range(2):  # A momentum of the past is taken off.
+      state, metrics = step(state, frozen, None)
+    self.assertGreater(float(metrics['grad_norm']), clip)
+    got = diagnostics.probe(step, state, frozen, None, .9, clip)
+    want = diagnostics.report(jax.tree.map(lambda x: x / 2, slopes['answers']),
+                              jax.tree.map(lambda x: x * 1.5, slopes['images']))
+    self.assertEqual(got.keys(), want.keys())
+    for name, value in want.items():
+      np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    step(state, frozen, None)  # The state was copied, not given away.
 
 
 if __name__ == '__main__':

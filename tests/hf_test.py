@@ -378,11 +378,35 @@ class ReleasedTest(parameterized.TestCase):
         ({'vit_config': {**vit, 'rope': True}}, 'vit_config.rope is True'),
         ({'interpolate_pos': True}, '^interpolate_pos is True'),
         ({'vit_max_num_patch_per_side': 32}, 'is 32, but the vision tower has 70'),
-        ({'special_tokens': {}}, "no 'start_of_image'")):
+        ({'special_tokens': {}}, 'no special_tokens.start_of_image'),
+        ({'llm_config': {**llm, 'hidden_size': '16'}}, "llm_config.hidden_size is '16'; expected"),
+        ({'llm_config': {**llm, 'num_key_value_heads': 5}}, 'num_attention_heads 28 is no mult'),
+        ({'vit_config': {**vit, 'num_attention_heads': 7}}, 'hidden_size 1152 is no multiple'),
+        ({'vit_config': []}, 'no vit_config')):
       with self.assertRaisesRegex(ValueError, message):
         released.model_config({**self.config, **changed})
     with self.assertRaisesRegex(ValueError, 'downsample is 16; the levels give 8'):
       released.autoencoder({'vae_config': {**self.config['vae_config'], 'downsample': 16}})
+
+  def test_a_tower_that_does_not_say_its_epsilon(self):
+    vit = {k: v for k, v in self.config['vit_config'].items() if k != 'layer_norm_eps'}
+    self.assertEqual(released.model_config({**self.config, 'vit_config': vit}).vit.eps, 1e-6)
+
+  def test_files_that_hold_no_configuration(self):
+    for name, content, message in (
+        ('vit_config.json', b'[1]', 'vit_config.json: it holds no JSON object'),
+        ('vit_config.json', b'{}', 'no vit_config.num_hidden_layers'),
+        ('llm_config.json', b'\xff\xfe', 'cannot read .*llm_config.json'),
+        ('config.json', b'[]', 'config.json: it holds no JSON object')):
+      path = self.folder / name
+      before = path.read_bytes() if path.exists() else None
+      path.write_bytes(content)
+      with self.assertRaisesRegex(ValueError, message):
+        released.read_config(self.folder)
+      if before is None:
+        path.unlink()
+      else:
+        path.write_bytes(before)
 
   def test_absent_folder(self):
     with self.assertRaisesRegex(ValueError, 'config.json'):

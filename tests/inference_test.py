@@ -73,6 +73,21 @@ class ModelTest(parameterized.TestCase):
     self.edit(model, (40, 80), 'remove the circle')
     self.assertNotEqual(programs(), first)  # Another ratio is another program: they are counted.
 
+  def test_guided_picture_without_a_system_prompt(self):
+    """The branch without the text then has nothing before the image."""
+    drawn = []
+    for buckets in (True, False):
+      model = self.model(buckets)
+      contexts, _ = model.contexts('generate', 'a red circle', None, '', jax.random.key(0))
+      self.assertEmpty(contexts.without_text)
+      guidance = guided.Guidance(4., 1., 0., 1., 'global', 0.)
+      drawn.append(model.draw(contexts, (24, 24), guidance, flow.time_grid(3, 1.),
+                              jax.random.key(1)).astype(int))
+      unguided = model.draw(contexts, (24, 24), guided.Guidance(1., 1., 0., 1., 'global', 0.),
+                            flow.time_grid(3, 1.), jax.random.key(1)).astype(int)
+      self.assertGreater(np.abs(drawn[-1] - unguided).max(), 1)
+    self.assertLessEqual(np.abs(drawn[0] - drawn[1]).max(), 1)
+
   def test_padding_of_a_bucket_changes_nothing(self):
     segments = lambda model: [model.text('a red circle')]
     with_room, exact = (model.prefill(segments(model)) for model in (

@@ -12,7 +12,7 @@ PACKAGE = 'lvrpo_jax'
 ROOT = pathlib.Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS = (
-    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops'),
+    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops', 'files'),
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),

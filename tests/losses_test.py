@@ -209,14 +209,14 @@ class LinearPolicyTest(parameterized.TestCase):
       self.assertEqual(float(count), weight)
       self.assertGreater(float(value), 0.)
 
-  def test_factors_of_penalties(self):
+  def test_factors(self):
     batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1), 'understand': text_case(2, 3, 4, 5, ())}
     loss, params = losses.alignment(fake_policy(), NUMBERS), fake_params()
     terms = lambda frozen: loss.sums(params, None, {'vae': None, **frozen}, batch)[0]
     plain = terms({})
-    scaled = terms({'penalty': {'text': 3., 'image': .5}})
-    for name, factor in (('generate', 1.), ('generate_penalty', .5), ('understand', 1.),
-                         ('understand_penalty', 3.)):
+    scaled = terms({'factors': dict(zip(losses.FACTORS, (2., 4., 3., .5), strict=True))})
+    for name, factor in (('generate', 4.), ('generate_penalty', 2.), ('understand', 2.),
+                         ('understand_penalty', 6.)):
       np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-5)
 
   def test_penalty_of_steps_wants_steps(self):

@@ -101,13 +101,24 @@ class ProgramsTest(parameterized.TestCase):
     for before, after in zip(aligned, again, strict=True):
       np.testing.assert_array_equal(before, after)
     # Read with other sizes, the checkpoints would count as unreadable.
+    self.assertEqual(released_folder.vocabulary(exported), released_folder.rows(exported))
+    # Weights that were imported from elsewhere are not taken for those of the folder.
+    imported = self.base / 'imported'
+    self.succeed(imported, '--config.program=convert')
+    kept = sorted(imported.rglob('*'))
+    for args in (('--config.program=convert',), (*SAMPLE, '--config.sample.prompt=a circle')):
+      other = self.call(imported, *args, checkpoint=exported)
+      self.assertEqual(other.returncode, 2, other.stderr[-2000:])
+      self.assertIn(f'was imported from {self.released.resolve()}', other.stderr)
+    self.assertEqual(sorted(p for p in imported.rglob('*') if 'compiled' not in str(p)),
+                     [p for p in kept if 'compiled' not in str(p)])
     other = self.call(workdir, *SAMPLE, '--config.sample.prompt=a circle',
                       '--config.model.width=32')
     self.assertEqual(other.returncode, 2)
     self.assertIn('model.width: 16 there, 32 here', other.stderr)
 
   @parameterized.named_parameters(
-      ('truncated', 'truncated'), ('dtype', 'I32'), ('missing', 'is missing from'),
+      ('truncated', 'truncated'), ('import', 'truncated'), ('dtype', 'I32'), ('missing', 'is missing from'),
       ('contradiction', 'expected [16, 40]'), ('image', 'cannot read image'),
       ('tokenizer', 'no tokenizer at'))
   def test_bad_input_is_named_and_nothing_is_written(self, message):
@@ -116,7 +127,9 @@ class ProgramsTest(parameterized.TestCase):
     shutil.copytree(self.released, folder)
     shard = folder / 'ema-00001-of-00002.safetensors'
     args = [*SAMPLE, '--config.sample.prompt=a circle']
-    if case == 'truncated':
+    if case == 'import':
+      args = ['--config.program=convert']
+    if case in ('truncated', 'import'):
       shard.write_bytes(shard.read_bytes()[:-100])
     elif case in ('dtype', 'missing'):
       tensors = safetensors.load_file(shard)

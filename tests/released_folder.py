@@ -7,6 +7,7 @@ import pathlib
 import jax
 from jax import numpy as jnp
 import numpy as np
+from safetensors import numpy as safetensors
 
 from lvrpo_jax import hf
 from lvrpo_jax.data import grammar
@@ -35,6 +36,20 @@ def configuration(tokenizer: tokenizer_lib.Tokenizer) -> dict:
       'vae_config': {'in_channels': 3, 'out_ch': 3, 'ch': 32, 'ch_mult': [1, 1, 1],
                      'num_res_blocks': 1, 'z_channels': 4, 'downsample': 4,
                      'scale_factor': 0.4, 'shift_factor': 0.1}}
+
+
+def vocabulary(folder: pathlib.Path) -> int:
+  """Size of the vocabulary that the configuration of a folder names."""
+  return json.loads((folder / 'llm_config.json').read_text())['vocab_size']
+
+
+def rows(folder: pathlib.Path) -> int:
+  """Rows of the embedding table in a folder."""
+  for path in folder.glob('ema*.safetensors'):
+    found = safetensors.load_file(path)
+    if (name := 'language_model.model.embed_tokens.weight') in found:
+      return len(found[name])
+  raise AssertionError(f'{folder} holds no embedding table')
 
 
 def write(folder: pathlib.Path, shards: int = 2) -> pathlib.Path:

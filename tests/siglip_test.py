@@ -81,6 +81,27 @@ class FilesTest(parameterized.TestCase):
         'text_model.encoder.layers.0.mlp.fc1.weight': (64, 32), 'logit_scale': (1,)}.items():
       self.assertEqual(tensors[name].shape, shape, name)
 
+  @parameterized.parameters(
+      ('vision_model.encoder.layers.0.mlp.fc1.weight', lambda x: x.T.copy()),
+      ('text_model.embeddings.token_embedding.weight', lambda x: x.T.copy()),
+      ('vision_model.embeddings.position_embedding.weight', lambda x: x.reshape(8, 64)),
+      ('vision_model.head.attention.in_proj_weight', lambda x: x.T.copy()),
+      ('text_model.embeddings.token_embedding.weight', lambda x: x.astype(np.int32)),
+      ('logit_scale', lambda x: x.astype(np.int32)))
+  def test_nothing_is_bent_into_shape(self, name, change):
+    hf_siglip.save(self.params, self.path, self.model)
+    tensors = safetensors_numpy.load_file(self.path)
+    tensors[name] = change(tensors[name])
+    safetensors_numpy.save_file(tensors, self.path)
+    with self.assertRaisesRegex(ValueError, f'tensor {name} in .* expected'):
+      hf_siglip.load(self.folder, self.model)
+
+  def test_an_index_that_is_none(self):
+    for content in ('{}', '[]', 'no JSON'):
+      (self.folder / 'model.safetensors.index.json').write_text(content)
+      with self.assertRaisesRegex(ValueError, 'model.safetensors.index.json is no index'):
+        hf_siglip.load(self.folder, self.model)
+
   @parameterized.parameters('missing', 'unknown', 'misshapen', 'truncated')
   def test_a_bad_file_is_named(self, fault):
     hf_siglip.save(self.params, self.path, self.model)

@@ -111,6 +111,26 @@ class FilesTest(absltest.TestCase):
     t = tokenizer_lib.from_path(self.folder)
     self.assertEqual((t.eos, t.added), (2, 3))
 
+  def test_tokens_beside_the_vocabulary_keep_their_ids(self):
+    size = len(self.write_bpe())
+    ids = {'<|endoftext|>': size, SPECIAL[0]: size + 1, SPECIAL[1]: size + 2, '<tool>': size + 3,
+           SPECIAL[2]: size + 4, SPECIAL[3]: size + 5}
+    names = list(ids)
+    (self.folder / 'added_tokens.json').write_text(
+        json.dumps({name: ids[name] for name in reversed(names[:3])}))
+    (self.folder / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': {
+        str(ids[name]): {'content': name} for name in names}}))
+    t = tokenizer_lib.from_path(self.folder)
+    self.assertEqual((t.added, t.bos, t.eos, t.start_of_image, t.end_of_image),
+                     (0, size + 1, size + 2, size + 4, size + 5))
+    (self.folder / 'tokenizer_config.json').unlink()
+    (self.folder / 'added_tokens.json').write_text(json.dumps({SPECIAL[0]: size + 7}))
+    with self.assertRaisesRegex(ValueError, f'should have id {size + 7}, but would have {size}'):
+      tokenizer_lib.from_path(self.folder)
+    (self.folder / 'added_tokens.json').write_text('[')
+    with self.assertRaisesRegex(ValueError, 'cannot read .*added_tokens.json'):
+      tokenizer_lib.from_path(self.folder)
+
   def test_missing(self):
     for path in (self.folder, self.folder / 'gone'):
       with self.assertRaisesRegex(FileNotFoundError, f'{path}.*tokenizer.json.*merges.txt'):

@@ -82,12 +82,13 @@ def load_image(source: str | os.PathLike | bytes) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(source) if in_memory else source) as image:
       return np.array(_to_rgb(image))
-  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise ValueError(f'cannot read image {name}: {error}') from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  if not image.has_transparency_data:
+  # As the released code: transparency counts in RGBA and where a file marks a colour, not in LA.
+  if image.mode != 'RGBA' and 'transparency' not in image.info:
     return image.convert('RGB')
   rgba = image.convert('RGBA')
   white = Image.new('RGB', image.size, (255, 255, 255))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+import json
 import os
 
 import tokenizers
@@ -84,15 +85,46 @@ def from_path(path: str | os.PathLike[str]) -> Tokenizer:
     except Exception as error:  # The Rust binding raises bare Exception for any bad file.
       raise ValueError(f'{single} is no tokenizer file: {error}') from error
   if os.path.isfile(vocab) and os.path.isfile(merges):
-    backend = tokenizers.Tokenizer(token_models.BPE.from_file(vocab, merges))
+    try:
+      backend = tokenizers.Tokenizer(token_models.BPE.from_file(vocab, merges))
+    except Exception as error:  # As above.
+      raise ValueError(f'{vocab} and {merges} are no tokenizer: {error}') from error
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = tokenizers.decoders.ByteLevel()
+    _add_tokens(backend, path)
     return Tokenizer(backend)
   raise FileNotFoundError(
       f'no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt')
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
+  """Adds the tokens that stand in files beside the vocabulary, at the ids that those give.
+
+  Raises:
+    ValueError: a file cannot be read, or its ids do not follow on the vocabulary's.
+  """
+  wanted: dict[str, int] = {}
+  for name, read in (
+      ('added_tokens.json', lambda found: found),
+      ('tokenizer_config.json', lambda found: {
+          entry['content']: int(number)
+          for number, entry in found.get('added_tokens_decoder', {}).items()})):
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):
+      try:
+        with open(path, encoding='utf-8') as file:
+          wanted.update(read(json.load(file)))
+      except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'cannot read {path}: {error!r}') from error
+  for token, number in sorted(wanted.items(), key=lambda item: item[1]):
+    if backend.token_to_id(token) is None:
+      backend.add_special_tokens([token])
+    if backend.token_to_id(token) != number:
+      raise ValueError(f'{folder}: token {token!r} should have id {number}, but would have '
+                       f'{backend.token_to_id(token)}')
 
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -41,6 +41,10 @@ _REQUIRED = {
 """The values that this implementation has; another one must not pass silently."""
 
 
+LAYER_NORM_EPS = 1e-6
+"""Of a vision tower whose file does not say: SigLIP's."""
+
+
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
   """One dictionary with `llm_config`, `vit_config`, `vae_config` and the sizes of the rest.
 
@@ -55,14 +59,18 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
   def read(name: str) -> dict[str, Any]:
     try:
-      return json.loads((folder / name).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+      found = json.loads((folder / name).read_text())
+    except (OSError, ValueError) as error:  # No JSON, or no text.
       raise ValueError(f'cannot read {folder / name}: {error}') from error
+    if not isinstance(found, dict):
+      raise ValueError(f'cannot read {folder / name}: it holds no JSON object')
+    return found
 
   if not (folder / 'llm_config.json').exists():
     return read('config.json')
   vit = read('vit_config.json')
-  vit = {**vit, 'rope': False, 'num_hidden_layers': vit['num_hidden_layers'] - 1}
+  layers = _number({'vit_config': vit}, 'vit_config', 'num_hidden_layers')
+  vit = {**vit, 'rope': False, 'num_hidden_layers': layers - 1}
   said = read('config.json') if (folder / 'config.json').exists() else {}
   own = {key: said[key] for key in SCRIPT if key in said}
   # A full description of an autoencoder replaces the released one; two of its numbers do not.
@@ -72,45 +80,75 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
           'vit_config': vit}
 
 
+def _number(config: Mapping[str, Any], part: str, key: str, kind: type = int,
+            default: float | None = None) -> Any:
+  """A number of the configuration; `part` is '' for the top.
+
+  Raises:
+    ValueError: it is missing or no number of this kind.
+  """
+  given = config.get(part) if part else config
+  name = f'{part}{"." * bool(part)}{key}'
+  if not isinstance(given, Mapping) or key not in given:
+    if default is not None:
+      return default
+    raise ValueError(f'the configuration has no {name}')
+  value = given[key]
+  if isinstance(value, bool) or not isinstance(value, (int, kind)):
+    raise ValueError(f'{name} is {value!r}; expected a number ({kind.__name__})')
+  return value
+
+
+def _check_required(config: Mapping[str, Any]) -> None:
+  for part, required in _REQUIRED.items():
+    given = config.get(part) if part else config
+    if not isinstance(given, Mapping):
+      raise ValueError(f'the configuration has no {part}')
+    for key, value in required.items():
+      if given.get(key, value) != value:
+        raise ValueError(f'{part}{"." * bool(part)}{key} is {given[key]!r}; supported: {value!r}')
+
+
+def _check_divides(part: str, whole: str, size: int, by: str, count: int) -> None:
+  if count < 1 or size % count:
+    raise ValueError(f'{part}.{whole} {size} is no multiple of {part}.{by} {count}')
+
+
 def model_config(config: Mapping[str, Any]) -> unified.ModelConfig:
   """Sizes of the model from the dictionary of `read_config`.
 
   Raises:
     ValueError: a key is missing, or its value is one that this implementation does not have.
   """
-  try:
-    return _model_config(config)
-  except KeyError as error:
-    raise ValueError(f'the configuration has no {error}') from error
-
-
-def _model_config(config: Mapping[str, Any]) -> unified.ModelConfig:
-  for part, required in _REQUIRED.items():
-    given = config[part] if part else config
-    for key, value in required.items():
-      if given.get(key, value) != value:
-        raise ValueError(f'{part}{"." * bool(part)}{key} is {given[key]!r}; supported: {value!r}')
-  llm, vit, special = config['llm_config'], config['vit_config'], config['special_tokens']
-  side = config['vit_max_num_patch_per_side']
-  if vit['image_size'] // vit['patch_size'] != side:
-    raise ValueError(f'vit_max_num_patch_per_side is {side}, but the vision tower has '
-                     f"{vit['image_size'] // vit['patch_size']} patches a side")
-  if llm['hidden_size'] % llm['num_attention_heads']:
-    raise ValueError(f"hidden_size {llm['hidden_size']} is no multiple of the "
-                     f"{llm['num_attention_heads']} heads")
+  _check_required(config)
+  top = lambda key: _number(config, '', key)
+  llm = lambda key, *kind: _number(config, 'llm_config', key, *kind)
+  vit = lambda key, *kind: _number(config, 'vit_config', key, *kind)
+  special = lambda key: _number(config, 'special_tokens', key)
+  side, patches = top('vit_max_num_patch_per_side'), vit('image_size') // vit('patch_size')
+  if patches != side:
+    raise ValueError(f'vit_max_num_patch_per_side is {side}, but the vision tower has {patches} '
+                     'patches a side')
+  width, heads = llm('hidden_size'), llm('num_attention_heads')
+  _check_divides('llm_config', 'hidden_size', width, 'num_attention_heads', heads)
+  _check_divides('llm_config', 'num_attention_heads', heads, 'num_key_value_heads',
+                 llm('num_key_value_heads'))
+  _check_divides('vit_config', 'hidden_size', vit('hidden_size'), 'num_attention_heads',
+                 vit('num_attention_heads'))
+  if width // heads % 2:
+    raise ValueError(f'llm_config.hidden_size {width} gives {heads} heads of odd width')
   return unified.ModelConfig(
-      vocab=llm['vocab_size'], width=llm['hidden_size'], depth=llm['num_hidden_layers'],
-      heads=llm['num_attention_heads'], kv_heads=llm['num_key_value_heads'],
-      ff_width=llm['intermediate_size'],
-      latent_channels=config['latent_patch_size'] ** 2 * config['vae_config']['z_channels'],
-      latent_side=config['max_latent_size'],
+      vocab=llm('vocab_size'), width=width, depth=llm('num_hidden_layers'), heads=heads,
+      kv_heads=llm('num_key_value_heads'), ff_width=llm('intermediate_size'),
+      latent_channels=top('latent_patch_size') ** 2 * _number(config, 'vae_config', 'z_channels'),
+      latent_side=top('max_latent_size'),
       vit=unified.VitConfig(
-          width=vit['hidden_size'], depth=vit['num_hidden_layers'],
-          heads=vit['num_attention_heads'], ff_width=vit['intermediate_size'],
-          patch=vit['patch_size'], side=side, eps=vit['layer_norm_eps']),
-      start_of_image=special['start_of_image'], end_of_image=special['end_of_image'],
-      eps=llm['rms_norm_eps'], rope_theta=llm['rope_theta'],
-      freeze_und=llm.get('freeze_und', False))
+          width=vit('hidden_size'), depth=vit('num_hidden_layers'),
+          heads=vit('num_attention_heads'), ff_width=vit('intermediate_size'),
+          patch=vit('patch_size'), side=side, eps=vit('layer_norm_eps', float, LAYER_NORM_EPS)),
+      start_of_image=special('start_of_image'), end_of_image=special('end_of_image'),
+      eps=llm('rms_norm_eps', float), rope_theta=llm('rope_theta', float),
+      freeze_und=config['llm_config'].get('freeze_und', False))
 
 
 def autoencoder(config: Mapping[str, Any]) -> vae.Autoencoder:
