@@ -114,6 +114,8 @@ def get_config() -> config_dict.ConfigDict:
   config.align.edit = 8
   config.align.weights = config_dict.ConfigDict(dict(  # of the task losses
       generate=1., understand=1., edit=1.))
+  # Further rounds of fresh prompts that replace those whose samples are all worth the same (DAPO)
+  config.align.refill = 0
   config.align.updates = 2  # optimizer steps on every rollout
   config.align.rewards = config_dict.ConfigDict()  # component: weight; 0 leaves it out
   config.align.rewards.generate = config_dict.ConfigDict(dict(

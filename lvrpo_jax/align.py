@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import functools
 import math
 from typing import Any
@@ -24,6 +24,7 @@ from lvrpo_jax import ops
 from lvrpo_jax import optim
 from lvrpo_jax import panel
 from lvrpo_jax import pretrain
+from lvrpo_jax import refill
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
 from lvrpo_jax import types
@@ -66,6 +67,9 @@ def update(job: job_lib.Job) -> tuple[optax.GradientTransformation, Callable[...
   return optimizer, step_lib.compile_step(
       alignment_loss(job), optimizer, job.mesh, micro_batches=parallel.micro_batches,
       group_parts=job.group_parts, runner=parallel.runner)
+
+
+Draw = Callable[[Iterable[str]], experience.Tasks]
 
 
 class Aligner:
@@ -124,39 +128,49 @@ class Aligner:
                                  self.job.config.pretrain.shift)
     return points.x_t, points.t
 
-  def collect(self, tasks: experience.Tasks, iteration: int
+  def collect(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None
               ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
     """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
-    c, a, vae_params = self.collector, self.job.config.align, self.frozen['vae']
+    c, rounds = self.collector, self.job.config.align.refill
+    found, metrics = self._sample(tasks, iteration)
+    if rounds:
+      found, filled = refill.fill(found, rounds, lambda names: self._sample(
+          draw(names), iteration)[0])
+      metrics.update(filled)
+    batch = {}
+    for task, s in found.items():
+      advantage = c.advantages[task](s.rewards)
+      batch[task] = s.experience.replace(advantage_BG=advantage.value_BG,
+                                         valid_BG=advantage.valid_BG)
+      metrics.update(experience.reward_metrics(task, s.rewards, s.facts, advantage))
+    return self.job.place_rows(batch), metrics, {
+        task: sharding.local_rows(s.pixels) for task, s in found.items() if s.pixels is not None}
+
+  def _sample(self, tasks: experience.Tasks, iteration: int
+              ) -> tuple[dict[str, refill.Sampled], dict[str, Any]]:
+    """One round: what was sampled for every task, with its rewards, and metrics."""
+    c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
     answers, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
     asked = c.ask(tasks, answers, pixels)
     replayed = c.replayed(iteration)
-    batch, metrics = {}, {'window': replayed[0]}
+    out, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
                                        iteration, asked)
-      placed = self.job.place(rewards)
-      advantage = c.advantages[task](placed)
       steps = experience.transitions(rollout, replayed, c.grid, c.eta_T)
-      batch[task] = types.ImageExperience(
+      out[task] = refill.Sampled(types.ImageExperience(
           tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC, steps.time_BM, None,
-          None, advantage.value_BG, advantage.valid_BG)
-      metrics.update(reward_metrics(task, placed, self.job.place(facts), advantage))
+          None, None, None), place(rewards), place(facts), pixels[task])
     if answers is not None:
-      task = pipeline.UNDERSTAND
       metrics['gap/decode'] = answers.drift
       rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params, asked)
-      placed = self.job.place(rewards)
-      advantage = c.advantages[task](placed)
-      rows = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
-      batch[task] = types.TextExperience(
-          tasks.prompts[task], answers.tokens_BGT, answers.logp_BGT, answers.mask_BGT,
-          rows, None, advantage.value_BG, advantage.valid_BG)
-      metrics.update(reward_metrics(task, placed, self.job.place(facts), advantage))
+      temperature_B = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
+      out[pipeline.UNDERSTAND] = refill.Sampled(types.TextExperience(
+          tasks.prompts[pipeline.UNDERSTAND], answers.tokens_BGT, answers.logp_BGT,
+          answers.mask_BGT, temperature_B, None, None, None), place(rewards), place(facts), None)
     metrics.update({f'judge/{task}/{name}': value for task, future in asked.items()
                     for name, value in future.result().stats.items()})
-    return self.job.place_rows(batch), metrics, {
-        task: sharding.local_rows(image) for task, image in pixels.items()}
+    return out, metrics
 
   def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Velocities of any policy at the points of a batch."""
@@ -213,11 +227,12 @@ class Aligner:
         self.factors[f'{kind}_penalty'] = out[f'factor/{kind}_penalty'] = factor
     return out
 
-  def iterate(self, tasks: experience.Tasks, iteration: int
+  def iterate(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None
               ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One whole iteration; returns its metrics and pictures."""
+    """One whole iteration; returns its metrics and pictures. `draw` gives fresh prompts of some
+    tasks, where `align.refill` asks for them."""
     a = self.job.config.align
-    batch, metrics, pictures = self.collect(tasks, iteration)
+    batch, metrics, pictures = self.collect(tasks, iteration, draw)
     metrics.update(self.gaps(batch))
     if pipeline.UNDERSTAND in batch:
       b = batch[pipeline.UNDERSTAND]
@@ -237,23 +252,6 @@ class Aligner:
           old=self._mix(self.state.old, self.state.params, jnp.float32(decay)))
       metrics['old_decay'] = decay
     return metrics, pictures
-
-
-def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, Any],
-                   advantage: Any) -> dict[str, Any]:
-  """Per component: mean, deviation in the group, share of the advantage, dead groups."""
-  out = {f'accuracy/{task}/{name}': sharding.whole(value).mean() for name, value in facts.items()}
-  for name, reward in rewards.items():
-    valid = sharding.whole(reward.valid_BG)
-    value = np.where(valid, sharding.whole(reward.value_BG), np.nan)
-    whole = valid.any(axis=1)
-    out[f'reward/{task}/{name}'] = np.nanmean(value) if whole.any() else 0.
-    out[f'deviation/{task}/{name}'] = (
-        np.nanstd(value[whole], axis=1).mean() if whole.any() else 0.)
-    out[f'invalid/{task}/{name}'] = 1. - valid.mean()
-    out[f'share/{task}/{name}'] = advantage.share[name]
-    out[f'dead/{task}/{name}'] = advantage.dead[name]
-  return out
 
 
 def score(scalars: dict[str, float], key: str) -> float:
@@ -312,6 +310,11 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       writer.write('align', number, scalars)
       scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
+    def draw(names):
+      drawn = {task: next(data[task]) for task in names}
+      return experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
+                              {t: job.place(d[1]) for t, d in drawn.items()})
+
     def save(number, states):
       late.flush()
       store.save(number, aligner.state, {
@@ -321,11 +324,8 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     saved = start
     for number in range(start + 1, a.steps + 1):
       states = {task: iterator.get_state() for task, iterator in data.items()}
-      drawn = {task: next(iterator) for task, iterator in data.items()}
-      tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
-                               {t: job.place(d[1]) for t, d in drawn.items()})
       try:
-        metrics, pictures = aligner.iterate(tasks, number)
+        metrics, pictures = aligner.iterate(draw(data), number, draw)
       except remote.JudgeUnavailable:
         if number - 1 > saved:  # The state is that of the iteration before.
           save(number - 1, states)

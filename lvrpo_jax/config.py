@@ -55,7 +55,7 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('align.text_kl', one_of('k1', 'k2', 'k3', 'k3_ratio')),
     ('align.image_kl', one_of('velocity', 'gaussian', 'gaussian_per_time')),
     *((f'align.{k}', NATURAL) for k in ('text_target', 'image_target', 'adapt')),
-    ('align.keep_best', NATURAL), ('align.diagnose_every', NATURAL), ('align.finish', one_of('last', 'best')),
+    ('align.keep_best', NATURAL), ('align.refill', NATURAL), ('align.diagnose_every', NATURAL), ('align.finish', one_of('last', 'best')),
     ('align.group', (lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings')),
     ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),
     ('align.advantage', one_of('gdpo', 'sum')), ('align.ddof', one_of(0, 1)),

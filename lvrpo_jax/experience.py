@@ -73,6 +73,7 @@ class Collector:
     self._judge_images = job.compile(self._judge_images_fn)
     self._judge_answers = job.compile(self._judge_answers_fn)
     self._remote_tasks = [t for t in pipeline.TASKS if a[t] and a.rewards[t].remote]
+    self._apart = bool(self._remote_tasks or a.refill)
     self._custom = {
         task: job_lib.load_symbol(a.custom[task], f'align.custom.{task}')
         for task in pipeline.TASKS if a.custom[task]}
@@ -210,8 +211,9 @@ class Collector:
     Answers and pixels come back on the job's mesh; trajectories stay where they are until
     `job.place_rows` takes what the update reads of them.
     """
-    # One task after the other where a remote judge scores one while the next is sampled.
-    parts = ([{task: p} for task, p in tasks.prompts.items()] if self._remote_tasks else
+    # One task after the other where a remote judge scores one while the next is sampled, or where
+    # some are sampled again.
+    parts = ([{task: p} for task, p in tasks.prompts.items()] if self._apart else
              [tasks.prompts])
     found = [self._rollout(params, vae_params, prompts, jnp.int32(iteration)) for prompts in parts]
     answers = next((a for a, _, _ in found if a is not None), None)
@@ -222,7 +224,7 @@ class Collector:
           ) -> dict[str, futures.Future]:
     """Sends what was sampled to the remote judge; the scores by task come later."""
     out = {}
-    for task in self._remote_tasks:
+    for task in (t for t in self._remote_tasks if t in tasks.prompts):
       outputs = (self._texts(answers.tokens_BGT) if task == pipeline.UNDERSTAND else
                  sharding.local_rows(pixels[task]))
       out[task] = self.remote.submit(task, tasks.examples[task], outputs)
@@ -322,3 +324,20 @@ def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta
       first_time_BM=jnp.broadcast_to(grid[1], (rows, count * group)), eta_BM=wide(eta_T),
       noise_BMNC=cut(rollout.noise_TBGNC), mean_BMNC=cut(rollout.mean_TBGNC),
       std_BM=wide(rollout.std_T))
+
+
+def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, Any],
+                   advantage: Any) -> dict[str, Any]:
+  """Per component: mean, deviation in the group, share of the advantage, dead groups."""
+  out = {f'accuracy/{task}/{name}': sharding.whole(value).mean() for name, value in facts.items()}
+  for name, reward in rewards.items():
+    valid = sharding.whole(reward.valid_BG)
+    value = np.where(valid, sharding.whole(reward.value_BG), np.nan)
+    whole = valid.any(axis=1)
+    out[f'reward/{task}/{name}'] = np.nanmean(value) if whole.any() else 0.
+    out[f'deviation/{task}/{name}'] = (
+        np.nanstd(value[whole], axis=1).mean() if whole.any() else 0.)
+    out[f'invalid/{task}/{name}'] = 1. - valid.mean()
+    out[f'share/{task}/{name}'] = advantage.share[name]
+    out[f'dead/{task}/{name}'] = advantage.dead[name]
+  return out

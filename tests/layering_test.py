@@ -16,7 +16,7 @@ LAYERS = (
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'evaluate', 'pretrain', 'align', 'run',
+    ('losses', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'refill', 'evaluate', 'pretrain', 'align', 'run',
      'inference', 'weights', 'sample', 'ahead'),
     ('main', 'report', 'summary'),
 )

@@ -14,6 +14,10 @@ from lvrpo_jax import types
 Array = jax.Array
 
 
+CONSTANT = 1e-6
+"""Deviation below which a group counts as constant."""
+
+
 class Advantages(NamedTuple):
   """`value_BG` is 0 and `valid_BG` False where any component failed.
 
@@ -103,6 +107,6 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
   variance = ops.masked_mean(jnp.square(value), valid)
   share = {name: ops.divide(ops.masked_mean(value * part / divide, valid), variance)
            for name, part in parts.items()}
-  dead = {name: jnp.mean(group_statistics(r.value_BG, valid)[1] < 1e-6)
+  dead = {name: jnp.mean(group_statistics(r.value_BG, valid)[1] < CONSTANT)
           for name, r in rewards.items()}
   return Advantages(jnp.clip(value, -clip, clip), valid, share, dead)

@@ -1,0 +1,87 @@
+"""Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): prompts that teach nothing are replaced.
+
+A group whose rewards are all alike has no advantage. Fresh prompts are sampled in further rounds of
+the same shape, and those whose groups vary take the places of those that do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import sharding
+from lvrpo_jax import types
+from lvrpo_jax.objectives import advantage
+
+
+class Sampled(NamedTuple):
+  """What a task has sampled and how it was scored; every array has a leading axis of prompts.
+
+  Attributes:
+    experience: what an update reads, without advantages.
+    rewards: components by name.
+    facts: for the log.
+    pixels: uint8 (B, G, Y, X, 3), or None for answers.
+  """
+  experience: Any
+  rewards: dict[str, types.Rewards]
+  facts: dict[str, Any]
+  pixels: Any
+
+
+def informative(rewards: dict[str, types.Rewards]) -> np.ndarray:
+  """Which prompts (B,) have a component that varies among their valid samples."""
+  valid = np.stack([sharding.whole(r.valid_BG) for r in rewards.values()]).all(0)
+  spread = [advantage.group_statistics(sharding.whole(r.value_BG), valid)[1]
+            for r in rewards.values()]
+  return np.max([np.asarray(s)[:, 0] for s in spread], axis=0) > advantage.CONSTANT
+
+
+def places(dead: np.ndarray, alive: np.ndarray) -> np.ndarray:
+  """Rows (B,) of the first batch followed by a second one: fresh rows in the place of dead ones.
+
+  Args:
+    dead: prompts (B,) of the first batch that may go.
+    alive: prompts (B,) of the second one that may come; those left over are dropped.
+  """
+  out = np.arange(len(dead))
+  count = min(dead.sum(), alive.sum())
+  out[np.flatnonzero(dead)[:count]] = len(dead) + np.flatnonzero(alive)[:count]
+  return out
+
+
+@jax.jit
+def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
+  return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows_B], old, new)
+
+
+def fill(found: dict[str, Sampled], rounds: int, draw: Callable[[list[str]], dict[str, Sampled]]
+         ) -> tuple[dict[str, Sampled], dict[str, float]]:
+  """Replaces prompts of constant groups, for at most so many rounds.
+
+  Args:
+    draw: samples fresh prompts of the named tasks.
+
+  Returns:
+    What was sampled, and for every task how many rounds it took and the fraction of prompts that
+    still teach nothing.
+  """
+  dead = {task: ~informative(s.rewards) for task, s in found.items()}
+  used = dict.fromkeys(found, 0)
+  for _ in range(rounds):
+    wanted = [task for task, rows in dead.items() if rows.any()]
+    if not wanted:
+      break
+    for task, fresh in draw(wanted).items():
+      used[task] += 1
+      alive = informative(fresh.rewards)
+      where = jax.tree.map(lambda x: x.sharding, found[task])
+      rows = places(dead[task], alive)
+      found[task] = jax.device_put(_take(found[task], fresh, rows), where)
+      dead[task] &= rows < len(rows)
+  return found, {**{f'refill/{task}/rounds': float(n) for task, n in used.items()},
+                 **{f'refill/{task}/dead': float(rows.mean()) for task, rows in dead.items()}}
