@@ -137,6 +137,7 @@ def get_config() -> config_dict.ConfigDict:
       low=0., high=1.,  # smallest and largest score that is valid
       cache='',  # file that keeps scores over restarts
       api_key_env=''))  # environment variable with the key
+  config.align.detector = 'lvrpo_jax.data.detect:detect_components'  # import path; of 'rules'
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
       generate='', generate_weight=1., understand='', understand_weight=1., edit='',
       edit_weight=1.))
@@ -187,11 +188,12 @@ def get_config() -> config_dict.ConfigDict:
   config.align.diagnose_every = 10  # iterations between gradients by task; 0 never
   config.align.save_every = 25  # iterations
   config.align.keep_best = 1  # checkpoints of the best score, kept besides the newest two
-  # Metric that ranks checkpoints, its mean since the one before; '': what is correct, over all tasks
+  # Metric that ranks checkpoints, its mean since the one before; '': what is correct, all tasks
   config.align.score = ''
   config.align.finish = 'last'  # the policy that is measured and exported, or 'best'
 
   config.evaluate = config_dict.ConfigDict()
+  config.evaluate.detector = 'lvrpo_jax.data.detect:detect_by_rendering'  # not the reward's
   config.evaluate.generate = 60  # prompts of every kind
   config.evaluate.unseen = 60
   config.evaluate.understand = 60
@@ -229,8 +231,8 @@ def get_config() -> config_dict.ConfigDict:
   config.compile.programs = ('text', 'image', 'step')
 
   config.parallel = config_dict.ConfigDict()
-  # Devices along data, fsdp, tensor. One may be -1 and takes what is left; 0 takes as many as divide
-  # 32 (fsdp) or 4 (tensor)
+  # Devices along data, fsdp, tensor. One may be -1 and takes what is left; 0 takes as many as
+  # divide 32 (fsdp) or 4 (tensor)
   config.parallel.mesh = (-1, 1, 1)
   config.parallel.slices = (-1, 1, 1)  # of TPUs, along the same axes; they divide the mesh
   # Rollouts' view of the same devices, weights in the compute dtype; () is the mesh itself. Without

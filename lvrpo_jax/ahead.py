@@ -182,7 +182,8 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
   def train() -> Traced:
     factors = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(job.mesh, P()))
                for name in losses.FACTORS}
-    arguments = state, {'vae': vae(job.mesh), 'factors': factors}, batch(job, sharding.rows_sharding(job.mesh))
+    frozen = {'vae': vae(job.mesh), 'factors': factors}
+    arguments = state, frozen, batch(job, sharding.rows_sharding(job.mesh))
     return Traced(getattr(update, '__wrapped__', update), arguments, job.mesh, 0., 1)
   return {'text': lambda: rollout((pipeline.UNDERSTAND,)),
           'image': lambda: rollout((pipeline.GENERATE, pipeline.EDIT)), 'step': train}

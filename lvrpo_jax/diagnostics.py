@@ -24,7 +24,7 @@ EXPERTS = {
 """Parameters of either expert with its way in and out, by pattern."""
 
 SHARED = r'layers/und/(q|k|v|o)_proj/'
-"""Attention of the understanding expert, which both modalities read: images through their context."""
+"""Attention of the understanding expert. Both modalities read it, images through their context."""
 
 
 def chosen(tree: types.Params, pattern: str) -> list[Array]:

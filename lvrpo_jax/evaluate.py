@@ -23,7 +23,6 @@ from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import scores
 from lvrpo_jax import sharding
 from lvrpo_jax import types
-from lvrpo_jax.data import detect
 from lvrpo_jax.data import images as image_files
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
@@ -161,11 +160,12 @@ def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
       sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
       for rows, prompts in batched(job, task, examples)])
   specs = [e.spec for e in examples]
+  detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   if task == pipeline.EDIT:
     source = np.stack([e.source for e in examples])
-    correct, _ = rules.edits(detect.detect_by_rendering, source, drawn, specs, strict=True)
+    correct, _ = rules.edits(detector, source, drawn, specs, strict=True)
   else:
-    correct, _ = rules.images(detect.detect_by_rendering, drawn, specs, strict=True)
+    correct, _ = rules.images(detector, drawn, specs, strict=True)
   return [dict(spec=spec, correct=row.astype(int).tolist())
           for spec, row in zip(specs, correct)], drawn
 

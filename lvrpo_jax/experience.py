@@ -17,7 +17,6 @@ from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import sharding
 from lvrpo_jax import types
-from lvrpo_jax.data import detect
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import tokenizer as tokenizer_lib
 from lvrpo_jax.models import unified
@@ -74,6 +73,7 @@ class Collector:
     self._judge_answers = job.compile(self._judge_answers_fn)
     self._remote_tasks = [t for t in pipeline.TASKS if a[t] and a.rewards[t].remote]
     self._apart = bool(self._remote_tasks or a.refill)
+    self._detector = job_lib.load_symbol(a.detector, 'config.align.detector')
     self._custom = {
         task: job_lib.load_symbol(a.custom[task], f'align.custom.{task}')
         for task in pipeline.TASKS if a.custom[task]}
@@ -236,7 +236,8 @@ class Collector:
             for row in sharding.local_rows(tokens_BGT)]
 
   def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
-                    iteration: int, asked_remote: dict[str, futures.Future]) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
+                    iteration: int, asked_remote: dict[str, futures.Future]
+                    ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of images, and facts for the log."""
     job, examples = self.job, tasks.examples[task]
     asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
@@ -254,10 +255,10 @@ class Collector:
         self._blind(task, questioned))
     images, specs = sharding.local_rows(pixels), [e.spec for e in examples]
     if task == pipeline.EDIT:
-      correct, parts = rules.edits(detect.detect_components,
+      correct, parts = rules.edits(self._detector,
                                    np.stack([e.source for e in examples]), images, specs)
     else:
-      correct, parts = rules.images(detect.detect_components, images, specs)
+      correct, parts = rules.images(self._detector, images, specs)
     everywhere = np.ones(parts.shape, bool)
     has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
     values = {'rules': (parts, everywhere),
@@ -269,7 +270,8 @@ class Collector:
     return self._pick(task, values, asked_remote), {'correct': correct}
 
   def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
-                   asked_remote: dict[str, futures.Future]) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
+                   asked_remote: dict[str, futures.Future]
+                   ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of answers, and facts for the log."""
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]

@@ -235,7 +235,8 @@ class Model:
 
 
 def _unique(contexts: Contexts, guidance: guided.Guidance,
-            prefill: Callable[[Segments], types.Cache]) -> tuple[list[types.Cache], tuple[int, ...]]:
+            prefill: Callable[[Segments], types.Cache]
+            ) -> tuple[list[types.Cache], tuple[int, ...]]:
   """Caches of the branches that matter, and which of them stands for each branch."""
   main, without_text, without_images = contexts
   if guidance.text_scale <= 1:

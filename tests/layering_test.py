@@ -16,8 +16,8 @@ LAYERS = (
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'refill', 'evaluate', 'pretrain', 'align', 'run',
-     'inference', 'weights', 'sample', 'ahead'),
+    ('losses', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'refill', 'evaluate',
+     'pretrain', 'align', 'run', 'inference', 'weights', 'sample', 'ahead'),
     ('main', 'report', 'summary'),
 )
 """Rooms by layer, the lowest first. A room is a file or a folder."""

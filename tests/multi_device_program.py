@@ -159,7 +159,7 @@ def updates(job, params, vae_params, batches):
 
 
 def parts(job, params, vae_params, batch):
-  """The alignment loss in parts of rows and groups, contexts and followers in one pass, on a mesh."""
+  """The alignment loss in parts of rows and groups, each in one pass, on a mesh."""
   batch = {'all': batch}
   one = run_updates(align.alignment_loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
   joint = dataclasses.replace(job, policy=dataclasses.replace(job.policy, joint=True))

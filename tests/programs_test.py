@@ -118,7 +118,8 @@ class ProgramsTest(parameterized.TestCase):
     self.assertIn('model.width: 16 there, 32 here', other.stderr)
 
   @parameterized.named_parameters(
-      ('truncated', 'truncated'), ('import', 'truncated'), ('dtype', 'I32'), ('missing', 'is missing from'),
+      ('truncated', 'truncated'), ('import', 'truncated'), ('dtype', 'I32'),
+      ('missing', 'is missing from'),
       ('contradiction', 'expected [16, 40]'), ('image', 'cannot read image'),
       ('tokenizer', 'no tokenizer at'))
   def test_bad_input_is_named_and_nothing_is_written(self, message):

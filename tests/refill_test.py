@@ -34,8 +34,8 @@ class RefillTest(parameterized.TestCase):
         refill.informative(sampled(0, [True, False, True], valid).rewards), [True, False, False])
 
   @parameterized.parameters(
-      ('0100', '1111', [0, 4, 2, 3]), ('1111', '0101', [5, 7, 2, 3]), ('0000', '1111', [0, 1, 2, 3]),
-      ('1011', '1101', [4, 1, 5, 7]))
+      ('0100', '1111', [0, 4, 2, 3]), ('1111', '0101', [5, 7, 2, 3]),
+      ('0000', '1111', [0, 1, 2, 3]), ('1011', '1101', [4, 1, 5, 7]))
   def test_places(self, dead, alive, want):
     bits = lambda text: np.array([c == '1' for c in text])
     np.testing.assert_array_equal(refill.places(bits(dead), bits(alive)), want)

@@ -48,8 +48,8 @@ LAYER_NORM_EPS = 1e-6
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
   """One dictionary with `llm_config`, `vit_config`, `vae_config` and the sizes of the rest.
 
-  With an `llm_config.json` the folder is taken for the released one: what its `config.json` does not
-  say of the keys of `SCRIPT` is as there, and the last layer of the vision tower is not used.
+  With an `llm_config.json` the folder is taken for the released one: what its `config.json` does
+  not say of the keys of `SCRIPT` is as there, and the last layer of the vision tower is not used.
   Otherwise `config.json` holds all, as it is.
 
   Raises:

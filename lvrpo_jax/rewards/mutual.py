@@ -15,9 +15,9 @@ def gain(seen_V: Array, blind_V: Array, token: Array) -> Array:
   """`log q(answer | image, question) - log q(answer | question)`, in nats, within `BOUND`.
 
   Where the answer follows from the text T of a prompt and the image V was drawn for it, the mean of
-  `log q(T | V)` plus the entropy of T is a lower bound on I(T; V) for any q (Barber and Agakov 2003,
-  eq. 3), and answers to questions about T are functions of T. For answers that the policy chose this
-  is a pointwise information, and no bound.
+  `log q(T | V)` plus the entropy of T is a lower bound on I(T; V) for any q (Barber and Agakov
+  2003, eq. 3), and answers to questions about T are functions of T. For answers that the policy
+  chose this is a pointwise information, and no bound.
 
   Args:
     seen_V: logits (..., V) of the answer's first token after image and question.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,8 +11,13 @@ from lvrpo_jax.data import detect
 from lvrpo_jax.data import wording
 from lvrpo_jax.rewards import geneval
 
-Detector = Callable[[np.ndarray], list[list[detect.Detection]]]
-"""`detector(images_RYXC uint8) -> detections of every image`. It never sees the scene."""
+
+class Detector(Protocol):
+  """Finds objects. It sees pixels alone, never what an image was drawn for."""
+
+  def __call__(self, images_RYXC: np.ndarray) -> Sequence[Sequence[detect.Detection]]:
+    """Detections (class, colour, box in pixels, score) of every uint8 image."""
+
 
 COUNTING_THRESHOLD = 0.6
 """Detection score above which an object counts in counting prompts. GenEval takes 0.9 for its own
