@@ -332,7 +332,8 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         store.close()
         raise
       if pipeline.GENERATE in pictures:
-        seen, raised = watch(pictures[pipeline.GENERATE])
+        seen = sharding.process_mean(panel.appearance(pictures[pipeline.GENERATE]))
+        raised = watch(seen)
         metrics.update({f'pictures/{name}': value for name, value in seen.items()},
                        alarms=float(len(watch.state['raised'])))
         for sentence in raised:

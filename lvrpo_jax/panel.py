@@ -121,9 +121,9 @@ class Watch:
   def __init__(self, state: dict[str, Any] | None = None):
     self.state = state or {'first': [], 'recent': [], 'raised': []}
 
-  def __call__(self, images: np.ndarray) -> tuple[dict[str, float], list[str]]:
-    """Takes the pictures of an iteration; returns their statistics, and new alarms as sentences."""
-    now, s = appearance(images), self.state
+  def __call__(self, now: dict[str, float]) -> list[str]:
+    """Takes the `appearance` of an iteration's pictures; returns new alarms as sentences."""
+    s = self.state
     if len(s['first']) < WARM:
       s['first'].append(now)
     s['recent'] = [*s['recent'], now][-WARM:]
@@ -136,7 +136,7 @@ class Watch:
         s['raised'].append(name)
         raised.append(f'{name.replace("_", " ")} of rollouts {direction} from {before:.3g} to '
                       f'{after:.3g}')
-    return now, raised
+    return raised
 
 
 def _cell(found: detect.Detection) -> str:

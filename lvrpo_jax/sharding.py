@@ -209,6 +209,14 @@ def whole(x: Any) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def process_mean(values: dict[str, float]) -> dict[str, float]:
+  """Means over all processes of numbers that each has of its own rows; each of them calls this."""
+  if jax.process_count() == 1:
+    return values
+  rows = multihost_utils.process_allgather(np.array(list(values.values()), np.float64))
+  return dict(zip(values, rows.mean(axis=0).tolist()))
+
+
 def local_rows(x: Any) -> np.ndarray:
   """This process's rows of an array that was computed from `shard_rows`, in their order."""
   if not isinstance(x, jax.Array) or x.is_fully_addressable:

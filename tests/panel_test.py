@@ -153,8 +153,7 @@ class WatchTest(absltest.TestCase):
   def test_a_clean_run_raises_nothing(self):
     rng, watch = np.random.default_rng(0), panel.Watch()
     for _ in range(200):
-      _, raised = watch(rollouts(rng))
-      self.assertEmpty(raised)
+      self.assertEmpty(watch(panel.appearance(rollouts(rng))))
 
   def test_a_run_that_goes_dark_is_told_early(self):
     """The dark share rises from 0.45 to 0.93, as one run's did that gamed its reward."""
@@ -165,21 +164,21 @@ class WatchTest(absltest.TestCase):
       dark = .45 + .48 * number / 99
       images = rng.integers(120, 256, (8, 64, 64, 3)).astype(np.uint8)
       images[:, :, side < round(64 * dark)] //= 8
-      now, raised = watch(images)
-      if any(sentence.startswith('dark') for sentence in raised):
+      now = panel.appearance(images)
+      if any(sentence.startswith('dark') for sentence in watch(now)):
         first = now['dark'] if first is None else self.fail('an alarm was raised twice')
     self.assertBetween(first, .5, .6)
 
   def test_state_goes_on(self):
     rng = np.random.default_rng(2)
-    batches = [rollouts(rng) // (1 + n // 6) for n in range(20)]
+    seen = [panel.appearance(rollouts(rng) // (1 + n // 6)) for n in range(20)]
     whole = panel.Watch()
-    want = [whole(images) for images in batches]
-    self.assertTrue(any(raised for _, raised in want))
+    want = [whole(now) for now in seen]
+    self.assertTrue(any(want))
     half = panel.Watch()
-    got = [half(images) for images in batches[:9]]
+    got = [half(now) for now in seen[:9]]
     half = panel.Watch(json.loads(json.dumps(half.state)))
-    self.assertEqual(got + [half(images) for images in batches[9:]], want)
+    self.assertEqual(got + [half(now) for now in seen[9:]], want)
 
 
 if __name__ == '__main__':
