@@ -116,6 +116,7 @@ def get_config() -> config_dict.ConfigDict:
       generate=1., understand=1., edit=1.))
   # Further rounds of fresh prompts that replace those whose samples are all worth the same (DAPO)
   config.align.refill = 0
+  config.align.refill_by = 'rules'  # the component that has to vary; '': any
   config.align.updates = 2  # optimizer steps on every rollout
   config.align.rewards = config_dict.ConfigDict()  # component: weight; 0 leaves it out
   config.align.rewards.generate = config_dict.ConfigDict(dict(

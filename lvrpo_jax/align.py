@@ -134,8 +134,8 @@ class Aligner:
     c, rounds = self.collector, self.job.config.align.refill
     found, metrics = self._sample(tasks, iteration)
     if rounds:
-      found, filled = refill.fill(found, rounds, lambda names: self._sample(
-          draw(names), iteration)[0])
+      found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, lambda names: (
+          self._sample(draw(names), iteration)[0]))
       metrics.update(filled)
     batch = {}
     for task, s in found.items():

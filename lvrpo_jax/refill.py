@@ -33,8 +33,11 @@ class Sampled(NamedTuple):
   pixels: Any
 
 
-def informative(rewards: dict[str, types.Rewards]) -> np.ndarray:
-  """Which prompts (B,) have a component that varies among their valid samples."""
+def informative(rewards: dict[str, types.Rewards], component: str = '') -> np.ndarray:
+  """Which prompts (B,) teach something: the component varies among their valid samples, or, where
+  there is no such component, any of them does."""
+  if component in rewards:
+    rewards = {component: rewards[component]}
   valid = np.stack([sharding.whole(r.valid_BG) for r in rewards.values()]).all(0)
   spread = [advantage.group_statistics(sharding.whole(r.value_BG), valid)[1]
             for r in rewards.values()]
@@ -59,18 +62,19 @@ def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
   return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows_B], old, new)
 
 
-def fill(found: dict[str, Sampled], rounds: int, draw: Callable[[list[str]], dict[str, Sampled]]
-         ) -> tuple[dict[str, Sampled], dict[str, float]]:
+def fill(found: dict[str, Sampled], rounds: int, component: str,
+         draw: Callable[[list[str]], dict[str, Sampled]]) -> tuple[dict[str, Sampled], dict[str, float]]:
   """Replaces prompts of constant groups, for at most so many rounds.
 
   Args:
+    component: see `informative`.
     draw: samples fresh prompts of the named tasks.
 
   Returns:
     What was sampled, and for every task how many rounds it took and the fraction of prompts that
     still teach nothing.
   """
-  dead = {task: ~informative(s.rewards) for task, s in found.items()}
+  dead = {task: ~informative(s.rewards, component) for task, s in found.items()}
   used = dict.fromkeys(found, 0)
   for _ in range(rounds):
     wanted = [task for task, rows in dead.items() if rows.any()]
@@ -78,7 +82,7 @@ def fill(found: dict[str, Sampled], rounds: int, draw: Callable[[list[str]], dic
       break
     for task, fresh in draw(wanted).items():
       used[task] += 1
-      alive = informative(fresh.rewards)
+      alive = informative(fresh.rewards, component)
       where = jax.tree.map(lambda x: x.sharding, found[task])
       rows = places(dead[task], alive)
       found[task] = jax.device_put(_take(found[task], fresh, rows), where)

@@ -33,6 +33,12 @@ class RefillTest(parameterized.TestCase):
     np.testing.assert_array_equal(
         refill.informative(sampled(0, [True, False, True], valid).rewards), [True, False, False])
 
+  def test_one_component_decides(self):
+    rewards = sampled(0, [True, False]).rewards
+    np.testing.assert_array_equal(refill.informative(rewards, 'rules'), [True, False])
+    np.testing.assert_array_equal(refill.informative(rewards, 'other'), [False, False])
+    np.testing.assert_array_equal(refill.informative(rewards, 'absent'), [True, False])
+
   @parameterized.parameters(
       ('0100', '1111', [0, 4, 2, 3]), ('1111', '0101', [5, 7, 2, 3]),
       ('0000', '1111', [0, 1, 2, 3]), ('1011', '1101', [4, 1, 5, 7]))
@@ -50,7 +56,7 @@ class RefillTest(parameterized.TestCase):
       return next(rounds)
     found = {'a': sampled(0, [False, True, False]), 'b': sampled(5, [True, True, False]),
              'c': sampled(8, [True] * 3)}
-    got, metrics = refill.fill(found, 4, draw)
+    got, metrics = refill.fill(found, 4, '', draw)
     self.assertEqual(asked, [['a', 'b'], ['a']])  # No third round: nothing is dead.
     numbers = {task: s.experience['number'].tolist() for task, s in got.items()}
     self.assertEqual(numbers, {'a': [11., 1., 32.], 'b': [5., 6., 20.], 'c': [8., 9., 10.]})
@@ -64,7 +70,7 @@ class RefillTest(parameterized.TestCase):
 
   def test_rounds_are_bounded(self):
     draw = lambda names: {'a': sampled(10, [False, False])}
-    got, metrics = refill.fill({'a': sampled(0, [True, False])}, 3, draw)
+    got, metrics = refill.fill({'a': sampled(0, [True, False])}, 3, 'rules', draw)
     self.assertEqual(got['a'].experience['number'].tolist(), [0., 1.])
     self.assertEqual(metrics, {'refill/a/rounds': 3., 'refill/a/dead': .5})
 
