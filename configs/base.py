@@ -12,9 +12,10 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
   """Returns the default configuration."""
   config = config_dict.ConfigDict()
-  # 'run': all stages; 'control': more pretraining instead of alignment; 'sample': one answer or
-  # picture; 'convert': a released model in, an aligned one out; 'describe': how parameters are laid
-  # out on the mesh; 'compile': the programs of alignment for TPUs that need not be there
+  # 'run': all stages; 'pretrain': those before alignment; 'control': more pretraining instead of
+  # alignment; 'study': many such runs, see configs/study.py; 'sample': one answer or picture;
+  # 'convert': a released model in, an aligned one out; 'describe': how parameters are laid out on
+  # the mesh; 'compile': the programs of alignment for TPUs that need not be there
   config.program = 'run'
   config.seed = 0  # of initialisation, data, rollouts and noise
   config.checkpoint = ''  # folder of a released model; '' trains the small one of config.model
@@ -88,6 +89,8 @@ def get_config() -> config_dict.ConfigDict:
   config.control = config_dict.ConfigDict()  # continued pretraining, see configs/base_control.py
   config.control.steps = 600
   config.control.rate = 0.5  # factor of the pretraining learning rates
+  config.control.repa = 0.  # weight of representation alignment (REPA uses 0.5); 0 leaves it out
+  config.control.repa_layer = 2  # layers after which states are aligned
 
   config.optimizer = config_dict.ConfigDict()  # of pretraining
   config.optimizer.kind = 'muon'  # 'adamw', or 'muon' for the kernels of the trunk's layers
@@ -202,6 +205,15 @@ def get_config() -> config_dict.ConfigDict:
   config.evaluate.images = 4  # images and sampled answers of a prompt
   config.evaluate.batch = 60  # prompts at once
   config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out
+
+  config.study = 'full'  # of the program 'study': which of config.studies
+  config.studies = config_dict.ConfigDict()  # name: seeds, variants and changes to this config
+  config.variants = config_dict.ConfigDict()  # name: changes to this config; a run each
+  config.critic = config_dict.ConfigDict()  # bounds what texts say about pictures; no reward
+  config.critic.seed = 1000  # of its own world, start and batches
+  config.critic.changes = config_dict.ConfigDict(dict(  # to this config
+      judge=dict(steps=600)))
+  config.critic.pairs = 512  # true pairs that set the scale of its logits
 
   config.sample = config_dict.ConfigDict()  # of the program 'sample'
   config.sample.task = 'generate'  # 'generate', 'understand' or 'edit'

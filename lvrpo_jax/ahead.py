@@ -184,7 +184,7 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
                for name in losses.FACTORS}
     frozen = {'vae': vae(job.mesh), 'factors': factors}
     arguments = state, frozen, batch(job, sharding.rows_sharding(job.mesh))
-    return Traced(getattr(update, '__wrapped__', update), arguments, job.mesh, 0., 1)
+    return Traced(sharding.traceable(update), arguments, job.mesh, 0., 1)
   return {'text': lambda: rollout((pipeline.UNDERSTAND,)),
           'image': lambda: rollout((pipeline.GENERATE, pipeline.EDIT)), 'step': train}
 

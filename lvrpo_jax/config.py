@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 TASKS = ('generate', 'understand', 'edit')
-PROGRAMS = ('run', 'control', 'sample', 'convert', 'describe', 'compile')
+PROGRAMS = ('run', 'pretrain', 'control', 'study', 'sample', 'convert', 'describe', 'compile')
 Check = tuple[str, Callable[[Any], bool], str]
 
 POSITIVE = (lambda v: v > 0, 'a number above 0')
@@ -40,7 +40,8 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('judge.batch', (lambda v: v >= 2, 'an integer of at least 2')),
     *((f'{k}.learning_rate', POSITIVE) for k in ('judge', 'optimizer', 'align')),
     *((f'pretrain.{k}', COUNT) for k in ('steps', 'draws', 'save_every')),
-    ('control.steps', COUNT), ('control.rate', POSITIVE),
+    ('control.steps', COUNT), ('control.rate', POSITIVE), ('control.repa', NATURAL),
+    ('control.repa_layer', COUNT),
     ('pretrain.shift', POSITIVE), ('sampling.shift', POSITIVE),
     ('pretrain.ema', (lambda v: 0 <= v < 1, 'at least 0 and below 1')),
     ('optimizer.kind', one_of('adamw', 'muon')), ('optimizer.muon_rate', POSITIVE),
@@ -134,6 +135,9 @@ def validate(config: ml_collections.ConfigDict):
     if config.align[task] and rewards.remote and not config.align.remote.url:
       raise ValueError(f"config.align.remote.url is ''; allowed: the address of a judge, as "
                        f'config.align.rewards.{task}.remote is {rewards.remote}')
+  if config.control.repa and config.parallel.joint:
+    raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
+                     'config.parallel.joint')
   if config.align.sampler == 'cps' and config.align.eta > 1:
     raise ValueError(f"config.align.eta is {config.align.eta}; allowed: at most 1 with "
                      "config.align.sampler = 'cps'")

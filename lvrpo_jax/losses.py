@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import repa as repa_lib
 from lvrpo_jax import step
 from lvrpo_jax import types
 from lvrpo_jax.objectives import flow as flow_objectives
@@ -43,7 +44,7 @@ def noise_points(key_BM: Array, x0_BMNC: Array, shift: float) -> Points:
 
 
 def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], draws: int,
-                shift: float, seed: int) -> step.Loss:
+                shift: float, seed: int, repa: repa_lib.Repa | None = None) -> step.Loss:
   """Next token on answers and flow matching on images.
 
   Args:
@@ -51,12 +52,16 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
     draws: noised copies of every image, sharing one encoded context.
     shift: time shift of the logit-normal training times.
     seed: with the step and a prompt's number it fixes all draws of a row.
+    repa: aligns states with an encoder's features as well; `frozen` then holds its 'judge'.
   """
   N = policy.latent_shape[0]
 
   def weights(batch):
-    return {task: (jnp.sum(b.answer_mask_BL) if task == UNDERSTAND else
-                   jnp.float32(b.target_BYXC.shape[0] * draws * N)) for task, b in batch.items()}
+    out = {task: (jnp.sum(b.answer_mask_BL) if task == UNDERSTAND else
+                  jnp.float32(b.target_BYXC.shape[0] * draws * N)) for task, b in batch.items()}
+    if repa:
+      out['repa'] = sum(w for task, w in out.items() if task != UNDERSTAND)
+    return out
 
   def noised(frozen, b, root):
     key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
@@ -68,10 +73,17 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
     root = jax.random.fold_in(jax.random.key(seed), state.step)
     points = {t: noised(frozen, b, root) for t, b in batch.items() if t != UNDERSTAND}
     texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t == UNDERSTAND}
-    v, logits = policy.follow(
-        params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
-        {t: p.x_t for t, p in points.items()}, {t: p.t for t, p in points.items()}, texts)
+    inputs = (params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
+              {t: p.x_t for t, p in points.items()}, {t: p.t for t, p in points.items()}, texts)
+    if repa:
+      v, logits, states = policy.follow_with_states(*inputs)
+    else:
+      v, logits = policy.follow(*inputs)
     totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
+    if repa:
+      found = [repa.loss(policy, params, states[t], repa.target(
+          frozen['judge'], batch[t].target_BYXC, N)) for t in points]
+      totals['repa'] = tuple(map(sum, zip(*found)))
     if UNDERSTAND in batch:
       b = batch[UNDERSTAND]
       totals[UNDERSTAND] = sft.next_token(logits[UNDERSTAND][:, 0], b.answer_BL[:, 1:],
@@ -79,6 +91,8 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
     return ({t: total for t, (total, _) in totals.items()},
             {f'{t}_loss': total for t, total in totals.items()})
 
+  if repa:
+    coefficients = {**coefficients, 'repa': repa.weight}
   return step.Loss(weights, sums, coefficients)
 
 

@@ -25,6 +25,7 @@ from lvrpo_jax import job as job_lib
 from lvrpo_jax import report
 from lvrpo_jax import run
 from lvrpo_jax import sample
+from lvrpo_jax import study
 from lvrpo_jax import weights
 from lvrpo_jax.rewards import remote
 
@@ -104,7 +105,8 @@ def convert(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     weights.export(job, config.convert.target, config.convert.shards)
 
 
-PROGRAMS = {'run': run.run, 'control': run.run, 'sample': sample.run, 'convert': convert,
+PROGRAMS = {'run': run.run, 'pretrain': run.run, 'control': run.run, 'study': study.run,
+            'sample': sample.run, 'convert': convert,
             'describe': ahead.describe, 'compile': ahead.run}
 """What `config.program` names; each takes (config, workdir)."""
 

@@ -171,6 +171,19 @@ class Policy:
       out.update(zip(tasks, jnp.split(v, bounds)))
     return out
 
+  def follow_with_states(
+      self, params: types.Params, vae_params: types.Params, prompts: dict[str, types.Prompts],
+      x: dict[str, Array], time: dict[str, Array], ids: dict[str, Array]
+      ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """`follow`, and the latent tokens' states (E, B, M, N, D) after every layer by task."""
+    caches = self.prefill_all(params, vae_params, prompts)
+    v, states = {}, {}
+    for task in x:
+      position = self.latent_position(x[task].shape[0])
+      v[task], states[task] = self.apply(params, caches[task], x[task], time[task], position,
+                                         method='velocity_and_states')
+    return v, {task: self.read(params, caches[task], rows) for task, rows in ids.items()}, states
+
   def follow(self, params: types.Params, vae_params: types.Params,
              prompts: dict[str, types.Prompts], x: dict[str, Array], time: dict[str, Array],
              ids: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -16,6 +16,7 @@ from lvrpo_jax import losses
 from lvrpo_jax import metrics as metrics_lib
 from lvrpo_jax import optim
 from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import repa as repa_lib
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
 from lvrpo_jax import types
@@ -111,11 +112,21 @@ def sizes(config: Any) -> dict[str, int]:
   return {task: config[task] for task in pipeline.TASKS if config[task]}
 
 
+def check(job: job_lib.Job):
+  """Refuses settings of continued pretraining that do not fit, before any work."""
+  c, depth = job.config.control, job.policy.config.depth
+  if c.repa and c.repa_layer > depth:
+    raise ValueError(f'config.control.repa_layer is {c.repa_layer}; allowed: at most the {depth} '
+                     'layers of the model')
+
+
 def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWriter,
-        stage: str = 'pretrain', params: types.Params | None = None) -> types.Params:
+        stage: str = 'pretrain', params: types.Params | None = None,
+        judge_params: types.Params | None = None) -> types.Params:
   """Pretrains from scratch or from the last checkpoint; returns the policy's parameters.
 
-  With `stage='control'` it goes on from `params` on fresh rows for `config.control.steps`.
+  With `stage='control'` it goes on from `params` on fresh rows for `config.control.steps`, and
+  aligns representations with those of the judge where `config.control.repa` is not 0.
   """
   c, o = job.config.pretrain, job.config.optimizer
   control = stage == 'control'
@@ -124,7 +135,10 @@ def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWr
   rate = lambda peak: optim.schedule(o.schedule, peak * factor, steps, o.warmup)
   optimizer = optim.build(o.kind, rate(o.learning_rate), o.b1, o.b2, o.eps, o.weight_decay,
                           o.clip_norm, rate(o.muon_rate))
-  loss = losses.pretraining(job.policy, c.weights, c.draws, c.shift, job.config.seed)
+  repa = None
+  if control and job.config.control.repa:
+    repa = repa_lib.Repa(job.config.control.repa, job.config.control.repa_layer, job.judge)
+  loss = losses.pretraining(job.policy, c.weights, c.draws, c.shift, job.config.seed, repa)
   step = step_lib.compile_step(
       loss, optimizer, job.mesh, ema_decay=c.ema, micro_batches=job.config.parallel.micro_batches,
       runner=job.config.parallel.runner)
@@ -132,8 +146,11 @@ def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWr
   data = task_batches(job, lambda task, index: job.data.pretraining(task, index + offset), sizes(c),
                       lambda task: functools.partial(job.encoder, task))
   params = initial(job) if params is None else params
+  if repa:
+    params = {**params, repa_lib.PROJECTOR: repa.init(job.policy, jax.random.key(
+        job.config.seed + 3))}
   state = sharding.shard_state(step_lib.init(params, optimizer, ema=c.ema > 0), job.mesh)
-  frozen = {'vae': vae_params}
+  frozen = {'vae': vae_params, **({'judge': judge_params} if repa else {})}
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / stage)
   restored = store.restore(state)
   if restored:
@@ -163,4 +180,5 @@ def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWr
         raise checkpoint.Preempted(f'{stage} stopped after step {number} of {steps}')
     late.flush()
   store.close()
-  return state.params if state.ema is None else state.ema
+  trained = state.params if state.ema is None else state.ema
+  return {name: part for name, part in trained.items() if name != repa_lib.PROJECTOR}

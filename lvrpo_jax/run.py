@@ -41,9 +41,13 @@ class Clock:
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """Builds the world, pretrains, measures, aligns, measures again; returns the scores."""
+  """Builds the world, pretrains, measures, aligns, measures again; returns the scores.
+
+  The program 'pretrain' ends after the first measurement.
+  """
   job = job_lib.build(config, workdir)
   align.check(job)
+  pretrain.check(job)
   checkpoint.check_config(workdir, config)
   if jax.process_index() == 0:
     job.data.tokenizer.save(workdir / 'tokenizer.json')
@@ -66,9 +70,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   measure = lambda name, p: evaluate.run(job, p, vae_params, tools, workdir / 'eval' / name)
   before = clock('evaluate_before', lambda: measure('before', params))
   guided = clock('evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
-  write_scores(workdir, config, clock, guided, before, None)
+  found = write_scores(workdir, config, clock, guided, before, None)
+  if config.program == 'pretrain':
+    writer.close()
+    return found
   if config.program == 'control':
-    params = clock('control', lambda: pretrain.run(job, vae_params, writer, 'control', params))
+    params = clock('control', lambda: pretrain.run(job, vae_params, writer, 'control', params,
+                                                   siglip_params))
   else:
     params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer))
     weights.kept(workdir, weights.ALIGNED, params, lambda: params)

@@ -118,6 +118,11 @@ def scoped(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   return function if mesh.size == 1 else call
 
 
+def traceable(function: Callable[..., Any]) -> Any:
+  """What has `trace` and `lower` behind a compiled function, to be used in the mesh's scope."""
+  return function if hasattr(function, 'lower') else function.__wrapped__
+
+
 def constrain(tree: Any, mesh: Mesh) -> Any:
   """Lays out parameters, or trees like them, inside a compiled function."""
   if mesh.size == 1:

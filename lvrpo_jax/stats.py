@@ -123,6 +123,34 @@ def entropy(counts: Values | Mapping[Hashable, float]) -> float:
   return float(max(0., -np.sum(share_N * np.log(share_N))))
 
 
+def information_terms(logits_GKK: np.ndarray) -> np.ndarray:
+  """Per image, what its text says about it in nats; their mean bounds I(T;V) from below.
+
+  term[g, k] = log K + logits[g, k, k] - log sum_j exp(logits[g, k, j]) (InfoNCE, arXiv 1807.03748;
+  arXiv 1905.06922, eq. 10). The bound holds for any critic that did not see these pairs, and no
+  term exceeds log K.
+
+  Args:
+    logits_GKK: what a critic gives image (g, k) and text j; text k is the image's own. Every g is a
+      set of one image a text.
+
+  Returns:
+    terms_GK.
+
+  Raises:
+    ValueError: not finite, or as many texts as images there are not.
+  """
+  logits_GKK = np.asarray(logits_GKK, np.float64)
+  if logits_GKK.ndim != 3 or logits_GKK.shape[1] != logits_GKK.shape[2]:
+    raise ValueError(f'want logits of shape (sets, K images, K texts), got {logits_GKK.shape}')
+  if not np.all(np.isfinite(logits_GKK)):
+    raise ValueError('logits must be finite')
+  most_GK = logits_GKK.max(axis=-1)
+  total_GK = most_GK + np.log(np.exp(logits_GKK - most_GK[..., None]).sum(axis=-1))
+  own_GK = np.diagonal(logits_GKK, axis1=1, axis2=2)
+  return math.log(logits_GKK.shape[-1]) + own_GK - total_GK
+
+
 def _checked(values: Values, clusters: Clusters) -> np.ndarray:
   """The values as float64, refused if empty, not finite or not one a cluster label."""
   values_N = np.asarray(values, np.float64)

@@ -12,12 +12,13 @@ PACKAGE = 'lvrpo_jax'
 ROOT = pathlib.Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS = (
-    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops', 'files'),
+    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops', 'files', 'saved'),
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'refill', 'evaluate',
-     'pretrain', 'align', 'run', 'inference', 'weights', 'sample', 'ahead'),
+    ('losses', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'refill', 'evaluate',
+     'pretrain', 'align', 'run', 'inference', 'weights', 'sample', 'ahead', 'study',
+     'study_tables'),
     ('main', 'report', 'summary'),
 )
 """Rooms by layer, the lowest first. A room is a file or a folder."""

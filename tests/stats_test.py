@@ -190,5 +190,42 @@ class EntropyTest(parameterized.TestCase):
       stats.entropy([1, -1])
 
 
+class InformationTest(absltest.TestCase):
+
+  def test_terms_against_loops(self):
+    logits = np.random.default_rng(0).normal(size=(2, 5, 5)) * 3
+    expected = [[np.log(np.exp(row[k]) / np.mean(np.exp(row))) for k, row in enumerate(one)]
+                for one in logits]
+    np.testing.assert_allclose(stats.information_terms(logits), expected, atol=1e-12)
+
+  def test_bounds(self):
+    perfect = stats.information_terms(1e4 * np.eye(7)[None])
+    np.testing.assert_allclose(perfect, np.log(7), atol=1e-9)
+    np.testing.assert_allclose(stats.information_terms(np.ones((3, 7, 7))), 0., atol=1e-12)
+
+  def test_never_above_the_information_of_a_gaussian_channel(self):
+    # V = T + noise in 1 dimension has I(T;V) = log(1 + s^2) / 2 with signal s over unit noise.
+    rng = np.random.default_rng(1)
+    for signal in (.3, 1., 3.):
+      text = rng.normal(size=(200, 64)) * signal
+      image = text + rng.normal(size=text.shape)
+      best = -.5 * (image[:, :, None] - text[:, None, :]) ** 2
+      exact = .5 * np.log(1 + signal ** 2)
+      self.assertLess(stats.information_terms(best).mean(), exact + .02)
+      self.assertGreater(stats.information_terms(best).mean(), .8 * exact)
+      worse = stats.information_terms(.3 * best).mean()
+      self.assertLess(worse, stats.information_terms(best).mean())
+
+  def test_shared_shifts_change_nothing(self):
+    logits = np.random.default_rng(2).normal(size=(1, 4, 4))
+    np.testing.assert_allclose(stats.information_terms(logits + 1e3),
+                               stats.information_terms(logits), atol=1e-9)
+
+  def test_refuses_what_is_not_square_or_finite(self):
+    for bad in (np.zeros((4, 4)), np.zeros((1, 4, 3)), np.full((1, 2, 2), np.nan)):
+      with self.assertRaises(ValueError):
+        stats.information_terms(bad)
+
+
 if __name__ == '__main__':
   absltest.main()

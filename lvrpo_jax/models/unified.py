@@ -182,9 +182,15 @@ class Unified(nn.Module):
 
     An image is `[start_of_image] latents [end_of_image]`, all at one position and never cached.
     """
+    return self.velocity_and_states(cache, x_BMNC, time_BM, position_BN)[0]
+
+  def velocity_and_states(self, cache: types.Cache, x_BMNC: Array, time_BM: Array,
+                          position_BN: Array) -> tuple[Array, Array]:
+    """`velocity`, and the latent tokens' states (E, B, M, N, D) after every layer."""
     stream, shared = self._image(cache.valid_BS, cache.next_position_B, x_BMNC, time_BM,
                                  position_BN)
-    return self.llm2vae(self._extend(cache, stream, shared)[1]).astype(jnp.float32)
+    _, h_gen, out = self._extend(cache, stream, shared)
+    return self.llm2vae(h_gen).astype(jnp.float32), out['hidden'][1]
 
   def joint(self, contexts: dict[str, types.Sequence],
             images: dict[str, tuple[Array, Array, Array]], texts: dict[str, Array]
@@ -234,11 +240,10 @@ class Unified(nn.Module):
         rope=self.trunk.rope(position, position[:, :, :0]), mask=attention.Mask(causal=True),
         context_mask=attention.Mask(keys=valid_BS), **shared)
 
-  def _extend(self, cache: types.Cache, stream: mot.Stream, shared: mot.Shared) -> mot.Stream:
+  def _extend(self, cache: types.Cache, stream: mot.Stream, shared: mot.Shared
+              ) -> tuple[Array, Array, dict[str, Any]]:
     """Runs new tokens against a context."""
-    out_und, out_gen, _ = self.trunk(
-        *stream, shared, mot.LayerCache((cache.k_EBSJK, cache.v_EBSJK)))
-    return out_und, out_gen
+    return self.trunk(*stream, shared, mot.LayerCache((cache.k_EBSJK, cache.v_EBSJK)))
 
 
 def _valid(seq: types.Sequence) -> Array:
