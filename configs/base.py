@@ -79,9 +79,10 @@ def get_config() -> config_dict.ConfigDict:
   config.pretrain.generate = 48  # captions a step; 0 leaves the task out
   config.pretrain.understand = 48  # questions a step
   config.pretrain.edit = 24  # edits a step
+  config.pretrain.think_generate = 0  # captions with a plan before the image
   config.pretrain.draws = 2  # noised copies of every image; they share one encoded context
   config.pretrain.weights = config_dict.ConfigDict(dict(  # of the task losses
-      generate=1., understand=1., edit=1.))
+      generate=1., understand=1., edit=1., think_generate=1.))
   config.pretrain.shift = 2.2  # time shift of the logit-normal training times
   config.pretrain.ema = 0.  # decay of the running mean of parameters; 0 keeps none
   config.pretrain.save_every = 200  # steps
@@ -115,8 +116,10 @@ def get_config() -> config_dict.ConfigDict:
   config.align.generate = 16  # prompts an iteration; 0 leaves the task out
   config.align.understand = 32
   config.align.edit = 8
+  # A text plan and the image after it, one trajectory with one reward; see configs/think.py
+  config.align.think_generate = 0
   config.align.weights = config_dict.ConfigDict(dict(  # of the task losses
-      generate=1., understand=1., edit=1.))
+      generate=1., understand=1., edit=1., think_generate=1.))
   # Further rounds of fresh prompts that replace those whose samples are all worth the same (DAPO)
   config.align.refill = 0
   config.align.refill_by = 'rules'  # the component that has to vary; '': any
@@ -128,6 +131,8 @@ def get_config() -> config_dict.ConfigDict:
       rules=1., semantic=0.1, knowledge=0.1, mutual=0., remote=0.))
   config.align.rewards.edit = config_dict.ConfigDict(dict(
       rules=1., semantic=0., dense=0., knowledge=0.25, mutual=0., remote=0.))
+  config.align.rewards.think_generate = config_dict.ConfigDict(dict(
+      rules=1., semantic=0.25, dense=0., knowledge=0.25, mutual=0., remote=0.))
   config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)
@@ -144,7 +149,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.detector = 'lvrpo_jax.data.detect:detect_components'  # import path; of 'rules'
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
       generate='', generate_weight=1., understand='', understand_weight=1., edit='',
-      edit_weight=1.))
+      edit_weight=1., think_generate='', think_generate_weight=1.))
   config.align.dense_top = 2  # patches that must match a word in 'dense'; 1 is the paper's maximum
   config.align.advantage = 'gdpo'  # 'gdpo': normalise each component; 'sum': the paper's form
   config.align.floor = 0.05  # smallest deviation divided by, in units of the reward
@@ -202,6 +207,7 @@ def get_config() -> config_dict.ConfigDict:
   config.evaluate.unseen = 60
   config.evaluate.understand = 60
   config.evaluate.edit = 60
+  config.evaluate.think_generate = 0  # prompts as those of generate, with a plan first
   config.evaluate.images = 4  # images and sampled answers of a prompt
   config.evaluate.batch = 60  # prompts at once
   config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out

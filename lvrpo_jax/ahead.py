@@ -135,6 +135,9 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
   a, (N, C) = job.config.align, job.policy.latent_shape
   T = job.config.data.answer_words + 1
   sizes = pretrain.sizes(a)
+  if pipeline.THINK in sizes:
+    raise ValueError(f'config.align.think_generate is {sizes[pipeline.THINK]}; allowed with '
+                     "config.program 'compile': 0")
   asked = prompts(job, sizes, where)
   def floats(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -27,6 +27,7 @@ from lvrpo_jax import pretrain
 from lvrpo_jax import refill
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
+from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
@@ -82,8 +83,9 @@ class Aligner:
     optimizer, self.step = update(job)
     self._replay = job.compile(functools.partial(losses.replay, job.policy))
     self._velocities = job.compile(functools.partial(losses.velocities, job.policy))
-    self._answer_logp = job.compile(functools.partial(losses.answer_logp, job.policy))
-    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler, group=a.group))
+    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler),
+                              static_argnames='group')
+    self._halves = jax.jit(functools.partial(thinking.halves, bos=job.policy.bos))
     self._text_gap = jax.jit(losses.text_gap)
     self._points = jax.jit(self._points_fn)
     self._mix = jax.jit(
@@ -140,8 +142,9 @@ class Aligner:
     batch = {}
     for task, s in found.items():
       advantage = c.advantages[task](s.rewards)
-      batch[task] = s.experience.replace(advantage_BG=advantage.value_BG,
-                                         valid_BG=advantage.valid_BG)
+      credit = dict(advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
+      batch.update(self._halves(s.experience, **credit) if task == pipeline.THINK else
+                   {task: s.experience.replace(**credit)})
       metrics.update(experience.reward_metrics(task, s.rewards, s.facts, advantage))
     return self.job.place_rows(batch), metrics, {
         task: sharding.local_rows(s.pixels) for task, s in found.items() if s.pixels is not None}
@@ -150,31 +153,34 @@ class Aligner:
               ) -> tuple[dict[str, refill.Sampled], dict[str, Any]]:
     """One round: what was sampled for every task, with its rewards, and metrics."""
     c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
-    answers, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
-    asked = c.ask(tasks, answers, pixels)
+    texts, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
+    asked = c.ask(tasks, texts, pixels)
     replayed = c.replayed(iteration)
     out, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
                                        iteration, asked)
       steps = experience.transitions(rollout, replayed, c.grid, c.eta_T)
-      out[task] = refill.Sampled(types.ImageExperience(
-          tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC, steps.time_BM, None,
-          None, None, None), place(rewards), place(facts), pixels[task])
-    if answers is not None:
-      metrics['gap/decode'] = answers.drift
+      image = types.ImageExperience(tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC,
+                                    steps.time_BM, None, None, None, None)
+      if task == pipeline.THINK:
+        image = thinking.Thought(experience.said(tasks.prompts[task], texts[pipeline.PLAN]), image)
+      out[task] = refill.Sampled(image, place(rewards), place(facts), pixels[task])
+    if pipeline.UNDERSTAND in texts:
+      answers = texts[pipeline.UNDERSTAND]
       rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params, asked)
-      temperature_B = jnp.broadcast_to(answers.temperature, answers.mask_BGT.shape[:1])
-      out[pipeline.UNDERSTAND] = refill.Sampled(types.TextExperience(
-          tasks.prompts[pipeline.UNDERSTAND], answers.tokens_BGT, answers.logp_BGT,
-          answers.mask_BGT, temperature_B, None, None, None), place(rewards), place(facts), None)
+      out[pipeline.UNDERSTAND] = refill.Sampled(
+          experience.said(tasks.prompts[pipeline.UNDERSTAND], answers), place(rewards),
+          place(facts), None)
+    if texts:
+      metrics['gap/decode'] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
     metrics.update({f'judge/{task}/{name}': value for task, future in asked.items()
                     for name, value in future.result().stats.items()})
     return out, metrics
 
   def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Velocities of any policy at the points of a batch."""
-    images = {t: b for t, b in batch.items() if t != pipeline.UNDERSTAND}
+    images = {t: b for t, b in batch.items() if t not in pipeline.TEXTS}
     if not images:
       return {}
     return self._velocities(params, self.frozen, {t: b.prompts for t, b in images.items()},
@@ -186,12 +192,11 @@ class Aligner:
     velocities, logp = self._replay(self.params, self.frozen, batch)
     out = {}
     for task, v in velocities.items():
-      steps = self._image_gap(v, batch[task].transitions)
+      steps = self._image_gap(v, batch[task].transitions, group=batch[task].valid_BG.shape[1])
       out[f'gap/{task}'] = jnp.max(steps)
       out.update({f'gap/{task}/step{k}': steps[k] for k in range(len(steps))})
-    if logp is not None:
-      largest, mean = self._text_gap(logp, batch[pipeline.UNDERSTAND])
-      out.update({'gap/understand': largest, 'gap/understand/mean': mean})
+    for task, x in logp.items():
+      out[f'gap/{task}'], out[f'gap/{task}/mean'] = self._text_gap(x, batch[task])
     return out
 
   def with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -199,12 +204,12 @@ class Aligner:
     batch = dict(batch)
     forward = self.job.config.align.objective in losses.FORWARD
     for task, b in batch.items():
-      if task != pipeline.UNDERSTAND and forward:
+      if task not in pipeline.TEXTS and forward:
         x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
         batch[task] = b.replace(x_BMNC=x, time_BM=t)
     reference = self.velocities(self.reference, batch)
     old = self.velocities(self.full(self.state.old), batch) if forward else reference
-    return {task: b if task == pipeline.UNDERSTAND else
+    return {task: b if task in pipeline.TEXTS else
             b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
             for task, b in batch.items()}
 
@@ -218,8 +223,8 @@ class Aligner:
     drift = 'velocity_mse' if a.image_kl == 'velocity' else 'kl'
     out = {}
     for kind, target, names in (
-        ('answers', a.text_target, (f'understand/kl_{a.text_kl}',)),
-        ('images', a.image_target, (f'generate/{drift}', f'edit/{drift}'))):
+        ('answers', a.text_target, [f'{task}/kl_{a.text_kl}' for task in pipeline.TEXTS]),
+        ('images', a.image_target, [f'{task}/{drift}' for task in pipeline.TASKS])):
       found = [metrics[name] for name in names if name in metrics]
       if target and found:
         factor = penalty.adapted(self.factors[f'{kind}_penalty'],
@@ -234,10 +239,10 @@ class Aligner:
     a = self.job.config.align
     batch, metrics, pictures = self.collect(tasks, iteration, draw)
     metrics.update(self.gaps(batch))
-    if pipeline.UNDERSTAND in batch:
-      b = batch[pipeline.UNDERSTAND]
-      batch[pipeline.UNDERSTAND] = b.replace(
-          reference_BGT=self._answer_logp(self.reference, self.frozen, b))
+    texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
+    if texts:
+      _, logp = self._replay(self.reference, self.frozen, texts)
+      batch.update({task: b.replace(reference_BGT=logp[task]) for task, b in texts.items()})
     if a.diagnose_every and (iteration - 1) % a.diagnose_every == 0:  # The first compiles it.
       metrics.update(diagnostics.probe(self.step, self.state, self._frozen(),
                                        self.with_reference(batch), B1, a.clip_norm))
@@ -331,8 +336,10 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
           save(number - 1, states)
         store.close()
         raise
-      if pipeline.GENERATE in pictures:
-        seen = sharding.process_mean(panel.appearance(pictures[pipeline.GENERATE]))
+      drawn = next((pictures[task] for task in (pipeline.GENERATE, pipeline.THINK)
+                    if task in pictures), None)
+      if drawn is not None:
+        seen = sharding.process_mean(panel.appearance(drawn))
         raised = watch(seen)
         metrics.update({f'pictures/{name}': value for name, value in seen.items()},
                        alarms=float(len(watch.state['raised'])))

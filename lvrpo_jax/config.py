@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 
-TASKS = ('generate', 'understand', 'edit')
+TASKS = ('generate', 'understand', 'edit', 'think_generate')
 PROGRAMS = ('run', 'pretrain', 'control', 'study', 'sample', 'convert', 'describe', 'compile')
 Check = tuple[str, Callable[[Any], bool], str]
 
@@ -73,8 +73,8 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('align.text_high', NATURAL), ('align.lora.rank', NATURAL), ('align.lora.alpha', POSITIVE),
     *((f'evaluate.{k}', COUNT) for k in ('generate', 'unseen', 'understand', 'edit', 'images',
                                          'batch')),
-    ('evaluate.guided', NATURAL),
-    ('sample.task', one_of(*TASKS)), ('convert.direction', one_of('import', 'export')),
+    ('evaluate.guided', NATURAL), ('evaluate.think_generate', NATURAL),
+    ('sample.task', one_of(*TASKS[:3])), ('convert.direction', one_of('import', 'export')),
     ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),
     *((f'{k}', COUNT) for k in ('sample.max_tokens', 'convert.shards')),
     ('sample.shift', POSITIVE), ('sample.temperature', NATURAL),
@@ -122,8 +122,7 @@ def validate(config: ml_collections.ConfigDict):
                          f'{get(config, f"{part}.weights.{task}")}; allowed: above 0 where '
                          f'config.{part}.{task} is not 0')
     if not any(sizes.values()):
-      raise ValueError(f'config.{part}.generate, .understand and .edit are all 0; allowed: at '
-                       'least one task')
+      raise ValueError(f'config.{part}.{", .".join(TASKS)} are all 0; allowed: at least one task')
   for task in TASKS:
     rewards, custom = config.align.rewards[task], config.align.custom
     if any(weight < 0 for weight in rewards.values()):

@@ -22,13 +22,12 @@ from lvrpo_jax import panel
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import scores
 from lvrpo_jax import sharding
+from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import images as image_files
 from lvrpo_jax.data import pipeline
-from lvrpo_jax.models import unified
 from lvrpo_jax.rewards import rules
 from lvrpo_jax.rollouts import image as image_rollout
-from lvrpo_jax.rollouts import text as text_rollout
 
 SEED = 1 << 20
 """Offset of the evaluation's noise from all noise of training."""
@@ -41,9 +40,11 @@ class Samplers:
   Attributes:
     draw: (params, vae_params, prompts, guidance) -> uint8 images (B, G, Y, X, 3).
     answer: (params, vae_params, prompts) -> sampled (B, G, T) and greedy (B, 1, T) tokens.
+    think: (params, vae_params, prompts) -> plans (B, G, T), and uint8 images after them.
   """
   draw: Callable[..., Any]
   answer: Callable[..., Any]
+  think: Callable[..., Any]
 
 
 def samplers(job: job_lib.Job) -> Samplers:
@@ -82,17 +83,28 @@ def samplers(job: job_lib.Job) -> Samplers:
     length = job.config.data.answer_words + 1
     def sample(group, temperature):
       key_BG = keys(prompts.index_B, 1, group)
-      decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
-      row = unified.empty_row(policy.config, key_BG.shape, length)
-      return text_rollout.rollout(decode, row, key_BG, policy.bos, policy.eos, length,
-                                  temperature).tokens_BGT
+      return thinking.write(policy, params, cache, key_BG, length, temperature).tokens_BGT
     return sample(e.images, 1.), sample(1, 0.)
+
+  @job.sampler
+  def think(params, vae_params, prompts):
+    cache = policy.prefill(params, vae_params, prompts)
+    plan = thinking.write(policy, params, cache, keys(prompts.index_B, 1, e.images),
+                          job.config.data.answer_words + 1, 1.)
+    cache = policy.prefill(params, vae_params, policy_lib.after_plans(
+        prompts, plan.tokens_BGT, plan.mask_BGT, policy.bos))
+    velocity = lambda x, t: policy.velocity(params, cache, x, t)
+    # The noise of `draw`: the same pictures but for the plans.
+    noise = keys(prompts.index_B, 0, e.images).reshape(-1, 1)
+    latents = image_rollout.sample(velocity, noise, policy.latent_shape, grid)
+    return plan.tokens_BGT, policy.decode(
+        vae_params, latents.reshape(-1, e.images, *policy.latent_shape))
 
   def choose(params, vae_params, prompts, guidance=1.):
     if guidance == 1.:
       return draw(params, vae_params, prompts)
     return draw_guided(params, vae_params, prompts, jnp.float32(guidance))
-  return Samplers(choose, answer)
+  return Samplers(choose, answer, think)
 
 
 def prompt_sets(job: job_lib.Job, count: Callable[[str, str], int]
@@ -156,9 +168,18 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
 
 
 def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
-  drawn = np.concatenate([
-      sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
-      for rows, prompts in batched(job, task, examples)])
+  batches = batched(job, task, examples)
+  plans = []
+  if task == pipeline.THINK:
+    found = [[sharding.whole(x)[:rows] for x in tools.think(params, vae_params, prompts)]
+             for rows, prompts in batches]
+    decode = job.data.tokenizer.decode
+    plans = [[decode(ids) for ids in row] for tokens, _ in found for row in tokens]
+    drawn = np.concatenate([images for _, images in found])
+  else:
+    drawn = np.concatenate([
+        sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
+        for rows, prompts in batches])
   specs = [e.spec for e in examples]
   detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   if task == pipeline.EDIT:
@@ -166,8 +187,11 @@ def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
     correct, _ = rules.edits(detector, source, drawn, specs, strict=True)
   else:
     correct, _ = rules.images(detector, drawn, specs, strict=True)
-  return [dict(spec=spec, correct=row.astype(int).tolist())
-          for spec, row in zip(specs, correct)], drawn
+  records = [dict(spec=spec, correct=row.astype(int).tolist())
+             for spec, row in zip(specs, correct)]
+  for record, row in zip(records, plans):
+    record['plans'] = row
+  return records, drawn
 
 
 def _answers(job, params, vae_params, tools, examples):

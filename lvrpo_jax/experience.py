@@ -16,10 +16,10 @@ from lvrpo_jax import job as job_lib
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import sharding
+from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import tokenizer as tokenizer_lib
-from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.rewards import knowledge
 from lvrpo_jax.rewards import mutual
@@ -111,7 +111,7 @@ class Collector:
     return out
 
   def sample(self, params, vae_params, prompts, iteration):
-    """Samples groups for all tasks: (answers or None, trajectories, uint8 pixels)."""
+    """Samples groups for all tasks: (texts, trajectories, uint8 pixels), each by task."""
     a, policy = self.job.config.align, self.job.policy
     root = jax.random.fold_in(jax.random.key(self.job.config.seed), iteration)
 
@@ -119,30 +119,37 @@ class Collector:
       key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(p.index_B)
       return jax.vmap(lambda k: ops.fold_rows(k, (a.group,)))(key_B)
     caches = policy.prefill_all(params, vae_params, prompts)
-    answers, images, pixels = None, {}, {}
-    if pipeline.UNDERSTAND in prompts:
-      cache = caches.pop(pipeline.UNDERSTAND)
-      key_BG = keys(prompts[pipeline.UNDERSTAND])
-      length = self.job.config.data.answer_words + 1
-      decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
-      answers = text_rollout.rollout(
-          decode, unified.empty_row(policy.config, key_BG.shape, length), key_BG, policy.bos,
-          policy.eos, length, a.temperature)
-      ids = text_rollout.teacher_ids(answers.tokens_BGT, policy.bos)
-      answers = text_rollout.rescore(answers, policy.read(params, cache, ids))
-    for tasks in policy_lib.alike({t: c.valid_BS for t, c in caches.items()}):
+    texts, images, pixels = {}, {}, {}
+    noise = {t: keys(p) for t, p in prompts.items()}
+    for task in (pipeline.UNDERSTAND, pipeline.THINK):
+      if task in prompts:
+        name = pipeline.PLAN if task == pipeline.THINK else task
+        cache = caches.pop(task)
+        said = thinking.write(policy, params, cache, noise[task],
+                              self.job.config.data.answer_words + 1, a.temperature)
+        ids = text_rollout.teacher_ids(said.tokens_BGT, policy.bos)
+        texts[name] = text_rollout.rescore(said, policy.read(params, cache, ids))
+    if pipeline.THINK in prompts:
+      plan = texts[pipeline.PLAN]
+      caches[pipeline.THINK] = policy.prefill(params, vae_params, policy_lib.after_plans(
+          prompts[pipeline.THINK], plan.tokens_BGT, plan.mask_BGT, policy.bos))
+      noise[pipeline.THINK] = thinking.image_keys(noise[pipeline.THINK])
+    rows = {t: (c.valid_BS, noise[t]) for t, c in caches.items()}
+    for tasks in policy_lib.alike(rows):
       cache = policy_lib.join_caches([caches[t] for t in tasks])
       velocity = lambda x, t, c=cache: policy.velocity(params, c, x, t)
       rollout = image_rollout.rollout(
-          velocity, jnp.concatenate([keys(prompts[t]) for t in tasks]), policy.latent_shape,
-          self.grid, self.eta_T, a.sampler)
+          velocity, jnp.concatenate([noise[t] for t in tasks]), policy.latent_shape, self.grid,
+          self.eta_T, a.sampler)
       start = 0
       for task in tasks:
-        stop = start + prompts[task].ids_BL.shape[0]
+        stop = start + len(noise[task])
         images[task] = image_rollout.rows(rollout, start, stop)
+        if task == pipeline.THINK:
+          images[task] = thinking.grouped(images[task], a.group)
         pixels[task] = policy.decode(vae_params, images[task].latents_BGNC)
         start = stop
-    return answers, images, pixels
+    return texts, images, pixels
 
   def _judge_images_fn(self, judges: Judges, vae_params, pixels_BGYXC, captions_BL, words_BV,
                        questions: types.Prompts, answer_B, blind: types.Prompts | None):
@@ -208,7 +215,7 @@ class Collector:
   def rollout(self, params, vae_params, tasks: Tasks, iteration: int):
     """Dispatches the rollouts of an iteration.
 
-    Answers and pixels come back on the job's mesh; trajectories stay where they are until
+    Texts and pixels come back on the job's mesh; trajectories stay where they are until
     `job.place_rows` takes what the update reads of them.
     """
     # One task after the other where a remote judge scores one while the next is sampled, or where
@@ -216,16 +223,16 @@ class Collector:
     parts = ([{task: p} for task, p in tasks.prompts.items()] if self._apart else
              [tasks.prompts])
     found = [self._rollout(params, vae_params, prompts, jnp.int32(iteration)) for prompts in parts]
-    answers = next((a for a, _, _ in found if a is not None), None)
-    images, pixels = ({t: x for part in found for t, x in part[n].items()} for n in (1, 2))
-    return self.job.place_rows(answers), images, self.job.place_rows(pixels)
+    texts, images, pixels = ({t: x for part in found for t, x in part[n].items()}
+                             for n in range(3))
+    return self.job.place_rows(texts), images, self.job.place_rows(pixels)
 
-  def ask(self, tasks: Tasks, answers: types.TextRollout | None, pixels: dict[str, Array]
+  def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array]
           ) -> dict[str, futures.Future]:
     """Sends what was sampled to the remote judge; the scores by task come later."""
     out = {}
     for task in (t for t in self._remote_tasks if t in tasks.prompts):
-      outputs = (self._texts(answers.tokens_BGT) if task == pipeline.UNDERSTAND else
+      outputs = (self._texts(texts[task].tokens_BGT) if task == pipeline.UNDERSTAND else
                  sharding.local_rows(pixels[task]))
       out[task] = self.remote.submit(task, tasks.examples[task], outputs)
     return out
@@ -309,6 +316,13 @@ class Collector:
                                          ).astype(np.float32),
                                 np.asarray(values[name][1]) & np.isfinite(values[name][0]))
             for name in wanted}
+
+
+def said(prompts: types.Prompts, rollout: types.TextRollout) -> types.TextExperience:
+  """Sampled texts as the update reads them, without advantages."""
+  temperature_B = jnp.broadcast_to(rollout.temperature, rollout.mask_BGT.shape[:1])
+  return types.TextExperience(prompts, rollout.tokens_BGT, rollout.logp_BGT, rollout.mask_BGT,
+                              temperature_B, None, None, None)
 
 
 def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta_T: Array

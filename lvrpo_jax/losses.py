@@ -16,8 +16,10 @@ from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import repa as repa_lib
+from lvrpo_jax import sharding
 from lvrpo_jax import step
 from lvrpo_jax import types
+from lvrpo_jax.data import pipeline
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import penalty as penalty_lib
 from lvrpo_jax.objectives import sft
@@ -25,7 +27,6 @@ from lvrpo_jax.objectives import text
 from lvrpo_jax.rollouts import text as text_rollout
 
 Array = jax.Array
-UNDERSTAND = 'understand'
 
 
 class Points(NamedTuple):
@@ -55,12 +56,21 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
     repa: aligns states with an encoder's features as well; `frozen` then holds its 'judge'.
   """
   N = policy.latent_shape[0]
+  coefficients = dict(coefficients)
+  if pipeline.THINK in coefficients:
+    coefficients[pipeline.PLAN] = coefficients[pipeline.THINK]
+  if repa:
+    coefficients['repa'] = repa.weight
 
   def weights(batch):
-    out = {task: (jnp.sum(b.answer_mask_BL) if task == UNDERSTAND else
-                  jnp.float32(b.target_BYXC.shape[0] * draws * N)) for task, b in batch.items()}
+    out = {}
+    for task, b in batch.items():
+      if task != pipeline.UNDERSTAND:
+        out[task] = jnp.float32(b.target_BYXC.shape[0] * draws * N)
+      if task in (pipeline.UNDERSTAND, pipeline.THINK):
+        out[_text_of(task)] = jnp.sum(b.answer_mask_BL)
     if repa:
-      out['repa'] = sum(w for task, w in out.items() if task != UNDERSTAND)
+      out['repa'] = sum(w for task, w in out.items() if task not in pipeline.TEXTS)
     return out
 
   def noised(frozen, b, root):
@@ -71,8 +81,9 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
 
   def sums(params, state, frozen, batch):
     root = jax.random.fold_in(jax.random.key(seed), state.step)
-    points = {t: noised(frozen, b, root) for t, b in batch.items() if t != UNDERSTAND}
-    texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t == UNDERSTAND}
+    batch = _halves(batch)
+    points = {t: noised(frozen, b, root) for t, b in batch.items() if t not in pipeline.TEXTS}
+    texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t in pipeline.TEXTS}
     inputs = (params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
               {t: p.x_t for t, p in points.items()}, {t: p.t for t, p in points.items()}, texts)
     if repa:
@@ -84,16 +95,28 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
       found = [repa.loss(policy, params, states[t], repa.target(
           frozen['judge'], batch[t].target_BYXC, N)) for t in points]
       totals['repa'] = tuple(map(sum, zip(*found)))
-    if UNDERSTAND in batch:
-      b = batch[UNDERSTAND]
-      totals[UNDERSTAND] = sft.next_token(logits[UNDERSTAND][:, 0], b.answer_BL[:, 1:],
-                                          b.answer_mask_BL)
+    for task in texts:
+      b = batch[task]
+      totals[task] = sft.next_token(logits[task][:, 0], b.answer_BL[:, 1:], b.answer_mask_BL)
     return ({t: total for t, (total, _) in totals.items()},
             {f'{t}_loss': total for t, total in totals.items()})
 
-  if repa:
-    coefficients = {**coefficients, 'repa': repa.weight}
   return step.Loss(weights, sums, coefficients)
+
+
+def _text_of(task: str) -> str:
+  """Name of the text among a task's outputs."""
+  return pipeline.PLAN if task == pipeline.THINK else task
+
+
+def _halves(batch: dict[str, types.Batch]) -> dict[str, types.Batch]:
+  """Plans as texts after captions, and their images after captions and plans."""
+  if pipeline.THINK not in batch:
+    return batch
+  b = batch[pipeline.THINK]
+  said = jnp.pad(b.answer_mask_BL, ((0, 0), (1, 0)), constant_values=True)
+  return {**batch, pipeline.PLAN: b, pipeline.THINK: b.replace(
+      prompts=policy_lib.with_text(b.prompts, b.answer_BL, said))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +161,7 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
   def weights(batch):
     out = {}
     for task, b in batch.items():
-      if task == UNDERSTAND:
+      if task in pipeline.TEXTS:
         w = text.total_weight(b.mask_BGT, b.valid_BG,
                               text.OBJECTIVES[a.text_objective].aggregation)
       else:
@@ -150,22 +173,24 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step.Loss:
     del state
     v, logits = _forward(policy, params, frozen, batch)
     parts = {t: _image_sums(a, v[t], batch[t]) for t in v}
-    if logits is not None:
-      parts[UNDERSTAND] = _text_sums(a, logits, batch[UNDERSTAND])
+    parts.update({t: _text_sums(a, logits[t], batch[t]) for t in logits})
     terms, metrics = {}, {}
     for task, (loss, penalty, extra) in parts.items():
       factors = frozen.get('factors')
       if factors:
-        kind = 'answers' if task == UNDERSTAND else 'images'
+        kind = 'answers' if task in pipeline.TEXTS else 'images'
         loss = loss * factors[kind]
         penalty = penalty * (factors[kind] * factors[f'{kind}_penalty'])
       terms[task], terms[f'{task}_penalty'] = loss, penalty
       metrics.update({f'{task}/{k}': value for k, value in extra.items()})
     return terms, metrics
 
-  penalty = lambda task: a.text_penalty if task == UNDERSTAND else a.velocity_penalty
+  penalty = lambda task: a.text_penalty if task in pipeline.TEXTS else a.velocity_penalty
   coefficients = dict(a.weights)
-  coefficients.update({f'{t}_penalty': w * penalty(t) for t, w in a.weights.items()})
+  if pipeline.THINK in coefficients:
+    # Both halves of a trajectory weigh the same (UniGRPO).
+    coefficients[pipeline.PLAN] = coefficients[pipeline.THINK]
+  coefficients.update({f'{t}_penalty': w * penalty(t) for t, w in coefficients.items()})
   return step.Loss(weights, sums, coefficients, split_group)
 
 
@@ -182,6 +207,8 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
 
   def split(b):
     group = b.valid_BG.shape[1]
+    if group == 1:  # Every row is a sample with a context of its own.
+      return sharding.interleaved(b, parts)
     if group % parts:
       raise ValueError(f'groups of {group} samples do not divide into parallel.group_parts = '
                        f'{parts}')
@@ -204,20 +231,18 @@ def _logp(logits: Array, b: types.TextExperience) -> Array:
 
 
 def _forward(policy, params, frozen, batch: dict[str, Any]
-             ) -> tuple[dict[str, Array], Array | None]:
-  """Velocities of all image tasks and tempered logits of the answers, if there are any.
+             ) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Velocities of all images and tempered logits of all texts.
 
   The contexts of all tasks are encoded together, as in the rollout.
   """
-  images = {t: b for t, b in batch.items() if t != UNDERSTAND}
-  texts = {t: text_rollout.teacher_ids(b.tokens_BGT, policy.bos) for t, b in batch.items()
-           if t == UNDERSTAND}
+  images = {t: b for t, b in batch.items() if t not in pipeline.TEXTS}
+  texts = {t: b for t, b in batch.items() if t in pipeline.TEXTS}
   v, logits = policy.follow(
       params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
-      {t: b.x_BMNC for t, b in images.items()}, {t: b.time_BM for t, b in images.items()}, texts)
-  if UNDERSTAND not in batch:
-    return v, None
-  return v, logits[UNDERSTAND] / batch[UNDERSTAND].temperature_B[:, None, None, None]
+      {t: b.x_BMNC for t, b in images.items()}, {t: b.time_BM for t, b in images.items()},
+      {t: text_rollout.teacher_ids(b.tokens_BGT, policy.bos) for t, b in texts.items()})
+  return v, {t: logits[t] / b.temperature_B[:, None, None, None] for t, b in texts.items()}
 
 
 def _text_sums(a: Alignment, logits: Array, b: types.TextExperience):
@@ -297,15 +322,12 @@ def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dic
   return policy.follow(params, frozen['vae'], prompts, x, time, {})[0]
 
 
-def answer_logp(policy, params, frozen, b: types.TextExperience) -> Array:
-  """Log-probabilities (B, G, T) of the answers' tokens under any policy."""
-  return _logp(_forward(policy, params, frozen, {UNDERSTAND: b})[1], b)
-
-
-def replay(policy, params, frozen, batch: dict[str, Any]) -> tuple[dict[str, Array], Array | None]:
-  """What the forward pass of the update gives: velocities, and log-probabilities of the answers."""
+def replay(policy, params, frozen, batch: dict[str, Any]
+           ) -> tuple[dict[str, Array], dict[str, Array]]:
+  """What the forward pass of the update gives under any policy: velocities of the images, and
+  log-probabilities of the texts' tokens."""
   v, logits = _forward(policy, params, frozen, batch)
-  return v, None if logits is None else _logp(logits, batch[UNDERSTAND])
+  return v, {task: _logp(x, batch[task]) for task, x in logits.items()}
 
 
 def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions, group: int) -> Array:

@@ -239,3 +239,39 @@ def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
   hidden_BS = jnp.pad(text_BS, ((0, 0), (0, cache.valid_BS.shape[1] - text_BS.shape[1])))
   return cache.replace(valid_BS=cache.valid_BS & ~hidden_BS,
                        next_position_B=cache.next_position_B - jnp.sum(text_BS, axis=1))
+
+
+def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Prompts:
+  """Prompts that go on with one more text, such as a thought (a causal split of its own).
+
+  Args:
+    ids_BL: `bos` first.
+    mask_BL: False on padding, which stands at the end.
+  """
+  text, L = prompts.text, ids_BL.shape[1]
+  last = lambda x_BL: jnp.max(x_BL, axis=1, keepdims=True)
+  place = jnp.arange(L)[None]
+  # Images stand before the text, in memory or not, so the text holds the largest order and split.
+  more = types.Layout(
+      sample_BL=jnp.where(mask_BL, 0, types.PADDING), order_BL=last(text.order_BL) + 1 + place,
+      split_BL=jnp.broadcast_to(last(text.split_BL) + 1, ids_BL.shape),
+      mode_BL=jnp.full(ids_BL.shape, types.CAUSAL),
+      position_BL=prompts.next_position_B[:, None] + place)
+  join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1)
+  return prompts.replace(
+      ids_BL=join(prompts.ids_BL, ids_BL), text=jax.tree.map(join, text, more),
+      next_position_B=prompts.next_position_B + jnp.sum(mask_BL, axis=1))
+
+
+def after_plans(prompts: types.Prompts, tokens_BGT: Array, mask_BGT: Array, bos: int
+                ) -> types.Prompts:
+  """The contexts (B * G rows) of images that follow sampled plans; row b * G + g has plan (b, g).
+
+  A plan that was cut off before its end token stands there as it was sampled.
+  """
+  B, G, T = tokens_BGT.shape
+  rows = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), prompts)
+  # Draws of a row depend on its number alone, so siblings need numbers of their own.
+  rows = rows.replace(index_B=rows.index_B * G + jnp.tile(jnp.arange(G), B))
+  front = lambda x, value: jnp.pad(x.reshape(B * G, T), ((0, 0), (1, 0)), constant_values=value)
+  return with_text(rows, front(tokens_BGT, bos), front(mask_BGT, True))

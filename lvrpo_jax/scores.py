@@ -31,6 +31,7 @@ def headlines(records: Records) -> dict[str, Groups]:
   """All scores by name, as groups by kind: 'generation/overall', 'generation/position', ..."""
   generate = groups(records, 'generate', 'eval', 'correct')
   edit = groups(records, 'edit', 'eval', 'correct')
+  think = groups(records, 'think_generate', 'eval', 'correct')
   answers = groups(records, 'understand', 'eval', 'correct')
   out = {
       'generation/overall': generate,
@@ -39,9 +40,10 @@ def headlines(records: Records) -> dict[str, Groups]:
       'understanding/greedy': groups(records, 'understand', 'eval', 'greedy_correct'),
       'understanding/format': groups(records, 'understand', 'eval', 'format'),
       'understanding/reasoning': {k: v for k, v in answers.items() if k in REASONING},
-      'editing/overall': edit,
+      'editing/overall': edit, 'thinking/overall': think,
   }
-  for family, parts in (('generation', generate), ('understanding', answers), ('editing', edit)):
+  for family, parts in (('generation', generate), ('understanding', answers), ('editing', edit),
+                        ('thinking', think)):
     out.update({f'{family}/{kind}': {kind: group} for kind, group in parts.items()})
   return {name: group for name, group in out.items() if group}
 

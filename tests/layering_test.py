@@ -16,8 +16,8 @@ LAYERS = (
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'refill', 'evaluate',
-     'pretrain', 'align', 'run', 'inference', 'weights', 'sample', 'ahead', 'study',
+    ('losses', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'experience', 'thinking', 'refill',
+     'evaluate', 'pretrain', 'align', 'run', 'inference', 'weights', 'sample', 'ahead', 'study',
      'study_tables'),
     ('main', 'report', 'summary'),
 )

@@ -246,8 +246,10 @@ class LinearPolicyTest(parameterized.TestCase):
   def test_log_probabilities_and_gap_of_answers(self):
     b = text_case(2, 3, 4, 5, ())
     params = jax.tree.map(np.float32, fake_params())
-    score = jax.jit(functools.partial(losses.answer_logp, fake_policy()))
-    logp = np.asarray(score(params, {'vae': None}, b))
+    score = jax.jit(functools.partial(losses.replay, fake_policy()))
+    velocities, logp = score(params, {'vae': None}, {'understand': b})
+    self.assertEqual(velocities, {})
+    logp = np.asarray(logp['understand'])
     np.testing.assert_array_equal(logp[~b.mask_BGT], 0.)
     first = special.log_softmax(fake_params()['table'][0] / b.temperature_B[1])
     self.assertAlmostEqual(logp[1, 2, 0], first[b.tokens_BGT[1, 2, 0]], places=5)

@@ -17,6 +17,8 @@ from lvrpo_jax.data import tokenizer as tokenizer_lib
 
 ALIGN_OFFSET = 1 << 30
 """First index of the prompts for alignment: none of them is a row of pretraining."""
+THINK_OFFSET = 1 << 27
+"""Between the captions of training with and without a plan; held-out captions are the same."""
 
 _SALTS = {'pretrain': 1, 'judge': 2, 'kind': 3}
 
@@ -41,6 +43,7 @@ class ShapesData:
     self.world = grammar.World(seed)
     self.seed = seed
     self._kinds = {pipeline.GENERATE: _shares(generate_kinds),
+                   pipeline.THINK: _shares(generate_kinds),
                    pipeline.UNDERSTAND: _shares(question_kinds),
                    pipeline.EDIT: _shares(dict.fromkeys(grammar.EDIT_KINDS, 1.))}
     self._wrong, self._chatty, self._plan = wrong, chatty, plan
@@ -71,6 +74,8 @@ class ShapesData:
 
   def pretraining(self, task: str, index: int) -> pipeline.Example:
     """A row of pretraining: answers as found, conditions sometimes left out."""
+    if task == pipeline.THINK:
+      return self._example(task, index + THINK_OFFSET, 'train', self._kind(task, index))
     rng = self._rng('pretrain', index)
     example = self._example(task, index, 'train', self._kind(task, index))
     if task != pipeline.UNDERSTAND:
@@ -86,7 +91,7 @@ class ShapesData:
 
   def prompt(self, task: str, index: int) -> pipeline.Example:
     """A prompt for alignment, never one of pretraining or evaluation."""
-    index += ALIGN_OFFSET
+    index += ALIGN_OFFSET + (THINK_OFFSET if task == pipeline.THINK else 0)
     return self._example(task, index, 'train', self._kind(task, index))
 
   def evaluation(self, task: str, split: str, kind: str, index: int) -> pipeline.Example:
@@ -99,6 +104,8 @@ class ShapesData:
       return grammar.UNSEEN_GENERATE_KINDS if split == 'unseen' else grammar.GENERATE_KINDS
     if split == 'unseen':
       return ()
+    if task == pipeline.THINK:
+      return grammar.GENERATE_KINDS
     return grammar.QUESTION_KINDS if task == pipeline.UNDERSTAND else grammar.EDIT_KINDS
 
   def judge_pair(self, index: int) -> tuple[np.ndarray, str]:
@@ -130,10 +137,11 @@ class ShapesData:
     return names[int(np.searchsorted(bounds, self._rng('kind', index).random(), side='right'))]
 
   def _example(self, task: str, index: int, split: str, kind: str) -> pipeline.Example:
-    if task == pipeline.GENERATE:
+    if task in (pipeline.GENERATE, pipeline.THINK):
       item = self.world.generate(index, split, kind)
       return pipeline.Example(
           index, item.caption, target=shapes.render(item.scene), kind=kind, meaning=item.meaning,
+          answer=grammar.reading(item.scene.objects) if task == pipeline.THINK else None,
           spec=item.spec, questions=tuple(grammar.derived_questions(item.spec)))
     if task == pipeline.EDIT:
       item = self.world.edit(index, split, kind)

@@ -6,6 +6,7 @@ Every task has one row template, so a batch has one shape. In memory a row is
   generate     bos caption eos                                             -> image
   understand   [soi ViT eoi] bos question eos                              -> bos answer eos
   edit         [soi latents eoi] [soi ViT eoi] bos instruction eos         -> image
+  think_generate  bos caption eos                                          -> bos plan eos -> image
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import numpy as np
 from lvrpo_jax import types
 from lvrpo_jax.data import tokenizer as tokenizer_lib
 
-GENERATE, UNDERSTAND, EDIT = 'generate', 'understand', 'edit'
-TASKS = (GENERATE, UNDERSTAND, EDIT)
+GENERATE, UNDERSTAND, EDIT, THINK = 'generate', 'understand', 'edit', 'think_generate'
+TASKS = (GENERATE, UNDERSTAND, EDIT, THINK)
+PLAN = 'plan'
+"""The text half of `THINK` where both halves of a trajectory stand side by side."""
+TEXTS = (UNDERSTAND, PLAN)
+"""Outputs that are texts; all others are images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Example:
     prompt: caption, question or instruction.
     source: uint8 (Y, X, 3), the image shown, or None.
     target: uint8 (Y, X, 3), an image to draw, or None.
-    answer: an answer; in pretraining as found, elsewhere the right one.
+    answer: an answer, in pretraining as found, elsewhere the right one; of `THINK`, in pretraining,
+      a plan of the image.
     kind: category for scores.
     meaning: canonical text of what is meant; prompts of one meaning count as one cluster.
     spec: record for rule rewards, JSON-able (GenEval's format for images).
@@ -88,13 +94,14 @@ class Encoder:
     Raises:
       ValueError: a text is longer than the template; nothing is truncated.
     """
-    shown = {GENERATE: (), UNDERSTAND: ('vit',), EDIT: ('latents', 'vit')}[task]
+    shown = {UNDERSTAND: ('vit',), EDIT: ('latents', 'vit')}.get(task, ())
     sources = [e.source for e in examples]
     if self.template.uniform and not shown:
       sources = [np.zeros((self.template.image_size,) * 2 + (3,), np.uint8)] * len(examples)
     stack = lambda pictures, used: (
         np.stack(pictures) if used else np.zeros((len(examples), 0, 0, 3), np.uint8))
-    answers, mask = self._answers([e.answer for e in examples] if task == UNDERSTAND else [])
+    answers, mask = self._answers([e.answer or '' for e in examples]
+                                  if task in (UNDERSTAND, THINK) else [])
     return types.Batch(
         prompts=self._prompts(examples, shown, stack(sources, shown or self.template.uniform)),
         target_BYXC=stack([e.target for e in examples], task != UNDERSTAND),

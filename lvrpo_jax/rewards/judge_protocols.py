@@ -27,9 +27,11 @@ Verdict = float | str
 FIELDS = ('prompt', 'answer', 'reference', 'kind')
 """What `{...}` in a template may name: prompt, the answer given, the right answer, the kind."""
 
+_DRAWN = ('How well does the image show this: {prompt}\n'
+          'Reply with one number from 0 (not at all) to 1 (fully) and nothing else.')
 TEMPLATES = {
-    pipeline.GENERATE: 'How well does the image show this: {prompt}\n'
-                       'Reply with one number from 0 (not at all) to 1 (fully) and nothing else.',
+    pipeline.GENERATE: _DRAWN,
+    pipeline.THINK: _DRAWN,
     pipeline.EDIT: 'The second image was made from the first one by this instruction: {prompt}\n'
                    'Reply with one number from 0 (not followed, or other things changed) to 1 '
                    '(followed, nothing else changed) and nothing else.',

@@ -1,0 +1,20 @@
+"""Thinking before drawing: a text plan and the image after it are one trajectory with one reward.
+
+    python -m lvrpo_jax.main --config=configs/think.py
+
+Half of the captions of pretraining have a plan ('red circle , nothing , nothing , blue square') between
+caption and image. Alignment draws after plans of its own and pushes both halves of a trajectory by
+the reward of the image (UniGRPO, arXiv 2603.23500). The same held-out captions are measured without a
+plan ('generation') and with one ('thinking').
+"""
+
+from configs import base
+
+
+def get_config():
+  """Returns the configuration."""
+  config = base.get_config()
+  config.pretrain.update(generate=24, think_generate=24)
+  config.align.update(generate=0, edit=0, think_generate=16)
+  config.evaluate.think_generate = 60
+  return config
