@@ -33,7 +33,6 @@ from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import pretrain
 from lvrpo_jax import sharding
-from lvrpo_jax import step as step_lib
 from lvrpo_jax import types
 from lvrpo_jax import weights
 from lvrpo_jax.data import pipeline
@@ -161,12 +160,10 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
 
 def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
   """The programs by name: text and image rollouts, and the update."""
-  a = job.config.align
-  sizes = pretrain.sizes(a)
+  sizes = pretrain.sizes(job.config.align)
   params = weights.template(job, weights.BASE)
   optimizer, update = align.update(job)
-  state = jax.eval_shape(lambda p: step_lib.init(
-      p, optimizer, old=a.objective in losses.FORWARD, reference=True), params)
+  state = jax.eval_shape(lambda p: align.initial(job, p, optimizer), params)
   state = abstract(state, sharding.tree_shardings(state, job.mesh))
   vae = lambda mesh: abstract(weights.template(job, weights.VAE), sharding.tree_shardings(
       weights.template(job, weights.VAE), mesh))

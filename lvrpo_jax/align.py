@@ -70,6 +70,15 @@ def update(job: job_lib.Job) -> tuple[optax.GradientTransformation, Callable[...
       group_parts=job.group_parts, runner=parallel.runner)
 
 
+def initial(job: job_lib.Job, trained: types.Params, optimizer: optax.GradientTransformation
+            ) -> types.TrainState:
+  """The state before the first update. The reference, which nothing changes, is kept as passes read
+  it; with adapters it is the weights below them."""
+  a = job.config.align
+  state = step_lib.init(trained, optimizer, old=a.objective in losses.FORWARD)
+  return state if a.lora.rank else state.replace(reference=job.rounded(trained))
+
+
 Draw = Callable[[Iterable[str]], experience.Tasks]
 
 
@@ -100,8 +109,7 @@ class Aligner:
       merge = jax.jit(functools.partial(lora.merge, scale=a.lora.alpha / a.lora.rank))
       self.full = lambda adapters: merge(self.frozen['base'], adapters)
     self.state = sharding.shard_state(
-        step_lib.init(sharding.shard_state(trained, job.mesh), optimizer,
-                      old=a.objective in losses.FORWARD, reference=not a.lora.rank), job.mesh)
+        initial(job, sharding.shard_state(trained, job.mesh), optimizer), job.mesh)
     self._siglip = sharding.shard_state(siglip_params, job.mesh)
     self._words = job_lib.word_table(job, siglip_params)
 

@@ -86,6 +86,11 @@ class Job:
     rounded = name.endswith(('kernel', 'embed_tokens')) and jnp.issubdtype(dtype, jnp.floating)
     return jnp.dtype(self.config.model.dtype) if rounded else dtype
 
+  def rounded(self, params: Any) -> Any:
+    """A copy of parameters as `rollout_dtype` says; no pass gives other numbers with it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.array(x, self.rollout_dtype(sharding.name(path), x.dtype)), params)
+
   def sampler(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
 
@@ -97,11 +102,8 @@ class Job:
     if not elsewhere and self.config.model.dtype == 'float32':
       return compiled
 
-    def rounded(params):
-      return jax.tree_util.tree_map_with_path(
-          lambda path, x: x.astype(self.rollout_dtype(sharding.name(path), x.dtype)), params)
     shapes = jax.eval_shape(lambda: unified.init(self.policy.config, jax.random.key(0)))
-    move = jax.jit(rounded, out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
+    move = jax.jit(self.rounded, out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
 
     def run(params, vae_params, prompts, *rest):
       if elsewhere:

@@ -34,11 +34,10 @@ class Loss(NamedTuple):
 
 
 def init(params: types.Params, optimizer: optax.GradientTransformation, *, ema: bool = False,
-         old: bool = False, reference: bool = False) -> types.TrainState:
-  """A state whose running mean, old policy and reference start as copies of `params`."""
+         old: bool = False) -> types.TrainState:
+  """A state whose running mean and old policy start as copies of `params`."""
   copy = lambda wanted: jax.tree.map(jnp.copy, params) if wanted else None
-  return types.TrainState(jnp.int32(0), params, optimizer.init(params), copy(ema), copy(old),
-                          copy(reference))
+  return types.TrainState(jnp.int32(0), params, optimizer.init(params), copy(ema), copy(old))
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float = 0.,

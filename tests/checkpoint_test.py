@@ -24,8 +24,8 @@ def make_state(number):
   """A state with every optional copy, all values depending on `number`."""
   params = {'layer': {'kernel': number + jnp.arange(600.).reshape(30, 20)},
             'bias': jnp.full(3, number / 3)}
-  state = step_lib.init(params, OPTIMIZER, ema=True, reference=True)
-  return state.replace(step=jnp.int32(number))
+  state = step_lib.init(params, OPTIMIZER, ema=True)
+  return state.replace(step=jnp.int32(number), reference=jax.tree.map(jnp.copy, params))
 
 
 def data():
