@@ -24,16 +24,18 @@ from lvrpo_jax import optim
 from lvrpo_jax import pretrain
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
+from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
 
 ROWS, GROUP = 8, 2
 TASKS = pipeline.TASKS
+ALL = (*TASKS, pipeline.PLAN)
 MESHES = {'data': ((8, 1, 1), 'jit'), 'fsdp': ((1, 8, 1), 'jit'), 'mixed': ((2, 2, 2), 'jit'),
           'pmap': ((8, 1, 1), 'pmap')}
-BATCHES = {'mixed': TASKS, 'text': (pipeline.UNDERSTAND,), 'image': (pipeline.GENERATE,),
-           'edit': (pipeline.EDIT,)}
+BATCHES = {'mixed': ALL, 'text': (pipeline.UNDERSTAND,), 'image': (pipeline.GENERATE,),
+           'edit': (pipeline.EDIT,), 'thinking': (pipeline.PLAN, pipeline.THINK)}
 """Tasks that count in an update; samples of the others have no weight, and shapes stay."""
 
 
@@ -44,7 +46,7 @@ def make_config():
   for part in (config.pretrain, config.align):
     part.update(dict.fromkeys(TASKS, ROWS))
   config.align.update(group=GROUP, steps_per_image=3, window=1)
-  config.data.update(answer_words=4, chatty=0., plan=0., describe=0.)
+  config.data.update(answer_words=11, chatty=0., plan=0., describe=0.)
   return config
 
 
@@ -67,18 +69,23 @@ def make_experience(job, prompts):
   tokens = rng.integers(0, len(job.data.tokenizer), (ROWS, GROUP, T)).astype(np.int32)
   valid = np.ones((ROWS, GROUP), bool)
   valid[1] = False  # A whole group has failed, so devices hold unlike weights.
-  out = {pipeline.UNDERSTAND: types.TextExperience(
-      prompts[pipeline.UNDERSTAND], tokens, -np.abs(normal(ROWS, GROUP, T)) - 3.,
-      rng.random((ROWS, GROUP, T)) < 0.7, np.ones(ROWS, np.float32),
-      -np.abs(normal(ROWS, GROUP, T)) - 3., normal(ROWS, GROUP), valid)}
+
+  def text(task):
+    return types.TextExperience(
+        prompts[task], tokens, -np.abs(normal(ROWS, GROUP, T)) - 3.,
+        rng.random((ROWS, GROUP, T)) < 0.7, np.ones(ROWS, np.float32),
+        -np.abs(normal(ROWS, GROUP, T)) - 3., normal(ROWS, GROUP), valid)
   x = lambda: normal(ROWS, M, N, C)
   time = lambda low: rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
   transitions = types.Transitions(x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(),
                                   time(0.1))
-  for task in (pipeline.GENERATE, pipeline.EDIT):
-    out[task] = types.ImageExperience(
-        prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid)
-  return out
+  image = lambda task: types.ImageExperience(
+      prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid)
+  thought = thinking.Thought(text(pipeline.THINK), image(pipeline.THINK))
+  return {pipeline.UNDERSTAND: text(pipeline.UNDERSTAND),
+          **{task: image(task) for task in (pipeline.GENERATE, pipeline.EDIT)},
+          **jax.tree.map(np.asarray, thinking.halves(
+              thought, job.policy.bos, normal(ROWS, GROUP), valid))}
 
 
 def only(batch, tasks):
@@ -185,14 +192,17 @@ def rollouts(job, params, vae_params, prompts):
     tasks = experience.Tasks({}, {task: placed.place(p) for task, p in prompts.items()})
     found[name] = jax.tree.map(np.asarray, experience.Collector(placed).rollout(
         sharding.shard_state(params, mesh), sharding.shard_state(vae_params, mesh), tasks, 3))
-  answers, images, pixels = found.pop('one')
+  texts, images, pixels = found.pop('one')
+  tokens = {task: text.tokens_BGT for task, text in texts.items()}
+  logp = lambda texts: {task: text.logp_BGT for task, text in texts.items()}
   return {'rollout': {name: dict(
-      tokens=int(np.sum(answers.tokens_BGT != other_answers.tokens_BGT)),
-      logp=difference(answers.logp_BGT, other_answers.logp_BGT),
+      tokens=sum(int(np.sum(tokens[task] != text.tokens_BGT)) for task, text in others.items()),
+      logp=difference(logp(texts), logp(others)),
       latents=difference(images, other_images), pixels=difference(pixels, other_pixels))
-                      for name, (other_answers, other_images, other_pixels) in found.items()},
+                      for name, (others, other_images, other_pixels) in found.items()},
           'samples': dict(
-              distinct_answers=len(np.unique(answers.tokens_BGT.reshape(ROWS * GROUP, -1), axis=0)),
+              distinct_texts=min(len(np.unique(x.reshape(ROWS * GROUP, -1), axis=0))
+                                 for x in tokens.values()),
               deviation=min(float(np.std(x.latents_BGNC, axis=(0, 1)).min())
                             for x in images.values()))}
 

@@ -14,6 +14,7 @@ FLAGS = ('--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
          '--xla_cpu_use_fusion_emitters=false '  # A third of the compile time.
          '--xla_cpu_multi_thread_eigen=false')
 TOLERANCE = 1e-5
+ALL = ('generate', 'understand', 'edit', 'plan', 'think_generate')
 
 
 class MultiDeviceTest(parameterized.TestCase):
@@ -31,7 +32,7 @@ class MultiDeviceTest(parameterized.TestCase):
     cls.out = json.loads(done.stdout.splitlines()[-1])
 
   @parameterized.product(mesh=('data', 'fsdp', 'mixed', 'pmap'),
-                         batch=('mixed', 'text', 'image', 'edit'))
+                         batch=('mixed', 'text', 'image', 'edit', 'thinking'))
   def test_update_equals_one_device(self, mesh, batch):
     one, got = self.out['one'][batch], self.out[mesh][batch]
     self.assertLess(got['gradients'], TOLERANCE * max(1., one['gradient']))
@@ -45,14 +46,14 @@ class MultiDeviceTest(parameterized.TestCase):
     self.assertLess(self.out['parts']['gradients'], TOLERANCE)
     self.assertLess(self.out['parts']['params'], TOLERANCE)
 
-  @parameterized.parameters(('mixed', ('generate', 'understand', 'edit')),
-                            ('text', ('understand',)), ('image', ('generate',)),
-                            ('edit', ('edit',)))
+  @parameterized.parameters(
+      ('mixed', ALL), ('text', ('understand',)), ('image', ('generate',)), ('edit', ('edit',)),
+      ('thinking', ('plan', 'think_generate')))
   def test_update_moves(self, batch, counted):
     one = self.out['one'][batch]
     self.assertEqual(one['metrics']['skipped'], 0.)
     self.assertGreater(one['moved'], 1e-3)
-    for task in ('generate', 'understand', 'edit'):
+    for task in ALL:
       for name in (f'align/{task}', f'align/{task}_penalty'):
         value = abs(one['metrics'][f'loss/{name}'])
         if task in counted:
@@ -70,7 +71,7 @@ class MultiDeviceTest(parameterized.TestCase):
     self.assertLessEqual(got['pixels'], 1)
 
   def test_samples_differ(self):
-    self.assertGreater(self.out['samples']['distinct_answers'], 4)
+    self.assertGreater(self.out['samples']['distinct_texts'], 4)
     self.assertGreater(self.out['samples']['deviation'], 0.01)
 
 

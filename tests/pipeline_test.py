@@ -102,11 +102,13 @@ class EncoderTest(parameterized.TestCase):
     shapes = {task: [x.shape for x in jax.tree.leaves(p)] for task, p in prompts.items()}
     self.assertEqual(shapes['generate'], shapes['edit'])
     self.assertEqual(shapes['understand'], shapes['edit'])
+    self.assertEqual(shapes['think_generate'], shapes['edit'])
     generate, understand = prompts['generate'], prompts['understand']
     self.assertEqual(rows(generate.text, 0)[0], [PAD] * 4 + [0] * 3 + [PAD] * 2)
     self.assertEqual(rows(generate.vit, 0)[0] + rows(generate.gen, 0)[0], [PAD] * 3)
     self.assertEqual(rows(understand.vit, 0)[0] + rows(understand.gen, 0)[0], [0, 0, PAD])
-    self.assertEqual([int(p.next_position_B[0]) for p in prompts.values()], [3, 4, 5])
+    self.assertEqual([int(p.next_position_B[0]) for p in prompts.values()],
+                     [3, 4, 5, 3])
 
   @parameterized.parameters(
       ('generate', 'a a red circle', 'prompt_words'), ('understand', 'red circle a', 'answer'))
