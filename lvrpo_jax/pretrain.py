@@ -74,8 +74,8 @@ def train_judge(job: job_lib.Job, writer: metrics_lib.MetricWriter) -> types.Par
   step = jax.jit(step_lib.make_step(step_lib.Loss(weights, sums, {'judge': 1.}), optimizer),
                  donate_argnums=0)
   images, ids = next(data)
-  params = job.judge.init(jax.random.key(job.config.seed + 1), policy_lib.to_unit(images[:1]),
-                          ids[:1])['params']
+  params = jax.jit(job.judge.init)(jax.random.key(job.config.seed + 1),
+                                   policy_lib.to_unit(images[:1]), ids[:1])['params']
   # A fresh encoder then predicts the share of true pairs; -10 is meant for batches of 32k.
   params['logit_bias'] = jnp.float32(-np.log(j.batch - 1))
   state = step_lib.init(params, optimizer)

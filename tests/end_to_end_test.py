@@ -9,12 +9,11 @@ import sys
 import time
 
 from absl.testing import absltest
+import interrupting_reward
+import jax_settings
 import numpy as np
 
-import interrupting_reward
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = '--xla_backend_optimization_level=0'
 
 
 def command(workdir, *overrides):
@@ -25,8 +24,8 @@ def command(workdir, *overrides):
 
 def environment(cache):
   path = os.pathsep.join(filter(None, (str(ROOT / 'tests'), os.environ.get('PYTHONPATH'))))
-  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FLAGS, 'PYTHONPATH': path,
-          'JAX_COMPILATION_CACHE_DIR': str(cache)}
+  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': jax_settings.QUICK_COMPILE,
+          'PYTHONPATH': path, 'JAX_COMPILATION_CACHE_DIR': str(cache)}
 
 
 def start(workdir, cache, *overrides):

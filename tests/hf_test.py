@@ -14,6 +14,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax import numpy as jnp
+import jax_settings
 import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors
@@ -168,7 +169,8 @@ class RoundTripTest(parameterized.TestCase):
     hf.save(random_params(MODEL), self.path, MODEL)
     hf.save(random_params(AUTOENCODER), self.folder / 'ae.safetensors', AUTOENCODER)
     tests = pathlib.Path(__file__).parent
-    environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    environment = {'XLA_FLAGS': f'{jax_settings.QUICK_COMPILE} '
+                                '--xla_force_host_platform_device_count=4',
                    'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(tests.parent)}
     done = subprocess.run(
         [sys.executable, '-c', FOUR_DEVICES, str(self.folder), str(tests)], env=environment,

@@ -45,6 +45,7 @@ def make_config():
   config.model.update(depth=1)
   for part in (config.pretrain, config.align):
     part.update(dict.fromkeys(TASKS, ROWS))
+  config.pretrain.update(understand=0, edit=0)  # Thinking has answers too.
   config.align.update(group=GROUP, steps_per_image=3, window=1)
   config.data.update(answer_words=11, chatty=0., plan=0., describe=0.)
   return config

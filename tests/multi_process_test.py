@@ -9,10 +9,11 @@ import sys
 import tempfile
 
 from absl.testing import absltest
+import jax_settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = ('--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
-         '--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=')
+FLAGS = (f'{jax_settings.QUICK_COMPILE} --xla_cpu_multi_thread_eigen=false '
+         '--xla_force_host_platform_device_count=')
 TOLERANCE = 1e-5
 
 

@@ -8,6 +8,7 @@ import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax_settings
 import ml_collections
 import numpy as np
 
@@ -161,7 +162,8 @@ class CommandTest(absltest.TestCase):
     path = folder / 'study.json'
     path.write_text(tiny_config().to_json())
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu',
-                   'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+                   'XLA_FLAGS': jax_settings.QUICK_COMPILE,
+                   'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache')}
     command = [sys.executable, '-m', 'lvrpo_jax.main', f'--config={saved.__file__}:{path}',
                f'--workdir={folder / "w"}']
     run = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

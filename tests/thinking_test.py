@@ -1,6 +1,5 @@
 """Plans before pictures: contexts, both halves of a trajectory, and whole iterations."""
 
-import functools
 import pathlib
 import tempfile
 
@@ -58,14 +57,17 @@ class ThinkingTest(absltest.TestCase):
     length = rng.integers(1, T + 1, (B, G))
     cls.mask = np.arange(T) < length[..., None]
     cls.tokens[np.arange(T) == length[..., None] - 1] = cls.policy.eos
+
+    def drawn(params, vae, prompts):
+      rows = prompts.ids_BL.shape[0]
+      x = jax.random.normal(jax.random.key(0), (1, 1, *cls.policy.latent_shape))
+      return cls.policy.velocity(params, cls.policy.prefill(params, vae, prompts),
+                                 jnp.tile(x, (rows, 1, 1, 1)), jnp.full((rows, 1), .6))
+    cls.drawn = staticmethod(jax.jit(drawn))
     cls.after = policy_lib.after_plans(cls.prompts, cls.tokens, cls.mask, cls.policy.bos)
 
   def velocity(self, prompts):
-    cache = self.policy.prefill(self.params, self.vae, prompts)
-    rows = prompts.ids_BL.shape[0]
-    x = jax.random.normal(jax.random.key(0), (1, 1, *self.policy.latent_shape))
-    return self.policy.velocity(self.params, cache, jnp.tile(x, (rows, 1, 1, 1)),
-                                jnp.full((rows, 1), .6))
+    return self.drawn(self.params, self.vae, prompts)
 
   def test_a_context_with_a_plan_reads_as_the_plan_was_scored(self):
     cache = self.policy.prefill(self.params, self.vae, self.prompts)
@@ -167,18 +169,13 @@ class ThinkingTest(absltest.TestCase):
     return aligner, metrics, pictures
 
   def test_an_iteration_scores_what_was_sampled(self):
-    one, metrics, pictures = self.iteration()
+    _, metrics, pictures = self.iteration()
     for name in ('gap/plan', 'gap/think_generate', 'gap/understand', 'gap/generate'):
       self.assertLess(float(metrics[name]), 1e-5, name)
     self.assertEqual(pictures['think_generate'].shape[:2], (B, G))
     self.assertIn('loss/plan', metrics)
     self.assertIn('loss/think_generate_penalty', metrics)
     self.assertIn('accuracy/think_generate/correct', metrics)
-    # In parts of a group: the same update.
-    parts, other, _ = self.iteration(parallel=dict(group_parts=2))
-    self.assertAlmostEqual(float(metrics['loss']), float(other['loss']), places=5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), parts.state.params,
-                 one.state.params)
 
   def test_fresh_prompts_take_the_places_of_dead_ones(self):
     _, metrics, _ = self.iteration(align=dict(refill=1, refill_by='', understand=0, generate=0))

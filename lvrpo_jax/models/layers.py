@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
@@ -20,6 +22,16 @@ def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
     return layer
   kept = None if policy == 'full' else jax.checkpoint_policies.__dict__[policy]
   return nn.remat(layer, policy=kept, prevent_cse=False)
+
+
+def normal(stddev: float) -> nn.initializers.Initializer:
+  """Normal numbers, the same bits whether initialisation is compiled or not.
+
+  Without the barrier a compiler joins `stddev` with the constants of the distribution.
+  """
+  def init(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+    return jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype)) * stddev
+  return init
 
 
 class Linear(nn.Module):

@@ -14,6 +14,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from lvrpo_jax.models import layers
 from lvrpo_jax.models.vae import patchify
 
 
@@ -200,7 +201,7 @@ class VisionTower(nn.Module):
 
   def setup(self) -> None:
     config = self.config
-    init = nn.initializers.normal(config.hidden**-0.5)
+    init = layers.normal(config.hidden**-0.5)
     self.patch_embedding = nn.Dense(config.hidden)
     self.positions = self.param('positions', init, (config.side**2, config.hidden))
     self.layers = [Block(config) for _ in range(config.layers)]
@@ -259,9 +260,10 @@ class TextTower(nn.Module):
     length = ids_BL.shape[1]
     if length > config.max_positions:
       raise ValueError(f'texts have {length} tokens, at most {config.max_positions} fit')
-    init = nn.initializers.normal(config.hidden**-0.5)
+    init = layers.normal(config.hidden**-0.5)
     positions = self.param('positions', init, (config.max_positions, config.hidden))
-    x_BLD = nn.Embed(config.vocab, config.hidden, name='tokens')(ids_BL) + positions[None, :length]
+    embed = nn.Embed(config.vocab, config.hidden, embedding_init=init, name='tokens')
+    x_BLD = embed(ids_BL) + positions[None, :length]
     for layer in range(config.layers):
       x_BLD = Block(config, name=f'layers_{layer}')(x_BLD, mask_BL)
     hidden_BLD = _layer_norm(config, 'final_norm')(x_BLD)

@@ -11,6 +11,7 @@ Ways through one set of weights, which give the same numbers:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -78,7 +79,7 @@ class Unified(nn.Module):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     linear = lambda width, **kw: layers.Linear(width, dtype=dtype, **kw)
     table = lambda side: lambda *_: jnp.asarray(layers.sincos_table(side, c.width))
-    self.embed_tokens = self.param('embed_tokens', nn.initializers.normal(0.5),
+    self.embed_tokens = self.param('embed_tokens', layers.normal(0.5),
                                    (c.vocab, c.width))
     self.trunk = mot.Trunk(
         depth=c.depth, heads=c.heads, kv_heads=c.kv_heads, head_width=c.width // c.heads,
@@ -270,6 +271,7 @@ def dummy_sequence(config: ModelConfig) -> types.Sequence:
       time_BN=jnp.zeros((1, 1)), gen=layout, next_position_B=zeros(1))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: Array) -> types.Params:
   """Fresh parameters; the generation expert starts as a copy of the understanding expert."""
   params = Unified(config).init(key, dummy_sequence(config))['params']

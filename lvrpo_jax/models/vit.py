@@ -63,7 +63,7 @@ class Vit(nn.Module):
     Patches of one image share its number in `image_BN`; negative numbers are padding.
     """
     x = layers.Linear(self.width, name='patch_embedding', dtype=self.dtype)(patches_BNP)
-    table = self.param('position_embedding', nn.initializers.normal(0.02),
+    table = self.param('position_embedding', layers.normal(0.02),
                        (self.side ** 2, self.width))
     x = x + table[position_BN].astype(self.dtype)
     mask_BNN = (image_BN[:, :, None] == image_BN[:, None, :]) & (image_BN >= 0)[:, None, :]
