@@ -125,6 +125,9 @@ class EndToEndTest(absltest.TestCase):
                          capture_output=True, text=True)
     self.assertEqual(run.returncode, 0, run.stderr[-2000:])
     self.assertEqual((self.whole / 'metrics.jsonl').read_bytes(), before)
+    self.assertNotIn('stage evaluate_guided', run.stderr)
+    self.assertEqual(json.loads((self.whole / 'scores.json').read_text())['guidance'],
+                     self.scores['guidance'])
 
   def test_another_config_is_refused(self):
     run = subprocess.run(command(self.whole, '--config.align.steps=5'), cwd=ROOT,
