@@ -89,7 +89,8 @@ def prepare(workdir: pathlib.Path) -> None:
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str((workdir / 'compiled').resolve()))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   # Orbax reports every phase of every save at the level of our progress lines.
   logging.get_absl_handler().addFilter(
       lambda record: 'orbax' not in record.pathname or record.levelno > logging.converter.

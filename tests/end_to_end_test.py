@@ -24,8 +24,7 @@ def command(workdir, *overrides):
 
 def environment(cache):
   path = os.pathsep.join(filter(None, (str(ROOT / 'tests'), os.environ.get('PYTHONPATH'))))
-  return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': jax_settings.QUICK_COMPILE,
-          'PYTHONPATH': path, 'JAX_COMPILATION_CACHE_DIR': str(cache)}
+  return {**os.environ, **jax_settings.cached(cache), 'PYTHONPATH': path}
 
 
 def start(workdir, cache, *overrides):

@@ -161,9 +161,7 @@ class CommandTest(absltest.TestCase):
     folder = pathlib.Path(self.create_tempdir().full_path)
     path = folder / 'study.json'
     path.write_text(tiny_config().to_json())
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu',
-                   'XLA_FLAGS': jax_settings.QUICK_COMPILE,
-                   'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache')}
+    environment = {**os.environ, **jax_settings.cached(folder / 'cache')}
     command = [sys.executable, '-m', 'lvrpo_jax.main', f'--config={saved.__file__}:{path}',
                f'--workdir={folder / "w"}']
     run = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

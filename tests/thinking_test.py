@@ -70,12 +70,12 @@ class ThinkingTest(absltest.TestCase):
     return self.drawn(self.params, self.vae, prompts)
 
   def test_a_context_with_a_plan_reads_as_the_plan_was_scored(self):
-    cache = self.policy.prefill(self.params, self.vae, self.prompts)
     bos = np.full((B, G, 1), self.policy.bos, np.int32)
     ids = np.concatenate([bos, self.tokens], axis=-1)
-    scored = self.policy.read(self.params, cache, ids)
-    sequence = self.policy.sequence(self.vae, self.after)
-    logits, _ = self.policy.model.apply({'params': self.params}, sequence)
+    scored = jax.jit(lambda params, vae: self.policy.read(
+        params, self.policy.prefill(params, vae, self.prompts), ids))(self.params, self.vae)
+    logits = jax.jit(lambda params, vae: self.policy.model.apply(
+        {'params': params}, self.policy.sequence(vae, self.after))[0])(self.params, self.vae)
     L = self.prompts.ids_BL.shape[1]
     found = logits[:, L:L + ids.shape[-1]].reshape(*scored.shape)
     mask = np.concatenate([np.ones((B, G, 1), bool), self.mask], axis=-1)
@@ -135,23 +135,20 @@ class ThinkingTest(absltest.TestCase):
     batch = {'think_generate': self.job.encoder('think_generate', [
         self.job.data.pretraining('think_generate', i) for i in range(2)])}
     state = types.TrainState(jnp.int32(4), None, None)
-    sums = lambda b: loss.sums(self.params, state, {'vae': self.vae}, b)[0]
-    found, weights = sums(batch), loss.weights(batch)
+    sums = lambda loss, b: jax.jit(loss.sums)(self.params, state, {'vae': self.vae}, b)[0]
+    found, weights = sums(loss, batch), loss.weights(batch)
     self.assertEqual(loss.coefficients, {'think_generate': .5, 'plan': .5})
     b = batch['think_generate']
     # Oracle: the plan as the answer of a text task, the picture after a context that holds it.
     alone = losses.pretraining(self.policy, dict(understand=1.), 2, 2.2, 3)
     text = {'understand': b.replace(target_BYXC=b.target_BYXC[:, :0])}
-    np.testing.assert_allclose(
-        found['plan'], alone.sums(self.params, state, {'vae': self.vae}, text)[0]['understand'],
-        rtol=1e-5)
+    np.testing.assert_allclose(found['plan'], sums(alone, text)['understand'], rtol=1e-5)
     self.assertEqual(float(weights['plan']), b.answer_mask_BL.sum())
     said = np.concatenate([np.ones((2, 1), bool), b.answer_mask_BL], axis=1)
     drawing = losses.pretraining(self.policy, dict(generate=1.), 2, 2.2, 3)
     image = {'generate': b.replace(prompts=policy_lib.with_text(b.prompts, b.answer_BL, said))}
-    np.testing.assert_allclose(
-        found['think_generate'],
-        drawing.sums(self.params, state, {'vae': self.vae}, image)[0]['generate'], rtol=1e-5)
+    np.testing.assert_allclose(found['think_generate'], sums(drawing, image)['generate'],
+                               rtol=1e-5)
     answer = self.job.data.pretraining('think_generate', 0).answer
     self.assertEqual(len(answer.replace(' , ', '|').split('|')), 4)
 

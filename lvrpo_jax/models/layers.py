@@ -24,6 +24,15 @@ def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
   return nn.remat(layer, policy=kept, prevent_cse=False)
 
 
+def traced_once(module: nn.Module) -> dict[str, bool]:
+  """The option of `nn.scan` that spares a second trace of every layer.
+
+  That trace only checks what is constant over layers. It also draws from the random streams, so
+  parameters start as they do with it.
+  """
+  return {'check_constancy_invariants': module.is_initializing()}
+
+
 def normal(stddev: float) -> nn.initializers.Initializer:
   """Normal numbers, the same bits whether initialisation is compiled or not.
 

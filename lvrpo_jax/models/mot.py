@@ -181,7 +181,8 @@ class Trunk(nn.Module):
                   ff_width=self.ff_width, eps=self.eps, dtype=self.dtype, depth=self.depth)
     self.layers = nn.scan(
         layers.remat(Layer, self.remat), variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=(0, nn.broadcast), length=self.depth, unroll=self.unroll)(
+        in_axes=(0, nn.broadcast), length=self.depth, unroll=self.unroll,
+        **layers.traced_once(self))(
             expert, self.freeze_und, self.attention)
     self.norm_und = layers.RMSNorm(self.eps)
     self.norm_gen = layers.RMSNorm(self.eps)

@@ -69,7 +69,8 @@ class Vit(nn.Module):
     mask_BNN = (image_BN[:, :, None] == image_BN[:, None, :]) & (image_BN >= 0)[:, None, :]
     stack = nn.scan(
         layers.remat(VitLayer, self.remat), variable_axes={'params': 0},
-        split_rngs={'params': True}, in_axes=nn.broadcast, length=self.depth, unroll=self.unroll)
+        split_rngs={'params': True}, in_axes=nn.broadcast, length=self.depth, unroll=self.unroll,
+        **layers.traced_once(self))
     x, outputs = stack(
         self.heads, self.ff_width, self.eps, self.dtype, self.attention, name='layers')(x, mask_BNN)
     return layers.LayerNorm(self.eps, name='post_layernorm')(x), outputs
