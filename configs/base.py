@@ -133,6 +133,8 @@ def get_config() -> config_dict.ConfigDict:
       rules=1., semantic=0., dense=0., knowledge=0.25, mutual=0., remote=0.))
   config.align.rewards.think_generate = config_dict.ConfigDict(dict(
       rules=1., semantic=0.25, dense=0., knowledge=0.25, mutual=0., remote=0.))
+  # Whether the rules pay parts of what was asked, and the format of answers; or all or nothing
+  config.align.graded = True
   config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)
@@ -213,6 +215,7 @@ def get_config() -> config_dict.ConfigDict:
   config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out
 
   config.study = 'full'  # of the program 'study': which of config.studies
+  config.workers = 1  # runs of a study at once, each on its share of the CPU's cores
   config.studies = config_dict.ConfigDict()  # name: seeds, variants and changes to this config
   config.variants = config_dict.ConfigDict()  # name: changes to this config; a run each
   config.critic = config_dict.ConfigDict()  # bounds what texts say about pictures; no reward

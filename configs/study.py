@@ -3,7 +3,7 @@
     python -m lvrpo_jax.main --config=configs/study.py                       # about 5 hours
     python -m lvrpo_jax.main --config=configs/study.py --config.study=quick  # about 20 minutes
 
-Two CPU cores. Every variant starts from the pretrained model of its seed and is measured on the same
+Two CPU cores, a run on each (`workers`). Every variant starts from the pretrained model of its seed and is measured on the same
 held-out prompts and noise. What was done is kept: the same command goes on. Alignment runs 70
 iterations with 24 groups of 8 images: 336,000 passes of an image through the policy (10 to sample,
 15 for the gaps and the updates). 'control_passes' and 'repa' see as many in 2,333 steps of 144
@@ -13,6 +13,7 @@ noised images, which takes four times as long; 'control_time' takes as long as a
 from ml_collections import config_dict
 
 from configs import base
+from configs import paper
 
 TASKS = ('generate', 'understand', 'edit')
 COMPONENTS = ('rules', 'semantic', 'knowledge', 'mutual')
@@ -31,7 +32,8 @@ def rows(generate, understand, edit):
 
 VARIANTS = {
     'default': {},
-    'paper': dict(align=dict(advantage='sum')),
+    'paper': paper.CHANGES,
+    'sum': dict(align=dict(advantage='sum')),
     'control_time': dict(program='control', control=dict(steps=600)),
     'control_passes': dict(program='control', control=dict(steps=2333)),
     'repa': dict(program='control', control=dict(steps=2333, repa=.5)),
@@ -58,6 +60,7 @@ def get_config():
   config = base.get_config()
   config.program = 'study'
   config.report = False
+  config.workers = 2
   config.evaluate.guided = 0
   config.variants = config_dict.ConfigDict(VARIANTS)
   config.studies = config_dict.ConfigDict({

@@ -102,6 +102,8 @@ def devices(topology: str) -> list[Any]:
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{kind}-{cores}')
+  # Nothing runs on a TPU here, so several compilations may go on at once.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
     return list(topologies.get_topology_desc(topology, platform='tpu').devices)
   except Exception as error:  # The plugin raises whatever it likes.

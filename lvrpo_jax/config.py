@@ -76,7 +76,7 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('evaluate.guided', NATURAL), ('evaluate.think_generate', NATURAL),
     ('sample.task', one_of(*TASKS[:3])), ('convert.direction', one_of('import', 'export')),
     ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),
-    *((f'{k}', COUNT) for k in ('sample.max_tokens', 'convert.shards')),
+    *((f'{k}', COUNT) for k in ('sample.max_tokens', 'convert.shards', 'workers')),
     ('sample.shift', POSITIVE), ('sample.temperature', NATURAL),
     ('sample.size', (lambda v: len(v) == 2 and all(isinstance(x, int) and x >= 0 for x in v),
                      '(width, height) in pixels, 0 for the model\'s own')),

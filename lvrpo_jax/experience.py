@@ -268,7 +268,8 @@ class Collector:
       correct, parts = rules.images(self._detector, images, specs)
     everywhere = np.ones(parts.shape, bool)
     has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
-    values = {'rules': (parts, everywhere),
+    graded = job.config.align.graded
+    values = {'rules': (parts if graded else correct, everywhere),
               **{k: (sharding.local_rows(v),
                      has_question if k in ('knowledge', 'mutual') else everywhere)
                  for k, v in judged.items()}}
@@ -295,7 +296,8 @@ class Collector:
                                  *job.place((job.captions(statements), number)),
                                  self._blind(task, examples))
     everywhere = np.ones(correct.shape, bool)
-    values = {'rules': (rules.text_reward(correct, well_formed), everywhere),
+    graded = job.config.align.graded
+    values = {'rules': (rules.text_reward(correct, well_formed) if graded else correct, everywhere),
               **{k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}}
     if task in self._custom:
       values['custom'] = self._custom[task](examples, texts)

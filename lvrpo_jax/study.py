@@ -3,14 +3,15 @@
     python -m lvrpo_jax.main --config=configs/study.py [--config.study=quick]
 
 Every variant of `config.variants` is the config with some values changed, run as a process of its own
-in `<workdir>/<study>/seed<n>/<variant>`, one after the other. Pretraining and the measurement after it
-are done once a seed and copied. A run that is complete is never repeated, one that was interrupted
+in `<workdir>/<study>/seed<n>/<variant>`, `config.workers` at once. Pretraining and the measurement after
+it are done once a seed and copied. A run that is complete is never repeated, one that was interrupted
 goes on, and after every run `study.md` and `study.html` are written anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+import contextlib
 import json
 import os
 import pathlib
@@ -45,12 +46,16 @@ SHARED = ('checkpoints/vae', 'checkpoints/judge', 'checkpoints/pretrain', 'eval/
 """What a run of a variant takes over from it."""
 ROWS = 60
 """Images that the critic reads at once."""
+POLL = 1.
+"""Seconds between two looks at the runs under way."""
 
 
 class Run(NamedTuple):
-  """A run of the study; `moment` is the folder of `eval` that holds its measurement."""
+  """A run of the study; `number` is its place among those of its seed, `moment` the folder of `eval`
+  that holds its measurement."""
   seed: int
   variant: str
+  number: int
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
   moment: str
@@ -87,18 +92,18 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
                        f'{sorted(config.variants)}')
   base = changed(config, study.changes, {'program': 'run'})
   base.unlock()
-  base.variants, base.studies = {}, {}
+  base.variants, base.studies, base.workers = {}, {}, 1
   out = []
   for seed in study.seeds:
     names = {PRETRAINED: {'program': 'pretrain'}, **{n: config.variants[n] for n in study.variants}}
-    for name, change in names.items():
+    for number, (name, change) in enumerate(names.items()):
       # What makes a study smaller holds, whatever steps a variant wants.
       mine = changed(base, change, study.changes, {'seed': seed})
       try:
         config_lib.validate(mine)
       except ValueError as error:
         raise ValueError(f'variant {name!r} of the study: {error}') from error
-      out.append(Run(seed, name, mine, workdir / config.study / f'seed{seed}' / name,
+      out.append(Run(seed, name, number, mine, workdir / config.study / f'seed{seed}' / name,
                      'before' if name == PRETRAINED else 'after'))
   return out
 
@@ -120,36 +125,121 @@ def prepare(run: Run, pretrained: Run) -> None:
   half.rename(run.workdir)
 
 
-def execute(run: Run, cache: pathlib.Path) -> None:
-  """Runs one variant in a process of its own; its output goes to `log` in its workdir.
+class Worker:
+  """Runs one variant after the other, each in a process of its own that is bound to some cores."""
+
+  def __init__(self, cores: set[int], cache: pathlib.Path):
+    self._cores, self._cache = cores, cache
+    self._process: subprocess.Popen[bytes] | None = None
+    self.run: Run | None = None
+
+  def start(self, run: Run) -> None:
+    """Starts a run; its output goes to `log` in its workdir."""
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    wanted = run.workdir / 'wanted.json'
+    checkpoint.write_json(wanted, json.loads(run.config.to_json()))
+    command = [sys.executable, '-m', 'lvrpo_jax.main', f'--config={saved.__file__}:{wanted}',
+               f'--workdir={run.workdir}']
+    environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(self._cache.resolve())}
+    self.run = run
+    with (run.workdir / 'log').open('a') as log, bound(self._cores):
+      self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+  def finished(self) -> Run | None:
+    """The run that has ended since the last call.
+
+    Raises:
+      RuntimeError: it failed.
+    """
+    if self._process is None or self._process.poll() is None:
+      return None
+    run, code = self.run, self._process.returncode
+    self.run = self._process = None
+    if code:
+      last = (run.workdir / 'log').read_text().strip().split('\n')[-8:]
+      raise RuntimeError(f'the run in {run.workdir} ended with status {code}; its log ends with\n  '
+                         + '\n  '.join(last))
+    return run
+
+  def terminate(self) -> None:
+    """Asks the run to save and end."""
+    if self._process is not None:
+      self._process.terminate()
+
+  def wait(self) -> None:
+    """Waits for the end of the run."""
+    if self._process is not None:
+      self._process.wait()
+
+
+@contextlib.contextmanager
+def bound(cores: set[int]) -> Iterator[None]:
+  """Processes started inside keep to these cores; {} leaves them alone."""
+  if not cores:
+    yield
+    return
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, cores)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
+
+
+def shares(workers: int) -> list[set[int]]:
+  """Cores of every worker; {} where there is one alone, or where cores cannot be chosen.
 
   Raises:
-    checkpoint.Preempted: this process was asked to stop; the run has saved.
-    RuntimeError: the run failed.
+    ValueError: there are fewer cores than workers.
   """
-  run.workdir.mkdir(parents=True, exist_ok=True)
-  wanted = run.workdir / 'wanted.json'
-  checkpoint.write_json(wanted, json.loads(run.config.to_json()))
-  command = [sys.executable, '-m', 'lvrpo_jax.main', f'--config={saved.__file__}:{wanted}',
-             f'--workdir={run.workdir}']
-  environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(cache.resolve())}
-  with (run.workdir / 'log').open('a') as log, checkpoint.StopSignal() as stop:
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+  if workers == 1 or sys.platform != 'linux':
+    return [set()] * workers
+  cores = sorted(os.sched_getaffinity(0))
+  if not 1 <= workers <= len(cores):
+    raise ValueError(f'config.workers is {workers}; allowed: 1 to {len(cores)}, the cores at hand')
+  return [set(cores[i::workers]) for i in range(workers)]
+
+
+def execute(runs: Sequence[Run], workers: Sequence[Worker]) -> Iterator[Run]:
+  """Does the runs, as many at once as there are workers; yields each when it is complete.
+
+  Raises:
+    checkpoint.Preempted: this process was asked to stop; the runs have saved.
+    RuntimeError: a run failed.
+  """
+  pretrained = {r.seed: r for r in runs if r.variant == PRETRAINED}
+  waiting = [r for r in runs if not complete(r)]
+  total, start = len(waiting), time.monotonic()
+  with checkpoint.StopSignal() as stop:
     try:
-      while process.poll() is None:
+      while waiting or any(w.run for w in workers):
+        for worker in workers:
+          one = worker.finished()
+          if one is not None:
+            yield one
+          ready = [r for r in waiting if r.variant == PRETRAINED or complete(pretrained[r.seed])]
+          if worker.run is None and ready:
+            waiting.remove(ready[0])
+            prepare(ready[0], pretrained[ready[0].seed])
+            worker.start(ready[0])
+            _announce(ready[0], total, len(waiting), time.monotonic() - start, len(workers))
         if stop.asked(0):
-          process.terminate()
-          process.wait()
-          raise checkpoint.Preempted(f'study stopped in {run.workdir}')
-        time.sleep(1)
+          raise checkpoint.Preempted('study stopped; its runs have ended')
+        time.sleep(POLL)
     finally:
-      if process.poll() is None:
-        process.terminate()
-        process.wait()
-  if process.returncode:
-    last = (run.workdir / 'log').read_text().strip().split('\n')[-8:]
-    raise RuntimeError(f'the run in {run.workdir} ended with status {process.returncode}; its log '
-                       'ends with\n  ' + '\n  '.join(last))
+      for worker in workers:
+        worker.terminate()
+      for worker in workers:
+        worker.wait()
+
+
+def _announce(run: Run, total: int, waiting: int, spent: float, workers: int) -> None:
+  """A line for a run that begins: how far the study is."""
+  number = total - waiting
+  done = max(number - workers, 0)
+  left = f', about {spent / done * (total - done) / 60:.0f} minutes left' if done else ''
+  logging.info('study: run %d of %d (%s, seed %d), %.0f minutes so far%s', number, total,
+               run.variant, run.seed, spent / 60, left)
 
 
 class Critic:
@@ -205,32 +295,21 @@ class Critic:
     return stats.information_terms(self._scale * similarity).mean(axis=0).tolist()
 
 
-def measured(run: Run, critic: Critic) -> dict[str, Any]:
-  """What the tables need of a complete run, kept in its folder once it has been worked out."""
-  folder = run.workdir / 'eval' / run.moment
-  kept = folder / 'information.json'
-  records = [r for r in map(json.loads, (folder / 'predictions.jsonl').read_text().splitlines())
+def measured(run: Run, critic: Critic, folder: pathlib.Path) -> study_tables.Done:
+  """What the tables need of a complete run, kept in a folder once it has been worked out."""
+  kept = folder / f'{run.variant}_seed{run.seed}.json.gz'
+  if kept.is_file():
+    return study_tables.load(kept)
+  measurement = run.workdir / 'eval' / run.moment
+  records = [r for r in map(json.loads, (measurement / 'predictions.jsonl').read_text().splitlines())
              if r['task'] != 'panel']
-  if not kept.is_file():
-    drawn = [r for r in records if r['task'] == pipeline.GENERATE and r['split'] == 'eval']
-    checkpoint.write_json(kept, critic.terms(folder, drawn))
+  drawn = [r for r in records if r['task'] == pipeline.GENERATE and r['split'] == 'eval']
   seconds = json.loads((run.workdir / 'scores.json').read_text())['seconds']
-  return {'seed': run.seed, 'variant': run.variant, 'records': records,
-          'information': json.loads(kept.read_text()),
+  done = {'seed': run.seed, 'variant': run.variant, 'number': run.number, 'records': records,
+          'information': critic.terms(measurement, drawn),
           'seconds': sum(seconds.get(stage, 0.) for stage in ('align', 'control'))}
-
-
-def announced(runs: list[Run]) -> Iterator[Run]:
-  """The runs that are to be done, with a line before each that says how far the study is."""
-  waiting = [run for run in runs if not complete(run)]
-  start = time.monotonic()
-  for number, run in enumerate(waiting):
-    spent = time.monotonic() - start
-    left = f', about {spent / number * (len(waiting) - number) / 60:.0f} minutes left' if number else ''
-    logging.info('study: run %d of %d (%s, seed %d), %.0f minutes so far%s',
-                 len(runs) - len(waiting) + number + 1, len(runs), run.variant, run.seed,
-                 spent / 60, left)
-    yield run
+  study_tables.save(kept, done)
+  return study_tables.load(kept)
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -241,15 +320,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   """
   runs = plan(config, workdir)
   folder = workdir / config.study
-  checkpoint.check_config(folder, config)
+  checkpoint.check_config(folder, changed(config, {'workers': 1}))  # Another number may go on.
+  workers = [Worker(cores, folder / 'compiled') for cores in shares(config.workers)]
   critic = Critic(runs[0].config, folder / 'critic')
-  pretrained = {r.seed: r for r in runs if r.variant == PRETRAINED}
-  for one in announced(runs):
-    prepare(one, pretrained[one.seed])
-    execute(one, folder / 'compiled')
-    done = [measured(r, critic) for r in runs if complete(r)]
-    study_tables.write(folder, done)
-  text = study_tables.write(folder, [measured(r, critic) for r in runs])
+  read = lambda: [measured(r, critic, folder / 'measured') for r in runs if complete(r)]
+  for _ in execute(runs, workers):
+    study_tables.write(folder, read())
+  text = study_tables.write(folder, read())
   print(text, flush=True)
   logging.info('tables: %s', folder / 'study.md')
   return {}

@@ -1,5 +1,9 @@
 """Tables and plots of a study; reads records, recomputes no score.
 
+    python -m lvrpo_jax.study_tables runs/study/full/measured
+
+prints the tables of the runs in a folder and writes them, with plots, beside it.
+
 A value is the mean over seeds and kinds; its 95 % interval is a bootstrap over the meanings of the
 prompts within every seed and kind. Differences are paired on prompts and noise. Neither covers how much
 another seed would have changed; that is what the numbers of the single seeds are for.
@@ -7,8 +11,11 @@ another seed would have changed; that is what the numbers of the single seeds ar
 
 from __future__ import annotations
 
+import argparse
 import collections
 from collections.abc import Sequence
+import gzip
+import json
 import math
 import pathlib
 from typing import Any
@@ -20,7 +27,7 @@ from lvrpo_jax.data import grammar
 from lvrpo_jax.report_assets import el, join
 
 Done = dict[str, Any]
-"""What `study.measured` returns of a run."""
+"""What `study.measured` returns of a run; `number` is its place in the study."""
 REFERENCE = 'default'
 """The variant that the others are compared with."""
 INFORMATION = 'information'
@@ -33,6 +40,26 @@ CATEGORIES = tuple((kind.replace('_', ' '), f'generation/{kind}')
                    for kind in grammar.GENERATE_KINDS)
 SEED = 0
 """Of the bootstrap."""
+
+
+FIELDS = ('task', 'split', 'kind', 'meaning', 'correct', 'greedy_correct', 'format')
+"""What is kept of a record."""
+
+
+def save(path: pathlib.Path, done: Done) -> None:
+  """Keeps what the tables need of a run in a file that is small enough to be published."""
+  short = [{k: r[k] for k in FIELDS if k in r} for r in done['records']]
+  text = json.dumps({**done, 'records': short, 'information': [
+      round(term, 5) for term in done['information']]})
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  temporary.write_bytes(gzip.compress(text.encode(), mtime=0))  # The same run, the same bytes.
+  temporary.replace(path)
+
+
+def load(path: pathlib.Path) -> Done:
+  """Reads what `save` wrote."""
+  return json.loads(gzip.decompress(path.read_bytes()))
 
 
 class Scores:
@@ -162,3 +189,20 @@ def write(folder: pathlib.Path, done: Sequence[Done]) -> str:
          style='font-family:sans-serif;margin:2rem'), lang='en'))
   (folder / 'study.html').write_text(page)
   return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Command line; see the module's docstring."""
+  parser = argparse.ArgumentParser(description='Tables and plots of a study.')
+  parser.add_argument('folder', type=pathlib.Path, help="'measured' of a study")
+  folder = parser.parse_args(argv).folder
+  files = sorted(folder.glob('*.json.gz'))
+  if not files:
+    parser.error(f'{folder} holds no *.json.gz; expected the folder `measured` of a study')
+  # The order of the variants in the tables is that in which a study runs them.
+  done = sorted(map(load, files), key=lambda run: (run['seed'], run['number']))
+  print(write(folder.parent, done))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,10 +1,13 @@
 """The study: its plan, what it refuses, its tables, and a tiny one through the command line."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -36,6 +39,7 @@ def tiny_config():
   out.evaluate.guided = 0
   out.critic.changes = ml_collections.ConfigDict(dict(judge=dict(steps=2)))
   out.critic.pairs = 8
+  out.workers = 2
   out.variants = ml_collections.ConfigDict(
       {'repa': dict(program='control', control=dict(steps=2, repa=.5))})
   out.studies = ml_collections.ConfigDict(
@@ -62,7 +66,7 @@ def done(variant, seed, shift):
   rng = np.random.default_rng(seed)
   mine = records(rng, shift)
   drawn = sum(r['task'] == 'generate' and r['split'] == 'eval' for r in mine)
-  return dict(seed=seed, variant=variant, records=mine, seconds=120.,
+  return dict(seed=seed, variant=variant, number=len(variant), records=mine, seconds=120.,
               information=(rng.random(drawn) + shift).tolist())
 
 
@@ -79,6 +83,9 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual(by_name['pretrained'].program, 'pretrain')
     self.assertEqual(by_name['default'].program, 'run')
     self.assertEqual(by_name['paper'].align.advantage, 'sum')
+    self.assertFalse(by_name['paper'].align.graded)
+    self.assertEqual({k: v for k, v in by_name['paper'].align.rewards.generate.items() if v},
+                     dict(rules=1., semantic=1., knowledge=1.))
     self.assertEqual(by_name['repa'].control.to_dict(),
                      dict(steps=2333, rate=.5, repa=.5, repa_layer=2))
     self.assertEqual({k: v for k, v in by_name['mutual'].align.rewards.edit.items() if v},
@@ -105,6 +112,84 @@ class PlanTest(parameterized.TestCase):
   def test_what_does_not_fit_is_named(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
       study.plan(config(**changes), pathlib.Path('w'))
+
+
+class FakeWorker:
+  """A worker whose runs are complete, or fail, at the second look."""
+  under_way = 0
+  most = 0
+
+  def __init__(self, failing=''):
+    self.run, self.started, self.ended, self._looks, self._failing = None, [], [], 0, failing
+
+  def start(self, run):
+    self.run, self._looks = run, 0
+    self.started.append(run.variant)
+    FakeWorker.under_way += 1
+    FakeWorker.most = max(FakeWorker.most, FakeWorker.under_way)
+
+  def finished(self):
+    self._looks += 1
+    if self.run is None or self._looks < 2:
+      return None
+    run, self.run = self.run, None
+    FakeWorker.under_way -= 1
+    if run.variant == self._failing:
+      raise RuntimeError('failed')
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    (run.workdir / 'scores.json').write_text(json.dumps({run.moment: {}}))
+    return run
+
+  def terminate(self):
+    self.ended.append('asked')
+
+  def wait(self):
+    self.ended.append('waited')
+
+
+class WorkersTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.object(study, 'POLL', 0.))
+    self.enter_context(mock.patch.object(study, 'prepare', lambda run, pretrained: None))
+    FakeWorker.under_way = FakeWorker.most = 0
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.runs = study.plan(config(), self.folder)
+
+  def test_every_run_once_and_no_variant_before_its_pretraining(self):
+    workers = [FakeWorker(), FakeWorker()]
+    done = list(study.execute(self.runs, workers))
+    self.assertCountEqual([(r.seed, r.variant) for r in done],
+                          [(r.seed, r.variant) for r in self.runs])
+    for seed in (0, 1, 2):
+      mine = [r.variant for r in done if r.seed == seed]
+      self.assertEqual(mine[0], 'pretrained')
+    self.assertEqual(FakeWorker.most, 2)
+    self.assertEqual(len(workers[0].started) + len(workers[1].started), len(self.runs))
+    self.assertEqual(list(study.execute(self.runs, workers)), [])
+
+  def test_a_failure_ends_the_others(self):
+    workers = [FakeWorker('paper'), FakeWorker('paper')]
+    with self.assertRaisesRegex(RuntimeError, 'failed'):
+      list(study.execute(self.runs[:4], workers))
+    for worker in workers:
+      self.assertEqual(worker.ended, ['asked', 'waited'])
+
+  def test_workers_share_the_cores(self):
+    with mock.patch.object(os, 'sched_getaffinity', lambda pid: {0, 1, 4, 5, 6}):
+      self.assertEqual(study.shares(2), [{0, 4, 6}, {1, 5}])
+      self.assertEqual(study.shares(1), [set()])
+      with self.assertRaisesRegex(ValueError, 'config.workers is 6; allowed: 1 to 5'):
+        study.shares(6)
+
+  def test_processes_keep_to_their_cores(self):
+    before = os.sched_getaffinity(0)
+    with study.bound({min(before)}):
+      found = subprocess.run([sys.executable, '-c', 'import os; print(os.sched_getaffinity(0))'],
+                             capture_output=True, text=True, check=True).stdout
+    self.assertEqual(found.strip(), str({min(before)}))
+    self.assertEqual(os.sched_getaffinity(0), before)
 
 
 class TablesTest(absltest.TestCase):
@@ -153,6 +238,27 @@ class TablesTest(absltest.TestCase):
     drawing = (folder / 'study.svg').read_text()
     self.assertEqual(drawing.count('<circle'), 2 * len(study_tables.HEADLINES))
     self.assertIn(drawing, (folder / 'study.html').read_text())
+
+
+  def test_kept_runs_give_the_same_tables(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    runs = [done('paper', 0, .1), done('default', 0, .3), done('default', 1, .2)]
+    for one in runs:
+      one['information'] = np.round(one['information'], 5).tolist()
+      one['records'][0]['images'] = ['large']
+      study_tables.save(folder / 'measured' / f'{one["variant"]}_seed{one["seed"]}.json.gz', one)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      study_tables.main([str(folder / 'measured')])
+    self.assertEqual(printed.getvalue().strip(), study_tables.markdown(study_tables.Scores(runs)))
+    self.assertTrue((folder / 'study.svg').is_file())
+    kept = study_tables.load(folder / 'measured/paper_seed0.json.gz')
+    self.assertNotIn('images', kept['records'][0])
+
+  def test_empty_folder_is_named(self):
+    with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit):
+      study_tables.main([self.create_tempdir().full_path])
+    self.assertIn('holds no *.json.gz', said.getvalue())
 
 
 class CommandTest(absltest.TestCase):

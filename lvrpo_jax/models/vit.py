@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from lvrpo_jax.models import attention
 from lvrpo_jax.models import layers
+from lvrpo_jax.models import partitioning
 
 Array = jax.Array
 gelu = functools.partial(nn.gelu, approximate=True)
@@ -35,7 +36,7 @@ class VitLayer(nn.Module):
     x_BND = x_BND + linear(D, name='out_proj')(out.reshape(B, N, D))
     y = layers.LayerNorm(self.eps, name='layer_norm2')(x_BND)
     y = linear(D, name='fc2')(gelu(linear(self.ff_width, name='fc1')(y)))
-    x_BND = x_BND + y
+    x_BND = partitioning.constrain(x_BND + y, 'rows')
     return x_BND, x_BND
 
 
@@ -65,7 +66,7 @@ class Vit(nn.Module):
     x = layers.Linear(self.width, name='patch_embedding', dtype=self.dtype)(patches_BNP)
     table = self.param('position_embedding', layers.normal(0.02),
                        (self.side ** 2, self.width))
-    x = x + table[position_BN].astype(self.dtype)
+    x = partitioning.constrain(x + table[position_BN].astype(self.dtype), 'rows')
     mask_BNN = (image_BN[:, :, None] == image_BN[:, None, :]) & (image_BN >= 0)[:, None, :]
     stack = nn.scan(
         layers.remat(VitLayer, self.remat), variable_axes={'params': 0},
