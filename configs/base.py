@@ -154,10 +154,14 @@ def get_config() -> config_dict.ConfigDict:
       edit_weight=1., think_generate='', think_generate_weight=1.))
   config.align.dense_top = 2  # patches that must match a word in 'dense'; 1 is the paper's maximum
   config.align.advantage = 'gdpo'  # 'gdpo': normalise each component; 'sum': the paper's form
-  config.align.floor = 0.05  # smallest deviation divided by, in units of the reward
+  config.align.floor = 0.05  # smallest deviation divided by, in units of the reward;
+  # it enters as 'max' (of it and the deviation), 'add' (to it) or 'root' (of variance and floor)
+  config.align.floor_form = 'max'
   config.align.scope = 'group'  # deviation of 'group' or 'batch'; 'none': not divided (Dr. GRPO)
   config.align.ddof = 0  # of the deviation: 0 population, 1 Bessel
-  # Images: 'nft' (DiffusionNFT), 'awm' (advantage-weighted matching), 'sde' (Flow-GRPO), 'guard'
+  # Images: 'nft' (DiffusionNFT), 'awm' (advantage-weighted matching); on replayed steps 'sde' (the
+  # Gaussian ratio: Flow-GRPO, or DanceGRPO with its sampler), 'cps' (Flow-CPS, without the step's
+  # variance), 'guard' (GRPO-Guard) or 'guard_plain' (not divided by the step's length)
   config.align.objective = 'nft'
   config.align.steps_per_image = 10  # denoising steps of a rollout
   config.align.sampler = 'sde'  # 'sde' (Flow-GRPO), 'cps' or 'dance'
@@ -167,6 +171,8 @@ def get_config() -> config_dict.ConfigDict:
   # Noisy steps replayed an iteration; 'sde' and 'guard' train on them. 0: all. (The first half of
   # the steps has times above shift / (1 + shift), a value for noise_low.)
   config.align.window = 2
+  # Noisy steps outside the window: noisy as well (Flow-GRPO), or not (Flow-GRPO-Fast, MixGRPO)
+  config.align.noise_outside = True
   config.align.window_schedule = 'random'  # or 'sliding' (MixGRPO)
   config.align.window_every = 25  # iterations between two moves of a sliding window
   config.align.draws = 2  # noised copies of every sample for 'nft' and 'awm'

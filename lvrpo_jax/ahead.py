@@ -178,7 +178,8 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
                     job.rollout_dtype)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     asked = prompts(job, {t: n for t, n in sizes.items() if t in tasks}, rows)
-    return Traced(jax.jit(collector.sample), (mine, vae(mesh), asked, step), mesh, bytes_of(state),
+    scales = abstract(collector.eta_T, NamedSharding(mesh, P()))
+    return Traced(jax.jit(collector.sample), ((mine,), vae(mesh), asked, step, scales), mesh, bytes_of(state),
                   job.config.data.answer_words + 1)
 
   def train() -> Traced:

@@ -97,6 +97,7 @@ class Aligner:
     self._halves = jax.jit(functools.partial(thinking.halves, bos=job.policy.bos))
     self._text_gap = jax.jit(losses.text_gap)
     self._points = jax.jit(self._points_fn)
+    self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
@@ -127,6 +128,17 @@ class Aligner:
   def params(self) -> types.Params:
     """The policy as it is now, adapters merged."""
     return self.full(self.state.params)
+
+  @property
+  def sampling(self) -> tuple[types.Params, ...]:
+    """The policy that samples, or those of texts and of images where they differ.
+
+    DiffusionNFT (arXiv 2509.16117, alg. 1) draws with the old policy, around which its positive and
+    negative velocities lie. Ratios of texts are to the policy as it is.
+    """
+    if self.job.config.align.objective != 'nft':
+      return (self.params,)
+    return self.params, self.full(self.state.old)
 
   def _points_fn(self, step, index_B, latents_BGNC):
     """Fresh noise on final latents: where a forward-process objective asks for velocities."""
@@ -161,7 +173,7 @@ class Aligner:
               ) -> tuple[dict[str, refill.Sampled], dict[str, Any]]:
     """One round: what was sampled for every task, with its rewards, and metrics."""
     c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
-    texts, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
+    texts, images, pixels = c.rollout(self.sampling, vae_params, tasks, iteration)
     asked = c.ask(tasks, texts, pixels)
     replayed = c.replayed(iteration)
     out, metrics = {}, {'window': replayed[0]}
@@ -197,9 +209,11 @@ class Aligner:
 
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
-    velocities, logp = self._replay(self.params, self.frozen, batch)
+    texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
+    writer, drawer = self.sampling[0], self.sampling[-1]
+    logp = self._replay(writer, self.frozen, texts)[1] if texts else {}
     out = {}
-    for task, v in velocities.items():
+    for task, v in self.velocities(drawer, batch).items():
       steps = self._image_gap(v, batch[task].transitions, group=batch[task].valid_BG.shape[1])
       out[f'gap/{task}'] = jnp.max(steps)
       out.update({f'gap/{task}/step{k}': steps[k] for k in range(len(steps))})
@@ -254,8 +268,11 @@ class Aligner:
     if a.diagnose_every and (iteration - 1) % a.diagnose_every == 0:  # The first compiles it.
       metrics.update(diagnostics.probe(self.step, self.state, self._frozen(),
                                        self.with_reference(batch), B1, a.clip_norm))
+    updates = []
     for _ in range(a.updates):
       self.state, update = self.step(self.state, self._frozen(), self.with_reference(batch))
+      updates.append(update)
+    update = self._mean(updates)
     metrics.update(update, **self._adapt(update))
     if a.objective in losses.FORWARD:
       # Importance ratios are to the policy that sampled: a plain copy.

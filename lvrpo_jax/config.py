@@ -62,7 +62,8 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),
     ('align.advantage', one_of('gdpo', 'sum')), ('align.ddof', one_of(0, 1)),
     ('align.scope', one_of('group', 'batch', 'none')),
-    ('align.objective', one_of('nft', 'sde', 'guard', 'awm')),
+    ('align.floor_form', one_of('max', 'add', 'root')),
+    ('align.objective', one_of('nft', 'awm', 'sde', 'cps', 'guard', 'guard_plain')),
     ('align.sampler', one_of('sde', 'cps', 'dance')),
     ('align.text_objective', one_of('grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo')),
     *((f'align.{k}', POSITIVE) for k in (
@@ -140,6 +141,10 @@ def validate(config: ml_collections.ConfigDict):
   if config.align.sampler == 'cps' and config.align.eta > 1:
     raise ValueError(f"config.align.eta is {config.align.eta}; allowed: at most 1 with "
                      "config.align.sampler = 'cps'")
+  if config.align.text_objective == 'cispo' and config.align.text_high < 1:
+    raise ValueError(f"config.align.text_high is {config.align.text_high}; allowed: at least 1 with "
+                     "config.align.text_objective = 'cispo', which cuts its weights at 1 + that (4 is "
+                     'usual)')
   if config.align.noise_low >= config.align.noise_high:
     raise ValueError(f'config.align.noise_low is {config.align.noise_low}; allowed: below '
                      f'config.align.noise_high = {config.align.noise_high}')

@@ -80,7 +80,7 @@ class Collector:
     self.advantages = {
         task: jax.jit(functools.partial(
             advantage_lib.combine, weights=self.weights(task), method=a.advantage, floor=a.floor,
-            ddof=a.ddof, scope=a.scope))
+            ddof=a.ddof, scope=a.scope, form=a.floor_form))
         for task in pipeline.TASKS}
 
   @functools.cached_property
@@ -102,6 +102,13 @@ class Collector:
                           self.window, a.window_every)
     return self.noisy[first:first + self.window]
 
+  def noise_scales(self, iteration: int) -> Array:
+    """Noise scale of every step of the rollouts of an iteration, (T,)."""
+    if self.job.config.align.noise_outside:
+      return self.eta_T
+    inside = np.isin(np.arange(len(self.eta_T)), self.replayed(iteration))
+    return jnp.where(inside, self.eta_T, 0.)
+
   def weights(self, task: str) -> dict[str, float]:
     """Components of a task with a weight other than 0."""
     a = self.job.config.align
@@ -110,37 +117,51 @@ class Collector:
       out['custom'] = a.custom[f'{task}_weight']
     return out
 
-  def sample(self, params, vae_params, prompts, iteration):
-    """Samples groups for all tasks: (texts, trajectories, uint8 pixels), each by task."""
+  def sample(self, policies, vae_params, prompts, iteration, eta_T):
+    """Samples groups for all tasks: (texts, trajectories, uint8 pixels), each by task.
+
+    Args:
+      policies: parameters of the policy that writes texts, and of the one that draws images where
+        that is another one.
+      eta_T: noise scale of every step.
+    """
     a, policy = self.job.config.align, self.job.policy
     root = jax.random.fold_in(jax.random.key(self.job.config.seed), iteration)
 
     def keys(p):
       key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(p.index_B)
       return jax.vmap(lambda k: ops.fold_rows(k, (a.group,)))(key_B)
-    caches = policy.prefill_all(params, vae_params, prompts)
+    writer, drawer = policies[0], policies[-1]
+    texts_first = (pipeline.UNDERSTAND, pipeline.THINK)
+    if writer is drawer:
+      caches = policy.prefill_all(writer, vae_params, prompts)
+    else:
+      caches = {}
+      for params, wanted in ((writer, True), (drawer, False)):
+        caches.update(policy.prefill_all(params, vae_params, {
+            t: p for t, p in prompts.items() if (t in texts_first) == wanted}))
     texts, images, pixels = {}, {}, {}
     noise = {t: keys(p) for t, p in prompts.items()}
-    for task in (pipeline.UNDERSTAND, pipeline.THINK):
+    for task in texts_first:
       if task in prompts:
         name = pipeline.PLAN if task == pipeline.THINK else task
         cache = caches.pop(task)
-        said = thinking.write(policy, params, cache, noise[task],
+        said = thinking.write(policy, writer, cache, noise[task],
                               self.job.config.data.answer_words + 1, a.temperature)
         ids = text_rollout.teacher_ids(said.tokens_BGT, policy.bos)
-        texts[name] = text_rollout.rescore(said, policy.read(params, cache, ids))
+        texts[name] = text_rollout.rescore(said, policy.read(writer, cache, ids))
     if pipeline.THINK in prompts:
       plan = texts[pipeline.PLAN]
-      caches[pipeline.THINK] = policy.prefill(params, vae_params, policy_lib.after_plans(
+      caches[pipeline.THINK] = policy.prefill(drawer, vae_params, policy_lib.after_plans(
           prompts[pipeline.THINK], plan.tokens_BGT, plan.mask_BGT, policy.bos))
       noise[pipeline.THINK] = thinking.image_keys(noise[pipeline.THINK])
     rows = {t: (c.valid_BS, noise[t]) for t, c in caches.items()}
     for tasks in policy_lib.alike(rows):
       cache = policy_lib.join_caches([caches[t] for t in tasks])
-      velocity = lambda x, t, c=cache: policy.velocity(params, c, x, t)
+      velocity = lambda x, t, c=cache: policy.velocity(drawer, c, x, t)
       rollout = image_rollout.rollout(
           velocity, jnp.concatenate([noise[t] for t in tasks]), policy.latent_shape, self.grid,
-          self.eta_T, a.sampler)
+          eta_T, a.sampler)
       start = 0
       for task in tasks:
         stop = start + len(noise[task])
@@ -212,8 +233,8 @@ class Collector:
     alone = [dataclasses.replace(e, drop_vit=True) for e in examples]
     return self.job.place(self.job.encoder(pipeline.UNDERSTAND, alone).prompts)
 
-  def rollout(self, params, vae_params, tasks: Tasks, iteration: int):
-    """Dispatches the rollouts of an iteration.
+  def rollout(self, policies: tuple[types.Params, ...], vae_params, tasks: Tasks, iteration: int):
+    """Dispatches the rollouts of an iteration; see `sample`.
 
     Texts and pixels come back on the job's mesh; trajectories stay where they are until
     `job.place_rows` takes what the update reads of them.
@@ -222,7 +243,8 @@ class Collector:
     # some are sampled again.
     parts = ([{task: p} for task, p in tasks.prompts.items()] if self._apart else
              [tasks.prompts])
-    found = [self._rollout(params, vae_params, prompts, jnp.int32(iteration)) for prompts in parts]
+    found = [self._rollout(policies, vae_params, prompts, jnp.int32(iteration),
+                           self.noise_scales(iteration)) for prompts in parts]
     texts, images, pixels = ({t: x for part in found for t, x in part[n].items()}
                              for n in range(3))
     return self.job.place_rows(texts), images, self.job.place_rows(pixels)

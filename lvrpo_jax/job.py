@@ -94,8 +94,9 @@ class Job:
   def sampler(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
 
-    Callers hold parameters and prompts on the job's mesh. They are moved to that of rollouts, and
-    kernels are rounded; what comes back lies there, see `place_rows`.
+    Callers hold parameters (of one policy, or a tuple of several) and prompts on the job's mesh. They
+    are moved to that of rollouts, and kernels are rounded; what comes back lies there, see
+    `place_rows`.
     """
     compiled = self.compile(function, self.rollout_mesh)
     elsewhere = self.rollout_mesh is not self.mesh
@@ -109,7 +110,8 @@ class Job:
       if elsewhere:
         vae_params = sharding.shard_state(vae_params, self.rollout_mesh)
         prompts = jax.device_put(prompts, sharding.rows_sharding(self.rollout_mesh))
-      return compiled(move(params), vae_params, prompts, *rest)
+      moved = tuple(map(move, params)) if isinstance(params, tuple) else move(params)
+      return compiled(moved, vae_params, prompts, *rest)
     return run
 
   def captions(self, texts: list[str]) -> np.ndarray:

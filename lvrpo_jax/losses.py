@@ -275,21 +275,22 @@ def _forward_sums(a: Alignment, v: Array, b: types.ImageExperience):
 
 
 def _replayed_sums(a: Alignment, v: Array, b: types.ImageExperience):
-  """Flow-GRPO, or GRPO-Guard, on the replayed steps of the rollout."""
+  """The objectives on replayed steps of the rollout."""
   s = b.transitions
   moves = (transition_mean(a.sampler, v, s), s.mean_BMNC, s.noise_BMNC)
   advantage = _per_point(b.advantage_BG, b)
-  if a.objective == 'sde':
-    loss, log_ratio = flow_objectives.sde(*moves, s.std_BM, advantage, a.image_clip)
+  if a.objective in ('sde', 'cps'):
+    objective = flow_objectives.sde if a.objective == 'sde' else flow_objectives.cps
+    loss, log_ratio = objective(*moves, s.std_BM, advantage, a.image_clip)
   else:
-    loss, log_ratio = flow_objectives.guard(*moves, s.next_time_BM - s.time_BM, advantage,
-                                            a.image_clip)
+    dt = s.next_time_BM - s.time_BM if a.objective == 'guard' else None
+    loss, log_ratio = flow_objectives.guard(*moves, dt, advantage, a.image_clip)
   return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
 
 
 FORWARD = ('nft', 'awm')
 """Objectives on freshly noised final images."""
-REPLAYED = ('sde', 'guard')
+REPLAYED = ('sde', 'cps', 'guard', 'guard_plain')
 """Objectives on steps of the rollout."""
 
 

@@ -39,9 +39,8 @@ def informative(rewards: dict[str, types.Rewards], component: str = '') -> np.nd
   if component in rewards:
     rewards = {component: rewards[component]}
   valid = np.stack([sharding.whole(r.valid_BG) for r in rewards.values()]).all(0)
-  spread = [advantage.group_statistics(sharding.whole(r.value_BG), valid)[1]
-            for r in rewards.values()]
-  return np.max([np.asarray(s)[:, 0] for s in spread], axis=0) > advantage.CONSTANT
+  return np.any([~np.asarray(advantage.constant(sharding.whole(r.value_BG), valid))[:, 0]
+                 for r in rewards.values()], axis=0)
 
 
 def places(dead: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -18,15 +18,16 @@ def rewards(values, valid=None):
           for name, v in values.items()}
 
 
-def oracle(values, valid, weights, method, floor, ddof=0, scope='group', clip=5.):
+def oracle(values, valid, weights, method, floor, ddof=0, scope='group', form='max', clip=5.):
   """Advantages (B, G) by loops in float64; `valid` (B, G) holds for all components."""
   B, G = valid.shape
-  total = np.zeros((B, G))
+  total, raw = np.zeros((B, G)), np.zeros((B, G))
   def divided(x, everything):
     if scope == 'none':
       return 1.
     sample = x if scope == 'group' else everything
-    return max(sample.std(ddof=ddof) if sample.size > ddof else 0., floor)
+    std = sample.std(ddof=ddof) if sample.size > ddof else 0.
+    return {'max': max(std, floor), 'add': std + floor, 'root': np.sqrt(std ** 2 + floor)}[form]
   for b, (name, weight) in itertools.product(range(B), weights.items()):
     rows = np.flatnonzero(valid[b])
     if not rows.size:
@@ -36,13 +37,14 @@ def oracle(values, valid, weights, method, floor, ddof=0, scope='group', clip=5.
     if method == 'gdpo':
       scale = divided(x, np.float64(values[name])[valid])
     total[b, rows] += weight * (x - x.mean()) / scale
-  everything = total[valid]
+    raw[b, rows] += weight * x
   for b in range(B):
     rows = np.flatnonzero(valid[b])
     if method == 'sum' and rows.size:
-      total[b, rows] /= divided(total[b, rows], everything)
+      total[b, rows] /= divided(raw[b, rows], raw[valid])
   if method == 'gdpo' and scope != 'none':
-    total /= max(total[valid].std(), floor)
+    scope = 'batch'
+    total /= divided(None, total[valid])
   return np.clip(total, -clip, clip)
 
 
@@ -88,16 +90,17 @@ class CombineTest(parameterized.TestCase):
             'cosine': .3 + .1 * rng.random((B, G)).astype(np.float32)}
 
   @parameterized.product(method=('sum', 'gdpo'), ddof=(0, 1), floor=(1e-4, .05),
-                         scope=('group', 'batch', 'none'))
-  def test_against_loops(self, method, ddof, floor, scope):
+                         scope=('group', 'batch', 'none'), form=advantage.FORMS)
+  def test_against_loops(self, method, ddof, floor, scope, form):
     values = self.values()
     valid = {'rule': np.random.default_rng(3).random((4, 8)) < .8,
              'cosine': np.random.default_rng(4).random((4, 8)) < .9}
     both = valid['rule'] & valid['cosine']
-    out = advantage.combine(rewards(values, valid), self.weights, method, floor, ddof, scope)
+    out = advantage.combine(rewards(values, valid), self.weights, method, floor, ddof, scope,
+                            form)
     np.testing.assert_array_equal(out.valid_BG, both)
     np.testing.assert_allclose(
-        out.value_BG, oracle(values, both, self.weights, method, floor, ddof, scope),
+        out.value_BG, oracle(values, both, self.weights, method, floor, ddof, scope, form),
         rtol=1e-5, atol=2e-6)
 
   def test_unknown_scope(self):
@@ -121,6 +124,34 @@ class CombineTest(parameterized.TestCase):
     self.assertTrue(np.all(np.abs(out.value_BG[1:]).sum(1) > 0))
     self.assertAlmostEqual(float(out.dead['rule']), .75)
     self.assertAlmostEqual(float(out.dead['cosine']), .25)
+
+  @parameterized.product(method=('sum', 'gdpo'), value=(.7, .1, 1 / 3, 100.7), G=(5, 8, 12))
+  def test_equal_rewards_that_are_no_float32_are_zero(self, method, value, G):
+    # Their mean is off by a rounding, which a small floor would blow up to a common push.
+    values = {'rule': np.full((2, G), value, np.float32), 'cosine': np.full((2, G), .3, np.float32)}
+    out = advantage.combine(rewards(values), self.weights, method, 1e-6)
+    np.testing.assert_array_equal(out.value_BG, np.zeros((2, G)))
+    self.assertEqual({k: float(v) for k, v in out.dead.items()}, {'rule': 1., 'cosine': 1.})
+
+  # The conventions of six codebases: deviation, what is added and how, scope.
+  @parameterized.parameters(
+      (0, 1e-4, 'add', 'batch'),  # Flow-GRPO and DiffusionNFT
+      (1, 1e-4, 'add', 'batch'),  # verl-omni
+      (0, 1e-8, 'root', 'group'), (1, 1e-8, 'root', 'batch'),  # UniRL
+      (1, 1e-8, 'add', 'group'),  # MixGRPO
+      (1, 1e-4, 'add', 'group'),  # TRL and CoRL
+      (1, 1e-6, 'add', 'group'))  # tunix
+  def test_conventions_of_other_codebases(self, ddof, floor, form, scope):
+    x = np.random.default_rng(5).random((3, 8))
+    out = advantage.combine(rewards({'cosine': x}), {'cosine': 1.}, 'sum', floor, ddof, scope, form)
+    centred = x - x.mean(1, keepdims=True)
+    deviation = (x.std(1, ddof=ddof, keepdims=True) if scope == 'group' else x.std(ddof=ddof))
+    expected = centred / (np.sqrt(deviation ** 2 + floor) if form == 'root' else deviation + floor)
+    np.testing.assert_allclose(out.value_BG, expected, rtol=2e-6, atol=1e-6)
+
+  def test_unknown_form(self):
+    with self.assertRaisesRegex(ValueError, "'plus'.*'max', 'add', 'root'"):
+      advantage.divisor(jnp.ones((2, 2)), jnp.ones((2, 2), bool), .1, form='plus')
 
   @parameterized.product(method=('sum', 'gdpo'), bad=(0., 1e6, np.nan))
   def test_an_invalid_sample_changes_no_sibling(self, method, bad):

@@ -67,7 +67,7 @@ class ProgramsTest(absltest.TestCase):
     everything = {}
     for name in ('text', 'image'):
       asked = self.programs[name]().arguments
-      self.assertEqual(signature(asked[:2]), signature((params, vae_params)))
+      self.assertEqual(signature(asked[:2]), signature(((params,), vae_params)))
       everything.update(signature(asked[2]))
     self.assertEqual(everything, signature(tasks.prompts))
 

@@ -2,15 +2,19 @@
 
 import math
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
+from absl.testing import parameterized
 import jax
 from jax import numpy as jnp
 import numpy as np
 
 from configs import tiny
 from lvrpo_jax import align
+from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
+from lvrpo_jax import losses
 from lvrpo_jax import pretrain
 
 SCALARS = {'accuracy/generate/correct': .2, 'accuracy/edit/correct': .6,
@@ -57,6 +61,116 @@ class InitialTest(absltest.TestCase):
     job = job_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
     optimizer, _ = align.update(job)
     self.assertIsNone(align.initial(job, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
+
+
+def random_like(shapes, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: jnp.asarray(.3 * rng.normal(size=s.shape), jnp.float32), shapes)
+
+
+class IterationTest(parameterized.TestCase):
+  """Whole iterations of the production class on a tiny model with every objective for images."""
+
+  def make(self, **changes):
+    config = tiny.get_config()
+    config.model.depth = 1
+    config.align.update(edit=0, diagnose_every=0)
+    config.align.update(changes)
+    job = job_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
+    # The model's own start has a velocity head of zeros, which hides every difference.
+    params = random_like(jax.eval_shape(lambda: pretrain.initial(job)))
+    side = job.data.image_size
+    judge = random_like(jax.eval_shape(lambda: job.judge.init(
+        jax.random.key(2), jnp.zeros((1, side, side, 3)), job.captions(['']))['params']), 1)
+    aligner = align.Aligner(job, params, pretrain.fit_autoencoder(job), judge)
+    drawn = {task: next(rows) for task, rows in align.prompt_batches(job).items()}
+    tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
+                             {t: job.place(d[1]) for t, d in drawn.items()})
+    return aligner, tasks
+
+  def test_images_are_drawn_and_replayed_by_the_old_policy(self):
+    aligner, tasks = self.make(updates=2)
+    batch, _, pictures = aligner.collect(tasks, 1)
+    old = jax.tree.map(lambda x: .8 * x, aligner.state.params)
+    aligner.state = aligner.state.replace(old=old)
+    moved, _, other = aligner.collect(tasks, 1)
+    self.assertGreater(np.abs(pictures['generate'].astype(int) - other['generate']).max(), 0)
+    np.testing.assert_array_equal(batch['understand'].tokens_BGT, moved['understand'].tokens_BGT)
+    for name, gap in aligner.gaps(moved).items():
+      self.assertLess(float(jnp.max(gap)), 1e-6, name)
+    # Replayed by the policy itself the gap would show that it did not draw them.
+    stale = aligner.velocities(aligner.params, moved)['generate']
+    steps = moved['generate'].transitions
+    self.assertGreater(float(losses.image_gap('sde', stale, steps, 2).max()), 1e-3)
+
+  # Losses of all of them are checked in losses_test; these are all ways through the iteration.
+  @parameterized.parameters(('sde', 'dance'), ('cps', 'cps'), ('awm', 'sde'))
+  def test_other_objectives_run(self, objective, sampler):
+    aligner, tasks = self.make(objective=objective, sampler=sampler, image_kl=(
+        'gaussian' if objective in losses.REPLAYED else 'velocity'), understand=0,
+                               image_target=1e-3)
+    self.assertEqual(aligner.state.old is None, objective in losses.REPLAYED)
+    before = jax.tree.map(np.asarray, aligner.state.params)
+    metrics, _ = aligner.iterate(tasks, 1)
+    self.assertLess(float(metrics['gap/generate']), 1e-6)
+    self.assertEqual(float(metrics['skipped']), 0.)
+    change = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, aligner.state.params)
+    self.assertGreater(max(jax.tree.leaves(change)), 0.)
+    # The penalty is far from its target, so its weight moves by a fifth of `adapt`.
+    self.assertAlmostEqual(abs(metrics['factor/images_penalty'] - 1.), .02)
+    self.assertEqual(aligner.factors['images_penalty'], metrics['factor/images_penalty'])
+
+  def test_noise_keeps_to_the_window(self):
+    aligner, tasks = self.make(noise_outside=False, window=1, understand=0)
+    collector = aligner.collector
+    self.assertGreater(len(collector.noisy), 1)
+    for iteration in (1, 2, 3):
+      _, images, _ = collector.rollout(aligner.sampling, aligner.frozen['vae'], tasks, iteration)
+      noisy = np.flatnonzero(np.asarray(images['generate'].std_T))
+      np.testing.assert_array_equal(noisy, collector.replayed(iteration))
+
+  def test_a_skipped_update_shows_among_several(self):
+    aligner, tasks = self.make(updates=2, understand=0)
+    run, calls = aligner.step, []
+    def step(state, frozen, batch):
+      calls.append(1)
+      if len(calls) == 1:
+        batch = {t: b.replace(advantage_BG=b.advantage_BG * jnp.nan) for t, b in batch.items()}
+      return run(state, frozen, batch)
+    aligner.step = step
+    metrics, _ = aligner.iterate(tasks, 1)
+    self.assertLen(calls, 2)
+    self.assertEqual(float(metrics['skipped']), .5)
+
+  def test_rewards_of_answers_leave_images_alone(self):
+    # Siblings of another task in another order: nothing of the images may change, not even a bit.
+    aligner, tasks = self.make(group=4)
+    order = np.array([2, 0, 3, 1])
+    sampled, _ = aligner._sample(tasks, 1)
+    self.enter_context(mock.patch.object(aligner, '_sample', lambda *_: (sampled, {})))
+    def image_gradient():
+      batch = aligner.with_reference(aligner.collect(tasks, 1)[0])
+      _, logp = aligner._replay(aligner.reference, aligner.frozen,
+                                {'understand': batch['understand']})
+      batch['understand'] = batch['understand'].replace(reference_BGT=logp['understand'])
+      off = {**aligner.frozen, 'factors': {**aligner.factors, 'answers': 0.}}
+      loss = align.alignment_loss(aligner.job)
+      weights = loss.weights(batch)
+      def objective(params):
+        sums = loss.sums(params, aligner.state, off, batch)[0]
+        return sum(loss.coefficients[k] * sums[k] / weights[k] for k in sums)
+      return batch, jax.jit(jax.grad(objective))(aligner.state.params)
+    batch, grad = image_gradient()
+    answers = sampled['understand']
+    sampled['understand'] = answers._replace(rewards=jax.tree.map(
+        lambda x: x[:, order] + .25 * (x.dtype != bool) * jnp.arange(4), answers.rewards))
+    other, shuffled = image_gradient()
+    self.assertGreater(float(jnp.abs(other['understand'].advantage_BG
+                                     - batch['understand'].advantage_BG).max()), .1)
+    for task in ('generate',):
+      np.testing.assert_array_equal(batch[task].advantage_BG, other[task].advantage_BG)
+    self.assertGreater(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grad)), 0.)
+    jax.tree.map(np.testing.assert_array_equal, grad, shuffled)
 
 
 if __name__ == '__main__':

@@ -62,7 +62,7 @@ class ValidateTest(parameterized.TestCase):
       ('data__describe', 1.5, 'between 0 and 1'),
       ('align__temperature', 0., 'above 0'),
       ('model__dtype', 'float16', "'float32', 'bfloat16'"),
-      ('align__objective', 'SDE', "'nft', 'sde'"),
+      ('align__objective', 'SDE', "'nft', 'awm', 'sde'"),
       ('align__text_objective', 'ppo', "'grpo', 'dr_grpo'"),
       ('align__text_high', -.1, 'at least 0'),
       ('align__scope', 'prompt', "'group', 'batch', 'none'"),
@@ -97,6 +97,12 @@ class ValidateTest(parameterized.TestCase):
   def test_width_of_tables(self):
     with self.assertRaisesRegex(ValueError, 'config.model.width is 6; allowed: a multiple of 4'):
       config_lib.validate(changed(model__width=6, model__heads=1, model__kv_heads=1))
+
+  def test_cispo_wants_its_own_bound(self):
+    with self.assertRaisesRegex(ValueError, r"config.align.text_high is 0.28; allowed: at least 1 "
+                                r"with config.align.text_objective = 'cispo'"):
+      config_lib.validate(changed(align__text_objective='cispo'))
+    config_lib.validate(changed(align__text_objective='cispo', align__text_high=4.))
 
   @parameterized.parameters('pretrain', 'align')
   def test_no_task(self, part):

@@ -74,7 +74,7 @@ def image_case(B, G, K, N, C, prompts, seed=0, objective='nft'):
   M = K * G
   x, time = draw(B, M, N, C), rng.uniform(.3, .9, (B, M))
   steps = None
-  if objective == 'sde':
+  if objective in losses.REPLAYED:
     steps = types.Transitions(
         x_BMNC=x, time_BM=time, next_time_BM=time - .2, first_time_BM=np.full((B, M), .95),
         eta_BM=np.full((B, M), .7), noise_BMNC=draw(B, M, N, C), mean_BMNC=x + .1 * draw(
@@ -137,14 +137,34 @@ def image_oracle(a, scale, offset, b, frozen):
         off = x - t * mixed - b.latents_BGNC[i, g]
         w = frozen.setdefault((i, m, sign), np.abs(off).mean())
         loss += p * (off**2).mean() / w / a.nft_beta
+    elif a.objective == 'awm':
+      target = (x - b.latents_BGNC[i, g]) / t  # Noise less image.
+      ratio = np.exp(((b.old_BMNC[i, m] - target)**2).mean() - ((v - target)**2).mean())
+      loss = max(-A * ratio, -A * np.clip(ratio, 1 - a.image_clip, 1 + a.image_clip))
     else:
       s = b.transitions
-      eta, dt = s.eta_BM[i, m], s.next_time_BM[i, m] - t
+      eta, t_next = s.eta_BM[i, m], s.next_time_BM[i, m]
+      dt = t_next - t
       half = eta**2 * t / (1 - t) / (2 * t)
-      mean = x * (1 + half * dt) + v * (1 + half * (1 - t)) * dt
+      if a.sampler == 'sde':
+        mean = x * (1 + half * dt) + v * (1 + half * (1 - t)) * dt
+      elif a.sampler == 'cps':
+        clean, pure, kept = x - t * v, x + (1 - t) * v, t_next * np.cos(eta * np.pi / 2)
+        mean = (1 - t_next) * clean + kept * pure
+      else:
+        score = -(x - (1 - t) * (x - t * v)) / t**2
+        mean = x + v * dt - eta**2 / 2 * score * dt
+      # Log-probabilities of the sampled latents under both policies.
       d, std = mean - s.mean_BMNC[i, m], s.std_BM[i, m]
-      ratio = np.exp((s.noise_BMNC[i, m] * d).mean() / std - (d**2).mean() / (2 * std**2))
+      sampled = s.mean_BMNC[i, m] + std * s.noise_BMNC[i, m]
+      square = lambda m: ((sampled - m)**2).mean()
+      moved = square(s.mean_BMNC[i, m]) - square(mean)
+      log_ratio = {'sde': moved / (2 * std**2), 'cps': moved}.get(
+          a.objective, std * (moved / (2 * std**2) + (d**2).mean() / (2 * std**2)))
+      ratio = np.exp(log_ratio)
       loss = max(-A * ratio, -A * np.clip(ratio, 1 - a.image_clip, 1 + a.image_clip))
+      if a.objective == 'guard':
+        loss /= abs(dt)
       if a.image_kl == 'gaussian':
         apart = (v - b.reference_BMNC[i, m]) * (1 + half * (1 - t)) * dt
         drift = (apart**2).mean() / (2 * std**2)
@@ -155,11 +175,15 @@ def image_oracle(a, scale, offset, b, frozen):
 class LinearPolicyTest(parameterized.TestCase):
 
   @parameterized.parameters(('nft', 'dapo'), ('sde', 'grpo'), ('nft', 'dr_grpo'), ('nft', 'gspo'),
-                            ('nft', 'cispo'), ('sde', 'dapo', 'k1', 'gaussian'))
+                            ('nft', 'cispo'), ('sde', 'dapo', 'k1', 'gaussian'),
+                            ('awm', 'dapo'), ('guard', 'dapo'), ('guard_plain', 'dapo'),
+                            ('cps', 'dapo', 'k3', 'velocity', 'cps'),
+                            ('sde', 'dapo', 'k3', 'velocity', 'dance'),
+                            ('guard', 'dapo', 'k3', 'velocity', 'cps'))
   def test_value_and_gradient_against_loops(self, objective, text_objective, text_kl='k3',
-                                            image_kl='velocity'):
+                                            image_kl='velocity', sampler='sde'):
     a = dataclasses.replace(NUMBERS, objective=objective, text_objective=text_objective,
-                            text_kl=text_kl, image_kl=image_kl)
+                            text_kl=text_kl, image_kl=image_kl, sampler=sampler, image_clip=.5)
     batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1, objective),
              'understand': text_case(2, 3, 4, 5, ()),
              'edit': image_case(3, 2, 1, 3, 2, (), 2, objective)}

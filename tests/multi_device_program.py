@@ -191,8 +191,11 @@ def rollouts(job, params, vae_params, prompts):
       placed = dataclasses.replace(placed, config=config)
       assert placed.rollout_mesh is not mesh
     tasks = experience.Tasks({}, {task: placed.place(p) for task, p in prompts.items()})
+    # Texts and images by policies of their own.
+    policies = tuple(sharding.shard_state(jax.tree.map(lambda x: factor * x, params), mesh)
+                     for factor in (1., .9))
     found[name] = jax.tree.map(np.asarray, experience.Collector(placed).rollout(
-        sharding.shard_state(params, mesh), sharding.shard_state(vae_params, mesh), tasks, 3))
+        policies, sharding.shard_state(vae_params, mesh), tasks, 3))
   texts, images, pixels = found.pop('one')
   tokens = {task: text.tokens_BGT for task, text in texts.items()}
   logp = lambda texts: {task: text.logp_BGT for task, text in texts.items()}

@@ -62,6 +62,14 @@ class ClippedTest(parameterized.TestCase):
     np.testing.assert_array_equal(grad, -A)
 
 
+  @parameterized.product(log_ratio=(-1e3, -100., 100., 1e3), advantage=(-1., 1.))
+  def test_far_ratios_have_finite_gradients(self, log_ratio, advantage):
+    for function in (lambda x: text.clipped(x, advantage, .2, .28),
+                     lambda x: text.cispo(x, x, advantage, 5.)):
+      value, grad = jax.value_and_grad(function)(log_ratio)
+      self.assertTrue(np.isfinite(value) and np.isfinite(grad), (value, grad))
+
+
 class SequenceTest(absltest.TestCase):
 
   def test_one_ratio_an_answer(self):

@@ -43,10 +43,13 @@ class TextTest(parameterized.TestCase):
     got = penalty.of_text(kind, np.log(p)[tokens], np.log(q)[tokens], 0.)
     np.testing.assert_allclose(np.mean(got), np.sum(p * np.log(p / q)), rtol=.02)
 
-  def test_far_apart_is_finite(self):
-    value, grad = jax.value_and_grad(lambda p: penalty.of_text('k3', p, 0., 0.))(-100.)
-    self.assertTrue(np.isfinite(value) and np.isfinite(grad))
-    self.assertGreater(value, 1e8)
+  @parameterized.product(kind=penalty.TEXT, logp=(-100., -1e4), sampled=(-100., 100.))
+  def test_far_apart_is_finite(self, kind, logp, sampled):
+    value, grad = jax.value_and_grad(lambda p: penalty.of_text(
+        kind, p, 0., p - logp + sampled))(logp)
+    self.assertTrue(np.isfinite(value) and np.isfinite(grad), (value, grad))
+    if kind == 'k3':
+      self.assertGreater(value, 1e8)
 
   def test_unknown(self):
     with self.assertRaisesRegex(ValueError, "align.text_kl is 'k4'; allowed"):

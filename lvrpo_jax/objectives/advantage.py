@@ -15,7 +15,8 @@ Array = jax.Array
 
 
 CONSTANT = 1e-6
-"""Deviation below which a group counts as constant."""
+"""Deviation, in units of the mean where that is above 1, below which a group counts as constant: the
+mean of equal float32 numbers is off by as much."""
 
 
 class Advantages(NamedTuple):
@@ -40,18 +41,36 @@ def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array
   return mean, jnp.sqrt(ops.divide(square, count - ddof))
 
 
-def divisor(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group'
-            ) -> Array:
+def centred(x_BG: Array, valid_BG: Array) -> Array:
+  """Differences from the group's mean; exactly 0 for invalid samples and in constant groups."""
+  mean, _ = group_statistics(x_BG, valid_BG)
+  return jnp.where(valid_BG & ~constant(x_BG, valid_BG), x_BG - mean, 0.)
+
+
+def constant(x_BG: Array, valid_BG: Array) -> Array:
+  """Whether a group (B, 1) does not vary; see `CONSTANT`."""
+  mean, deviation = group_statistics(x_BG, valid_BG)
+  return deviation < CONSTANT * jnp.maximum(jnp.abs(mean), 1.)
+
+
+FORMS = ('max', 'add', 'root')
+"""How a floor enters a divisor: `max(std, floor)`, `std + floor`, `sqrt(var + floor)`."""
+
+
+def divisor(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group',
+            form: str = 'max') -> Array:
   """What a centred reward is divided by, (B, 1) or (1, 1).
 
   Args:
-    floor: smallest value.
+    x_BG: the reward as it is, not centred.
+    floor: keeps small deviations from blowing noise up; see `FORMS`.
     ddof: 0 for the population's deviation, 1 for Bessel's; peers disagree, at 8 samples by 7 %.
     scope: 'group', 'batch' (one deviation of all samples, as Flow-GRPO's default), or 'none'
       (1: Dr. GRPO, arXiv 2503.20783).
+    form: one of `FORMS`. 'max' leaves groups above the floor untouched; codebases of GRPO 'add'.
 
   Raises:
-    ValueError: unknown scope.
+    ValueError: unknown scope or form.
   """
   if scope == 'none':
     return jnp.ones((1, 1))
@@ -59,22 +78,26 @@ def divisor(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: st
     x_BG, valid_BG = x_BG.reshape(1, -1), valid_BG.reshape(1, -1)
   elif scope != 'group':
     raise ValueError(f"advantage scope is {scope!r}; allowed: 'group', 'batch', 'none'")
-  return jnp.maximum(group_statistics(x_BG, valid_BG, ddof)[1], floor)
+  deviation = group_statistics(x_BG, valid_BG, ddof)[1]
+  if form == 'max':
+    return jnp.maximum(deviation, floor)
+  if form == 'add':
+    return deviation + floor
+  if form == 'root':
+    return jnp.sqrt(jnp.square(deviation) + floor)
+  raise ValueError(f'advantage form is {form!r}; allowed: {FORMS}')
 
 
-def normalise(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group'
-              ) -> Array:
-  """`(x - group mean) / max(std, floor)`; 0 for invalid samples and constant groups.
-
-  GRPO (arXiv 2402.03300, eq. 3) adds a constant to the deviation; a maximum leaves groups above
-  the floor untouched and stops groups below it from being blown up. See `divisor`.
-  """
-  mean, _ = group_statistics(x_BG, valid_BG)
-  return jnp.where(valid_BG, (x_BG - mean) / divisor(x_BG, valid_BG, floor, ddof, scope), 0.)
+def normalise(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group',
+              form: str = 'max') -> Array:
+  """`(x - group mean) / std` (GRPO, arXiv 2402.03300, eq. 3); 0 for invalid samples and constant
+  groups. See `divisor`."""
+  return centred(x_BG, valid_BG) / divisor(x_BG, valid_BG, floor, ddof, scope, form)
 
 
 def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], method: str,
-            floor: float, ddof: int = 0, scope: str = 'group', clip: float = 5.) -> Advantages:
+            floor: float, ddof: int = 0, scope: str = 'group', form: str = 'max', clip: float = 5.
+            ) -> Advantages:
   """Advantages of one task.
 
   Args:
@@ -82,7 +105,7 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
     method: 'sum' adds the weighted components and normalises the sum in its group (LVRPO);
       'gdpo' normalises every component in its group, adds them with the weights, and whitens over
       the batch (GDPO, as in arXiv 2601.05242).
-    floor, ddof, scope: see `divisor`; with scope 'none' 'gdpo' does not whiten either.
+    floor, ddof, scope, form: see `divisor`; with scope 'none' 'gdpo' does not whiten either.
     clip: bound on the absolute advantage.
 
   Raises:
@@ -92,21 +115,21 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
   parts = {}
   for name, reward in rewards.items():
     if method == 'gdpo':
-      parts[name] = weights[name] * normalise(reward.value_BG, valid, floor, ddof, scope)
+      part = normalise(reward.value_BG, valid, floor, ddof, scope, form)
     elif method == 'sum':
-      mean, _ = group_statistics(reward.value_BG, valid)
-      parts[name] = jnp.where(valid, weights[name] * (reward.value_BG - mean), 0.)
+      part = centred(reward.value_BG, valid)
     else:
       raise ValueError(f"advantage method is {method!r}; allowed: 'sum', 'gdpo'")
+    parts[name] = weights[name] * part
   total = sum(parts.values())
   if method == 'sum':
-    divide = divisor(total, valid, floor, ddof, scope)
+    raw = sum(weights[name] * jnp.where(valid, r.value_BG, 0.) for name, r in rewards.items())
+    divide = divisor(raw, valid, floor, ddof, scope, form)
   else:
-    divide = divisor(total, valid, floor, scope='none' if scope == 'none' else 'batch')
+    divide = divisor(total, valid, floor, ddof, 'none' if scope == 'none' else 'batch', form)
   value = jnp.where(valid, total / divide, 0.)
   variance = ops.masked_mean(jnp.square(value), valid)
   share = {name: ops.divide(ops.masked_mean(value * part / divide, valid), variance)
            for name, part in parts.items()}
-  dead = {name: jnp.mean(group_statistics(r.value_BG, valid)[1] < CONSTANT)
-          for name, r in rewards.items()}
+  dead = {name: jnp.mean(constant(r.value_BG, valid)) for name, r in rewards.items()}
   return Advantages(jnp.clip(value, -clip, clip), valid, share, dead)

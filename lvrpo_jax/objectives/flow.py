@@ -28,18 +28,35 @@ def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
   return text.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
-def guard(mean: Array, old_mean: Array, noise: Array, dt: Array, advantage: Array, clip: float
-          ) -> tuple[Array, Array]:
+def cps(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
+        ) -> tuple[Array, Array]:
+  """Flow-CPS's clipped loss of one step (arXiv 2509.05952), per sample.
+
+  Its log-probability is `-mean((x' - mean)^2)`, without the step's variance, so its clips are not
+  those of `sde`. With `x' = old_mean + std * noise` the difference of two of them is
+  `mean(2 std noise d - d^2)`, `d = mean - old_mean`.
+
+  Args, returns: as `sde`.
+  """
+  moved = mean - old_mean
+  log_ratio = jnp.mean((2 * std[..., None, None] * noise - moved) * moved, TOKENS)
+  return text.clipped(log_ratio, advantage, clip, clip), log_ratio
+
+
+def guard(mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantage: Array,
+          clip: float) -> tuple[Array, Array]:
   """GRPO-Guard's loss of one step (arXiv 2510.22319), per sample: ratios of all times alike.
 
   The log-ratio of `sde` is centred and scaled by the step's deviation, which cancels and leaves
-  `mean(noise * (mean - old_mean))`; the loss is divided by the step's length `|dt|`.
+  `mean(noise * (mean - old_mean))`; the loss is divided by the step's length `|dt|`, where one is
+  given (codebases differ).
 
   Returns:
     (loss, log_ratio), both (...).
   """
   log_ratio = jnp.mean(noise * (mean - old_mean), TOKENS)
-  return text.clipped(log_ratio, advantage, clip, clip) / jnp.abs(dt), log_ratio
+  loss = text.clipped(log_ratio, advantage, clip, clip)
+  return loss if dt is None else loss / jnp.abs(dt), log_ratio
 
 
 def awm(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, clip: float

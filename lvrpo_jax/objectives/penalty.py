@@ -25,7 +25,7 @@ def of_text(kind: str, logp: Array, reference_logp: Array, log_ratio: Array) -> 
     ValueError: unknown kind.
   """
   if kind == 'k3_ratio':
-    return jnp.exp(log_ratio) * text.k3(logp, reference_logp)
+    return text.ratio_of(log_ratio) * text.k3(logp, reference_logp)
   if kind not in text.KL:
     raise ValueError(f'align.text_kl is {kind!r}; allowed: {TEXT}')
   return text.KL[kind](logp, reference_logp)

@@ -10,12 +10,21 @@ from jax import numpy as jnp
 Array = jax.Array
 
 
+BOUND = 20.
+"""Log-ratios beyond this have no gradient: e^89 overflows float32, and infinity times 0 is no number."""
+
+
+def ratio_of(log_ratio: Array) -> Array:
+  """`e^x` with x kept in (-BOUND, BOUND)."""
+  return jnp.exp(jnp.clip(log_ratio, -BOUND, BOUND))
+
+
 def clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:
   """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, the PPO surrogate (arXiv 1707.06347, eq. 7).
 
   `high > low` is DAPO's clip-higher (arXiv 2503.14476). Arguments broadcast.
   """
-  ratio = jnp.exp(log_ratio)
+  ratio = ratio_of(log_ratio)
   return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
@@ -28,7 +37,7 @@ def sequence_log_ratio(log_ratio_BGT: Array, mask_BGT: Array) -> Array:
 def cispo(log_ratio: Array, logp: Array, advantage: Array, cap: float) -> Array:
   """`-sg(min(rho, cap)) A log p`: weights are cut, no token loses its gradient (MiniMax-M1,
   arXiv 2506.13585)."""
-  weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))
+  weight = jax.lax.stop_gradient(jnp.minimum(ratio_of(log_ratio), cap))
   return -weight * advantage * logp
 
 
@@ -81,7 +90,7 @@ def k2(logp: Array, reference_logp: Array) -> Array:
   return jnp.square(logp - reference_logp) / 2
 
 
-def k3(logp: Array, reference_logp: Array, bound: float = 20.) -> Array:
+def k3(logp: Array, reference_logp: Array, bound: float = BOUND) -> Array:
   """`e^d - d - 1` with `d = log p_ref - log p` (same source): unbiased and never negative.
 
   `d` is bounded from above: a token that the policy all but excludes and the reference does not

@@ -14,6 +14,7 @@ def start(schedule: str, seed: int, iteration: int, permitted: int, size: int, e
   """First of `size` consecutive steps out of `permitted`; all of them where the numbers are equal.
 
   Args:
+    iteration: from 1.
     schedule: 'random' is uniform over all starts (Flow-GRPO-Fast draws from the first steps, which
       are the permitted ones here); 'sliding' moves by one step every `every` iterations (MixGRPO,
       arXiv 2507.21802) and starts again after the last full window, so that none is ever empty.
@@ -25,5 +26,5 @@ def start(schedule: str, seed: int, iteration: int, permitted: int, size: int, e
   if schedule == 'random':
     return int(np.random.default_rng((seed, 7, iteration)).integers(starts))
   if schedule == 'sliding':
-    return iteration // every % starts
+    return (iteration - 1) // every % starts
   raise ValueError(f'align.window_schedule is {schedule!r}; allowed: {SCHEDULES}')
