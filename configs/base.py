@@ -271,7 +271,7 @@ def get_config() -> config_dict.ConfigDict:
   config.parallel.runner = 'jit'  # 'jit' over the mesh, or 'pmap' (data parallel)
   config.parallel.micro_batches = 1  # parts a batch is split into, gradients accumulated
   # Parts the samples of every prompt are split into as well, each with the context anew; 0: one, or
-  # every sample by itself on TPUs of at most 32 GB
+  # every sample by itself where memory is short: on TPUs of at most 32 GB, or with fsdp below 32
   config.parallel.group_parts = 1
 
   config.log_every = 10  # seconds between log lines where there is no terminal

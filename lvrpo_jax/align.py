@@ -98,8 +98,6 @@ class Aligner:
     self._text_gap = jax.jit(losses.text_gap)
     self._points = jax.jit(self._points_fn)
     self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
-    self._mix = jax.jit(
-        lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new))
     self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
     self.factors = dict.fromkeys(losses.FACTORS, 1.)
     self.full = lambda trained: trained
@@ -111,6 +109,9 @@ class Aligner:
       self.full = lambda adapters: merge(self.frozen['base'], adapters)
     self.state = sharding.shard_state(
         initial(job, sharding.shard_state(trained, job.mesh), optimizer), job.mesh)
+    self._mix = jax.jit(
+        lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new),
+        out_shardings=jax.tree.map(lambda x: x.sharding, self.state.old))
     self._siglip = sharding.shard_state(siglip_params, job.mesh)
     self._words = job_lib.word_table(job, siglip_params)
 

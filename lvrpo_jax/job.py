@@ -60,7 +60,8 @@ class Job:
   @property
   def group_parts(self) -> int:
     """Parts that the samples of a prompt are split into in an update."""
-    small = self.mesh.devices.flat[0].device_kind in SMALL_CHIPS
+    small = (self.mesh.devices.flat[0].device_kind in SMALL_CHIPS
+             or self.mesh.shape['fsdp'] < sharding.MOST['fsdp'])
     return self.config.parallel.group_parts or (self.config.align.group if small else 1)
 
   def compile(self, function: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:

@@ -39,6 +39,11 @@ TABLE = (
 (scanned layers add a leading axis, which is never split). No match: replicated."""
 
 
+RESTING = re.compile(r'\.(mu|nu|old|reference)/')
+"""Parts of a state that no pass over the layers needs at hand: Adam's moments, the old policy and the
+reference. They are split over data as well, where that divides (ZeRO, arXiv 1910.02054)."""
+
+
 MOST = {'data': 1, 'fsdp': 32, 'tensor': 4}
 """What a size of 0 takes at most. With more fsdp devices a 7B model's rows of a weight do not fill
 a TPU's tiles of 16, and XLA moves padding; its 4 key/value heads bound tensor."""
@@ -131,7 +136,7 @@ def constrain(tree: Any, mesh: Mesh) -> Any:
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Partition of one parameter.
+  """Partition of one parameter, or of a part of the state that is `RESTING`.
 
   Raises:
     ValueError: an axis does not divide by the mesh axes that should split it.
@@ -143,6 +148,10 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
       raise ValueError(f'{name} of shape {shape}: an axis of {size} does not divide by the '
                        f'{mesh.shape[axis]} devices of mesh axis {axis!r}; allowed in '
                        f'config.parallel.mesh: divisors of {size}')
+  rows = mesh.shape['data'] * mesh.shape['fsdp']
+  if mesh.shape['data'] > 1 and 'fsdp' in spec and RESTING.search(name):
+    place = spec.index('fsdp')
+    spec[place] = 'fsdp' if shape[place] % rows else ROWS
   return P(*spec)
 
 

@@ -93,6 +93,17 @@ class PartitionTest(parameterized.TestCase):
   def test_table(self, name, shape, want):
     self.assertEqual(sharding.partition(name, shape, described(fsdp=4, tensor=2)), want)
 
+  def test_what_rests_is_split_over_data_as_well(self):
+    mesh = described(data=2, fsdp=4, tensor=2)
+    kernel, want = 'lm_head/kernel', P(('data', 'fsdp'), 'tensor')
+    for part in ('.opt_state/[0]/.mu/', '.opt_state/[1]/.nu/', '.old/', '.reference/', '[0]/.mu/'):
+      self.assertEqual(sharding.partition(part + kernel, (16, 8), mesh), want)
+    for part in ('.params/', '.ema/', ''):
+      self.assertEqual(sharding.partition(part + kernel, (16, 8), mesh), P('fsdp', 'tensor'))
+    self.assertEqual(sharding.partition('.old/' + kernel, (12, 8), mesh), P('fsdp', 'tensor'))
+    self.assertEqual(sharding.partition('.old/' + kernel, (16, 8), described(fsdp=4, tensor=2)),
+                     P('fsdp', 'tensor'))
+
   def test_axis_that_does_not_divide_is_named(self):
     with self.assertRaises(ValueError) as caught:
       sharding.partition('trunk/layers/und/q_proj/kernel', (2, 16, 9), described(tensor=4))
