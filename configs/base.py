@@ -202,7 +202,8 @@ def get_config() -> config_dict.ConfigDict:
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.
-  config.align.diagnose_every = 10  # iterations between gradients by task; 0 never
+  # Iterations between gradients by task, for which the state is copied; 0 never
+  config.align.diagnose_every = 10
   config.align.save_every = 25  # iterations
   config.align.keep_best = 1  # checkpoints of the best score, kept besides the newest two
   # Metric that ranks checkpoints, its mean since the one before; '': what is correct, all tasks

@@ -31,6 +31,8 @@ from lvrpo_jax.rollouts import image as image_rollout
 
 SEED = 1 << 20
 """Offset of the evaluation's noise from all noise of training."""
+GOLD = 100_000
+"""Number of the first held-out prompt of `gold`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,20 @@ def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
   for record, row in zip(records, plans):
     record['plans'] = row
   return records, drawn
+
+
+def gold(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools: Samplers,
+         count: int) -> dict[str, float]:
+  """Scores by the strict detector of `count` held-out captions of every kind, for use during
+  training: none of them is among those of `run`, so a run may be stopped by them."""
+  examples = [job.data.evaluation(pipeline.GENERATE, 'eval', kind, GOLD + i)
+              for kind in job.data.kinds(pipeline.GENERATE, 'eval') for i in range(count)]
+  records, drawn = _pictures(job, params, vae_params, tools, pipeline.GENERATE, examples)
+  B, G = drawn.shape[:2]
+  detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
+  found = detector(drawn.reshape(B * G, *drawn.shape[2:]))
+  return {'gold': float(np.mean([r['correct'] for r in records])),
+          'diversity': panel.scene_diversity([found[b * G:(b + 1) * G] for b in range(B)])}
 
 
 def _answers(job, params, vae_params, tools, examples):

@@ -239,10 +239,15 @@ class Collector:
     Texts and pixels come back on the job's mesh; trajectories stay where they are until
     `job.place_rows` takes what the update reads of them.
     """
-    # One task after the other where a remote judge scores one while the next is sampled, or where
-    # some are sampled again.
-    parts = ([{task: p} for task, p in tasks.prompts.items()] if self._apart else
-             [tasks.prompts])
+    if self._apart:
+      # One task after the other where a remote judge scores one while the next is sampled, or where
+      # some are sampled again.
+      parts = [{task: p} for task, p in tasks.prompts.items()]
+    else:
+      # What draws need not wait for what only writes.
+      parts = [part for writes in (True, False) if (part := {
+          task: p for task, p in tasks.prompts.items()
+          if (task == pipeline.UNDERSTAND) == writes})]
     found = [self._rollout(policies, vae_params, prompts, jnp.int32(iteration),
                            self.noise_scales(iteration)) for prompts in parts]
     texts, images, pixels = ({t: x for part in found for t, x in part[n].items()}

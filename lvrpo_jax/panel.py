@@ -41,13 +41,13 @@ def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]
   surplus = []
   picked = [(images, examples) for task, split, _, images, examples in shown
             if task == pipeline.GENERATE and split == 'eval']
-  colors, cells, diversity = collections.Counter(), collections.Counter(), []
+  colors, cells, everywhere = collections.Counter(), collections.Counter(), []
   for images, examples in picked:
     B, G = images.shape[:2]
     found = detect.detect_by_rendering(images.reshape(B * G, *images.shape[2:]))
     for number, example in enumerate(examples):
       group = found[number * G:(number + 1) * G]
-      diversity.append(len({_scene(objects) for objects in group}) / G)
+      everywhere.append(group)
       surplus.extend(geneval.surplus(objects, example.spec,
                                      counting_threshold=rules.COUNTING_THRESHOLD)
                      for objects in group)
@@ -61,7 +61,7 @@ def measure(shown: list[tuple[str, str, str, np.ndarray, list[pipeline.Example]]
   return {
       'color_entropy': stats.entropy(colors), 'colors': _shares(colors),
       'cell_entropy': stats.entropy(cells), 'cells': _shares(cells),
-      'scene_diversity': float(np.mean(diversity)),
+      'scene_diversity': scene_diversity(everywhere),
       'leftovers': float(detect.leftovers(everything)), 'surplus': float(np.mean(surplus)),
       **_pixels([i for i, _ in picked], everything)}
 
@@ -98,6 +98,10 @@ DRIFTS = {'dark': ('rose', .1), 'luminance': ('fell', .25), 'edge_density': ('fe
 """As `ALARMS`, for pictures of rollouts; 'dark' is a fraction, the others are relative."""
 
 
+GOLD = {'gold': .05, 'diversity': .25}
+"""Held-out scores of `Watch.gold`, and falls that raise an alarm while the training reward rises."""
+
+
 def appearance(images: np.ndarray) -> dict[str, float]:
   """How uint8 pictures (..., Y, X, 3) look, whatever they show."""
   pixels = images.reshape(-1, *images.shape[-3:]).astype(np.float32) / 255.
@@ -112,14 +116,39 @@ def appearance(images: np.ndarray) -> dict[str, float]:
           'hue_entropy': stats.entropy(collections.Counter(hue.tolist()))}
 
 
+def scene_diversity(found_BG: list[list[list[detect.Detection]]]) -> float:
+  """Mean share of different scenes among the pictures of a prompt, by what is detected in them."""
+  return float(np.mean([len({_scene(objects) for objects in group}) / len(group)
+                        for group in found_BG]))
+
+
 class Watch:
-  """Compares the pictures of rollouts with those of the first iterations.
+  """Compares what a run draws with what it drew at first.
 
   `state` is JSON and belongs to a checkpoint.
   """
 
   def __init__(self, state: dict[str, Any] | None = None):
     self.state = state or {'first': [], 'recent': [], 'raised': []}
+
+  def gold(self, training: float, now: dict[str, float]) -> list[str]:
+    """Takes the training reward and held-out scores ('gold', 'diversity') by another detector, at
+    some iterations; returns new alarms as sentences.
+
+    A reward that rises while what it stands for falls is Goodhart's law at work (arXiv 2210.10760).
+    """
+    s = self.state
+    now = {'training': training, **now}
+    first = s.setdefault('gold', now)
+    rose = training - first['training']
+    fell = {name: first[name] - now[name] for name in GOLD}
+    raised = []
+    for name, bound in GOLD.items():
+      if name not in s['raised'] and fell[name] > bound and rose > 0.:
+        s['raised'].append(name)
+        raised.append(f'held-out {name} fell from {first[name]:.3g} to {now[name]:.3g} while the '
+                      f'training reward rose from {first["training"]:.3g} to {training:.3g}')
+    return raised
 
   def __call__(self, now: dict[str, float]) -> list[str]:
     """Takes the `appearance` of an iteration's pictures; returns new alarms as sentences."""

@@ -148,6 +148,28 @@ class AppearanceTest(absltest.TestCase):
     self.assertAlmostEqual(panel.appearance(image)['hue_entropy'], math.log(2))
 
 
+class GoldTest(absltest.TestCase):
+
+  def test_reward_up_and_gold_down_is_an_alarm_once(self):
+    watch = panel.Watch()
+    steady = {'gold': .6, 'diversity': .8}
+    self.assertEmpty(watch.gold(.5, steady))
+    self.assertEmpty(watch.gold(.9, steady))
+    self.assertEmpty(watch.gold(.9, {'gold': .56, 'diversity': .6}))
+    raised = watch.gold(.9, {'gold': .5, 'diversity': .6})
+    self.assertLen(raised, 1)
+    self.assertIn('held-out gold fell from 0.6 to 0.5 while the training reward rose from 0.5 to '
+                  '0.9', raised[0])
+    watch = panel.Watch(json.loads(json.dumps(watch.state)))
+    self.assertEmpty(watch.gold(.9, {'gold': .4, 'diversity': .6}))
+    self.assertLen(watch.gold(.9, {'gold': .4, 'diversity': .5}), 1)
+
+  def test_a_run_that_gets_worse_as_a_whole_is_none(self):
+    watch = panel.Watch()
+    watch.gold(.5, {'gold': .6, 'diversity': .8})
+    self.assertEmpty(watch.gold(.3, {'gold': .3, 'diversity': .3}))
+
+
 class WatchTest(absltest.TestCase):
 
   def test_a_clean_run_raises_nothing(self):
