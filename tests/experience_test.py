@@ -1,0 +1,140 @@
+"""Rewards of samples: what is computed for which weights, and what frozen models see."""
+
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from configs import tiny
+from lvrpo_jax import experience
+from lvrpo_jax import job as job_lib
+from lvrpo_jax.models import unified
+
+ROWS, GROUP = 3, 4
+
+
+def build(weights, **changes):
+  """The tiny job, every task of which is paid by these components."""
+  config = tiny.get_config()
+  config.model.depth = 1
+  config.align.update(group=GROUP, generate=ROWS, understand=ROWS, edit=ROWS, **changes)
+  for rewards in config.align.rewards.values():
+    rewards.update({name: weights.get(name, 0.) for name in rewards})
+  return job_lib.build(config, pathlib.Path('unused'))
+
+
+def parameters(job):
+  """Policy, autoencoder and judge with noise on every leaf."""
+  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
+  shapes = jax.eval_shape(lambda: (
+      unified.init(job.policy.config, jax.random.key(0)),
+      job.policy.vae.init(jax.random.key(0), image)['params'],
+      job.judge.init(jax.random.key(0), image, job.captions(['']))['params']))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda s: (.3 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
+
+
+class Scene:
+  """A job with samples of all its tasks."""
+
+  def __init__(self, weights, **changes):
+    self.job = build(weights, **changes)
+    self.collector = experience.Collector(self.job)
+    self.params, self.vae, self.siglip = parameters(self.job)
+    self.words = job_lib.word_table(self.job, self.siglip)
+    rng = np.random.default_rng(1)
+    side = self.job.policy.image_size
+    self.pixels = jnp.asarray(rng.integers(0, 256, (ROWS, GROUP, side, side, 3)), jnp.uint8)
+    length = self.job.config.data.answer_words + 1
+    self.tokens = jnp.full((ROWS, GROUP, length), self.job.policy.eos, jnp.int32)
+    said = [self.job.data.tokenizer.encode(word)[0] for word in ('red', 'two', 'yes', 'circle')]
+    self.tokens = self.tokens.at[:, :, 0].set(np.array(said))
+
+  def tasks(self, *names, examples=None):
+    """Prompts of tasks, of the data or of `examples`."""
+    rows = {t: examples or [self.job.data.prompt(t, i) for i in range(ROWS)] for t in names}
+    return experience.Tasks(rows, {t: self.job.place(self.job.encoder(t, r).prompts)
+                                   for t, r in rows.items()})
+
+  def judges(self, **changes):
+    return experience.Judges(self.params, self.siglip, self.words)._replace(**changes)
+
+  def images(self, task='generate', judges=None, vae=None, **kwargs):
+    return self.collector.image_rewards(task, self.tasks(task, **kwargs), self.pixels,
+                                        judges or self.judges(), vae or self.vae, 1, {})
+
+  def answers(self, judges=None, vae=None, **kwargs):
+    return self.collector.text_rewards(self.tasks('understand', **kwargs), self.tokens,
+                                       judges or self.judges(), vae or self.vae, {})
+
+
+class WeightsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (dict(rules=1.), dict(reference=None, siglip=None, words_WD=None)),
+      (dict(semantic=1.), dict(reference=None, words_WD=None)),
+      (dict(dense=1., rules=1.), dict(reference=None)),
+      (dict(knowledge=1.), dict(siglip=None, words_WD=None)),
+      (dict(mutual=1.), dict(siglip=None, words_WD=None)))
+  def test_what_has_no_weight_is_not_computed(self, weights, absent):
+    scene = Scene(weights)
+    judges = scene.judges(**absent)
+    for task in ('generate', 'edit'):
+      found, _ = scene.images(task, judges)
+      self.assertEqual(found.keys(), weights.keys())
+    if 'dense' not in weights:
+      found, _ = scene.answers(judges)
+      self.assertEqual(found.keys(), weights.keys())
+
+  def test_a_component_does_not_depend_on_the_others(self):
+    halves = ('semantic', 'knowledge'), ('dense', 'mutual')
+    scene = Scene(dict.fromkeys(sum(halves, ()), 1.))
+    everything = scene.images()[0], scene.answers()[0]
+    for names in halves:
+      half = Scene(dict.fromkeys(names, 1.))
+      for found, want in zip((half.images()[0], half.answers()[0]), everything):
+        for name, reward in found.items():
+          np.testing.assert_allclose(reward.value_BG, want[name].value_BG, rtol=1e-5, atol=1e-6)
+          self.assertGreater(reward.value_BG.std(), 1e-5)
+
+
+class DenseTest(absltest.TestCase):
+
+  def test_key_words_of_prompts(self):
+    job = build(dict(dense=1.))
+    row, count = job_lib.key_words(job, ['a red circle above a red cross', 'an image'])
+    self.assertEqual(row.shape, (2, job.config.data.prompt_words))
+    words = sorted(job.data.key_words)
+    found = {words[r]: n for r, n in zip(row[0], count[0]) if n}
+    self.assertEqual(found, {'red': 2, 'circle': 1, 'above': 1, 'cross': 1})
+    self.assertEqual(count[1].sum(), 0)
+
+  def test_table_holds_the_key_words(self):
+    job = build(dict(dense=1.))
+    siglip = parameters(job)[2]
+    table = job_lib.word_table(job, siglip)
+    words = sorted(job.data.key_words)
+    self.assertEqual(table.shape[0], len(words))
+    for word in ('blue', 'two', 'left'):
+      vector = job.judge.apply({'params': siglip}, job.captions([word]), method='embed_text')[0][0]
+      np.testing.assert_allclose(table[words.index(word)], vector, atol=1e-6)
+
+  def test_nobody_pays_for_no_table(self):
+    job = build(dict(semantic=1.))
+    self.assertLen(job_lib.word_table(job, None), 0)
+
+  def test_more_patches_than_there_are_stop_before_any_work(self):
+    patches = 4
+    build_at = lambda top, weights: experience.Collector(build(weights, dense_top=top))
+    build_at(patches, dict(dense=1.))
+    build_at(patches + 1, dict(semantic=1.))
+    with self.assertRaisesRegex(
+        ValueError, f'config.align.dense_top is {patches + 1}; allowed: at most the {patches} '):
+      build_at(patches + 1, dict(dense=1.))
+
+
+if __name__ == '__main__':
+  absltest.main()
