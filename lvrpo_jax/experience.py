@@ -206,22 +206,22 @@ class Collector:
             job.captions(prompts) if 'semantic' in wanted else None,
             job_lib.key_words(job, prompts) if 'dense' in wanted else None, questions, right)),
         blind)
-    images, specs = sharding.local_rows(pixels), [e.spec for e in examples]
-    if task == pipeline.EDIT:
-      correct, parts = rules.edits(self._detector,
-                                   np.stack([e.source for e in examples]), images, specs)
-    else:
-      correct, parts = rules.images(self._detector, images, specs)
-    everywhere = np.ones(parts.shape, bool)
+    images, facts = sharding.local_rows(pixels), {}
+    everywhere = np.ones(images.shape[:2], bool)
     has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
-    graded = job.config.align.graded
-    values = {'rules': (parts if graded else correct, everywhere),
-              **{k: (sharding.local_rows(v),
-                     has_question if k in ('knowledge', 'mutual') else everywhere)
-                 for k, v in judged.items()}}
+    values = {k: (sharding.local_rows(v),
+                  has_question if k in ('knowledge', 'mutual') else everywhere)
+              for k, v in judged.items()}
+    if 'rules' in wanted:
+      specs = self._targets(task, examples)
+      correct, parts = (
+          rules.edits(self._detector, np.stack([e.source for e in examples]), images, specs)
+          if task == pipeline.EDIT else rules.images(self._detector, images, specs))
+      values['rules'] = parts if job.config.align.graded else correct, everywhere
+      facts['correct'] = correct
     if task in self._custom:
       values['custom'] = self._custom[task](examples, images)
-    return self._pick(task, values, asked_remote), {'correct': correct}
+    return self._pick(task, values, asked_remote), facts
 
   def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
                    asked_remote: dict[str, futures.Future]
@@ -230,28 +230,32 @@ class Collector:
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]
     texts = self._texts(tokens_BGT)
-    correct, well_formed = rules.answers(texts, [e.answer for e in examples])
     wanted = self.weights(task)
     words = [[job.data.read_answer(text) for text in row] for row in texts]
     captions = number = None
     if 'semantic' in wanted:
-      # A policy may say that it does not know the word; the judge has no token for that.
-      captions = job.captions([e.statement(word) if word else
-                               text.replace(tokenizer_lib.UNKNOWN, '')
-                               for e, row, said in zip(examples, words, texts)
-                               for word, text in zip(row, said)])
+      captions = job.captions(statements(examples, words, texts))
     if 'knowledge' in wanted or 'mutual' in wanted:
       number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
                         np.int32)
     judged = self._judge_answers(judges, vae_params, tasks.prompts[task],
                                  *job.place((captions, number)), self._blind(task, examples))
-    everywhere = np.ones(correct.shape, bool)
-    graded = job.config.align.graded
-    values = {'rules': (rules.text_reward(correct, well_formed) if graded else correct, everywhere),
-              **{k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}}
+    everywhere, facts = np.ones((len(texts), len(texts[0])), bool), {}
+    values = {k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}
+    if 'rules' in wanted:
+      correct, well_formed = rules.answers(texts, self._targets(task, examples),
+                                           job.data.read_answer, job.data.well_formed)
+      graded = job.config.align.graded
+      values['rules'] = (rules.text_reward(correct, well_formed) if graded else correct,
+                         everywhere)
+      facts.update(correct=correct, format=well_formed)
     if task in self._custom:
       values['custom'] = self._custom[task](examples, texts)
-    return self._pick(task, values, asked_remote), {'correct': correct, 'format': well_formed}
+    return self._pick(task, values, asked_remote), facts
+
+  def _targets(self, task: str, examples: list[pipeline.Example]) -> list[Any]:
+    weight = self.job.config.align.rewards[task].rules
+    return rules.targets(task, examples, f'config.align.rewards.{task}.rules is {weight}')
 
   def _pick(self, task: str, values: dict[str, Any], asked: dict[str, futures.Future]
             ) -> dict[str, types.Rewards]:
@@ -268,6 +272,26 @@ class Collector:
                                          ).astype(np.float32),
                                 np.asarray(values[name][1]) & np.isfinite(values[name][0]))
             for name in wanted}
+
+
+def statements(examples: list[pipeline.Example], words_BG: list[list[str | None]],
+               texts_BG: list[list[str]]) -> list[str]:
+  """Replies as statements about what was shown, one after the other; as they are where they state
+  no answer.
+
+  Raises:
+    ValueError: an example makes no statements.
+  """
+  out = []
+  for e, words, texts in zip(examples, words_BG, texts_BG):
+    if e.statement is None:
+      raise ValueError(f'example {e.index} of {pipeline.UNDERSTAND!r} has no statement, which '
+                       f'config.align.rewards.{pipeline.UNDERSTAND}.semantic needs; expected a '
+                       'function from an answer to a text')
+    # A policy may say that it does not know the word; the judge has no token for that.
+    out.extend(e.statement(word) if word else text.replace(tokenizer_lib.UNKNOWN, '')
+               for word, text in zip(words, texts))
+  return out
 
 
 def said(prompts: types.Prompts, rollout: types.TextRollout) -> types.TextExperience:

@@ -1,6 +1,9 @@
 """Rewards of samples: what is computed for which weights, and what frozen models see."""
 
+import dataclasses
+import functools
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -9,9 +12,13 @@ from jax import numpy as jnp
 import numpy as np
 
 from configs import tiny
+from lvrpo_jax import align
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
+from lvrpo_jax import types
 from lvrpo_jax.models import unified
+from lvrpo_jax.objectives import advantage
+from lvrpo_jax.rewards import rules
 
 ROWS, GROUP = 3, 4
 
@@ -99,6 +106,67 @@ class WeightsTest(parameterized.TestCase):
         for name, reward in found.items():
           np.testing.assert_allclose(reward.value_BG, want[name].value_BG, rtol=1e-5, atol=1e-6)
           self.assertGreater(reward.value_BG.std(), 1e-5)
+
+
+class OwnDataTest(parameterized.TestCase):
+  """Examples of a data class that knows less, or other things, than the shapes world."""
+
+  def examples(self, scene, task, **changes):
+    return [dataclasses.replace(scene.job.data.prompt(task, 5 + i), **changes)
+            for i in range(ROWS)]
+
+  @parameterized.parameters('generate', 'edit')
+  def test_no_spec_where_rules_have_no_weight(self, task):
+    scene = Scene(dict(semantic=1.))
+    rewards, facts = scene.images(task, examples=self.examples(scene, task, spec=None))
+    self.assertEqual(rewards.keys(), {'semantic'})
+    self.assertEqual(facts, {})
+
+  def test_no_answer_where_rules_have_no_weight(self):
+    scene = Scene(dict(semantic=1.))
+    rewards, facts = scene.answers(examples=self.examples(scene, 'understand', answer=None))
+    self.assertEqual(rewards.keys(), {'semantic'})
+    self.assertEqual(facts, {})
+
+  def test_rules_name_the_example_without_a_record(self):
+    scene = Scene(dict(rules=.5))
+    for task, changes in (('generate', dict(spec=None)), ('edit', dict(spec=None)),
+                          ('understand', dict(answer=None))):
+      examples = self.examples(scene, task, **changes)
+      score = scene.answers if task == 'understand' else functools.partial(scene.images, task)
+      with self.assertRaisesRegex(
+          ValueError, f"example {examples[0].index} of '{task}' has no .*"
+          f'config.align.rewards.{task}.rules is 0.5.*expected'):
+        score(examples=examples)
+
+  def test_semantic_names_the_example_without_a_statement(self):
+    scene = Scene(dict(semantic=1.))
+    examples = self.examples(scene, 'understand', statement=None)
+    with self.assertRaisesRegex(
+        ValueError, f'example {examples[0].index} .* has no statement, .*understand.semantic'):
+      scene.answers(examples=examples)
+
+  def test_answers_are_read_as_the_data_says(self):
+    scene = Scene(dict(rules=1.))
+    examples = self.examples(scene, 'understand', answer='nothing')
+    with (mock.patch.object(scene.job.data, 'read_answer', {'red': 'nothing'}.get),
+          mock.patch.object(scene.job.data, 'well_formed', lambda text: text == 'two')):
+      rewards, facts = scene.answers(examples=examples)
+    np.testing.assert_array_equal(facts['correct'], [[1, 0, 0, 0]] * ROWS)
+    np.testing.assert_array_equal(facts['format'], [[0, 1, 0, 0]] * ROWS)
+    np.testing.assert_array_equal(
+        rewards['rules'].value_BG, rules.text_reward(facts['correct'], facts['format']))
+
+
+class MetricsTest(absltest.TestCase):
+
+  def test_no_facts_no_accuracy(self):
+    reward = types.Rewards(np.ones((2, 3), np.float32), np.ones((2, 3), bool))
+    credit = advantage.combine({'semantic': reward}, {'semantic': 1.}, 'gdpo', .1)
+    metrics = experience.reward_metrics('generate', {'semantic': reward}, {}, credit)
+    self.assertIn('reward/generate/semantic', metrics)
+    self.assertFalse([name for name in metrics if name.startswith('accuracy/')])
+    self.assertTrue(np.isnan(align.score(metrics, '')))
 
 
 class DenseTest(absltest.TestCase):

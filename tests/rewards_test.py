@@ -1,5 +1,6 @@
 """Tests of the semantic, knowledge and rule rewards against loops and small scenes."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from lvrpo_jax.data import detect
 from lvrpo_jax.data import grammar
+from lvrpo_jax.data import mixture
+from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import shapes
 from lvrpo_jax.rewards import knowledge
 from lvrpo_jax.rewards import rules
@@ -20,6 +23,11 @@ from lvrpo_jax.rewards import semantic
 def units(*shape, seed=0):
   x = np.random.default_rng(seed).normal(size=shape)
   return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+DATA = mixture.ShapesData(
+    seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
+    plan=0., describe=0., drop=0.)
 
 
 class SemanticTest(parameterized.TestCase):
@@ -168,9 +176,49 @@ class RuleTest(parameterized.TestCase):
 
   def test_answers(self):
     texts = [['red', 'it is red .', 'think : a red circle ; red', 'blue'], ['two', '', '?', 'yes']]
-    correct, well_formed = rules.answers(texts, ['red', 'two'])
+    correct, well_formed = rules.answers(texts, ['red', 'two'], DATA.read_answer,
+                                         DATA.well_formed)
     np.testing.assert_array_equal(correct, [[1, 1, 1, 0], [1, 0, 0, 0]])
     np.testing.assert_array_equal(well_formed, [[1, 0, 1, 1], [1, 0, 0, 1]])
+
+  def test_answers_are_read_as_the_data_says(self):
+    read = lambda text: text.rstrip('.').split()[-1] if text else None
+    correct, well_formed = rules.answers(
+        [['Paris', 'It is Paris.', 'Rome', '']], ['Paris'], read, lambda text: text.endswith('.'))
+    np.testing.assert_array_equal(correct, [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(well_formed, [[0, 1, 0, 0]])
+
+  def test_regions_are_those_of_the_images(self):
+    width, height = 96, 64
+    def detector(images_RYXC):
+      # At (40, 20): to the left and at the top here, to the right and at the bottom of 32 pixels.
+      return [[detect.Detection('circle', 'red', (35, 15, 45, 25), .9)] for _ in images_RYXC]
+    spec = one('circle')
+    spec['include'][0]['region'] = 'top left'
+    images = np.zeros((1, 2, height, width, 3), np.uint8)
+    correct, parts = rules.images(detector, images, [spec])
+    np.testing.assert_array_equal(correct, np.ones((1, 2)))
+    np.testing.assert_array_equal(parts, np.ones((1, 2)))
+
+  @parameterized.parameters(
+      ('generate', 'spec', "'include': .*'class': 'circle'"), ('edit', 'spec', "'keep': .*'new': "),
+      ('understand', 'answer', "such as 'red'"))
+  def test_what_rules_compare_with_must_be_there(self, task, field, form):
+    known = pipeline.Example(3, 'a', answer='red', spec=one('circle'))
+    self.assertEqual(rules.targets(task, [known], 'it'), [getattr(known, field)])
+    unknown = dataclasses.replace(known, index=7, **{field: None})
+    with self.assertRaisesRegex(
+        ValueError, f"example 7 of '{task}' has no {field}, .*the weight.*expected .*{form}"):
+      rules.targets(task, [known, unknown], 'the weight')
+
+  @parameterized.parameters('images', 'edits')
+  def test_the_records_shown_can_be_read(self, kind):
+    images = np.zeros((1, 1, 32, 32, 3), np.uint8)
+    nothing = lambda images_RYXC: [[] for _ in images_RYXC]
+    given = (images[0],) if kind == 'edits' else ()
+    correct, parts = getattr(rules, kind)(nothing, *given, images, [rules.RECORDS[kind]])
+    self.assertEqual(correct, 0.)
+    self.assertLess(parts, 1.)
 
   def test_text_reward_pays_the_answer_more_than_the_format(self):
     correct, well_formed = np.array([[1., 1., 0., 0.]]), np.array([[1., 0., 1., 0.]])
