@@ -220,7 +220,7 @@ class Collector:
       values['rules'] = parts if job.config.align.graded else correct, everywhere
       facts['correct'] = correct
     if task in self._custom:
-      values['custom'] = self._custom[task](examples, images)
+      values['custom'] = self._own(task, examples, images)
     return self._pick(task, values, asked_remote), facts
 
   def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
@@ -250,12 +250,27 @@ class Collector:
                          everywhere)
       facts.update(correct=correct, format=well_formed)
     if task in self._custom:
-      values['custom'] = self._custom[task](examples, texts)
+      values['custom'] = self._own(task, examples, texts)
     return self._pick(task, values, asked_remote), facts
 
   def _targets(self, task: str, examples: list[pipeline.Example]) -> list[Any]:
     weight = self.job.config.align.rewards[task].rules
     return rules.targets(task, examples, f'config.align.rewards.{task}.rules is {weight}')
+
+  def _own(self, task: str, examples: list[pipeline.Example], outputs: Any
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Value and validity (B, G) by the function that `config.align.custom` names.
+
+    Raises:
+      ValueError: it gives other shapes, which NumPy would stretch over the groups without a word.
+    """
+    scored, shape = self._custom[task](examples, outputs), (len(outputs), len(outputs[0]))
+    shapes = [np.shape(x) for x in scored]
+    if shapes != [shape, shape]:
+      raise ValueError(f'config.align.custom.{task} is {self.job.config.align.custom[task]!r}, '
+                       f'which gave arrays of shapes {shapes}; expected value and valid, each of '
+                       f'shape (B, G) = {shape}')
+    return np.asarray(scored[0]), np.asarray(scored[1], bool)
 
   def _pick(self, task: str, values: dict[str, Any], asked: dict[str, futures.Future]
             ) -> dict[str, types.Rewards]:

@@ -21,6 +21,14 @@ from lvrpo_jax.objectives import advantage
 from lvrpo_jax.rewards import rules
 
 ROWS, GROUP = 3, 4
+GIVEN = {}
+"""What `own_reward` gives."""
+
+
+def own_reward(examples, outputs):
+  """A reward of the user's, named by import path."""
+  assert len(examples) == len(outputs)
+  return GIVEN['value'], GIVEN['valid']
 
 
 def build(weights, **changes):
@@ -156,6 +164,34 @@ class OwnDataTest(parameterized.TestCase):
     np.testing.assert_array_equal(facts['format'], [[0, 1, 0, 0]] * ROWS)
     np.testing.assert_array_equal(
         rewards['rules'].value_BG, rules.text_reward(facts['correct'], facts['format']))
+
+
+class OwnRewardTest(parameterized.TestCase):
+
+  def scene(self, *tasks):
+    return Scene({}, custom={task: f'{__name__}:own_reward' for task in tasks})
+
+  @parameterized.parameters(
+      ((ROWS, GROUP), (ROWS, 1)), ((ROWS, 1), (ROWS, GROUP)), ((GROUP,), (ROWS, GROUP)),
+      ((ROWS, GROUP), ()), ((ROWS * GROUP,), (ROWS * GROUP,)))
+  def test_other_shapes_are_refused(self, value, valid):
+    scene = self.scene('generate', 'understand')
+    for task, score in (('generate', scene.images), ('understand', scene.answers)):
+      with (mock.patch.dict(GIVEN, value=np.zeros(value), valid=np.ones(valid, bool)),
+            self.assertRaises(ValueError) as caught):
+        score()
+      self.assertIn(f"config.align.custom.{task} is '{__name__}:own_reward', which gave arrays of "
+                    f'shapes {[value, valid]}; expected', str(caught.exception))
+      self.assertIn(f'shape (B, G) = {(ROWS, GROUP)}', str(caught.exception))
+
+  def test_right_shapes_pass(self):
+    value = np.arange(ROWS * GROUP, dtype=np.float32).reshape(ROWS, GROUP)
+    value[0, 1] = np.nan
+    with mock.patch.dict(GIVEN, value=value, valid=(value != 2).astype(int)):
+      custom = self.scene('generate').images()[0]['custom']
+    np.testing.assert_array_equal(custom.value_BG, np.nan_to_num(value))
+    np.testing.assert_array_equal(custom.valid_BG, np.isfinite(value) & (value != 2))
+    self.assertEqual(custom.valid_BG.dtype, bool)
 
 
 class MetricsTest(absltest.TestCase):
