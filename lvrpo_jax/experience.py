@@ -187,7 +187,7 @@ class Collector:
   def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
                     iteration: int, asked_remote: dict[str, futures.Future]
                     ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
-    """Reward components of images, and facts for the log."""
+    """Reward components of images, and facts for the log: see `reward_metrics`."""
     job, examples = self.job, tasks.examples[task]
     wanted, prompts = self.weights(task), [e.prompt for e in examples]
     asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
@@ -226,21 +226,23 @@ class Collector:
   def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
                    asked_remote: dict[str, futures.Future]
                    ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
-    """Reward components of answers, and facts for the log."""
+    """Reward components of answers, and facts for the log: see `reward_metrics`."""
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]
     texts = self._texts(tokens_BGT)
     wanted = self.weights(task)
     words = [[job.data.read_answer(text) for text in row] for row in texts]
+    everywhere = np.ones((len(texts), len(texts[0])), bool)
+    facts = {f'truncated/{task}': unended(sharding.local_rows(tokens_BGT), job.policy.eos)}
     captions = number = None
     if 'semantic' in wanted:
-      captions = job.captions(statements(examples, words, texts))
+      captions, cut = job.captions_and_cut(statements(examples, words, texts))
+      facts['truncated/captions'] = cut.reshape(everywhere.shape).astype(np.float32)
     if 'knowledge' in wanted or 'mutual' in wanted:
       number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
                         np.int32)
     judged = self._judge_answers(judges, vae_params, tasks.prompts[task],
                                  *job.place((captions, number)), self._blind(task, examples))
-    everywhere, facts = np.ones((len(texts), len(texts[0])), bool), {}
     values = {k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}
     if 'rules' in wanted:
       correct, well_formed = rules.answers(texts, self._targets(task, examples),
@@ -309,6 +311,11 @@ def statements(examples: list[pipeline.Example], words_BG: list[list[str | None]
   return out
 
 
+def unended(tokens_BGT: np.ndarray, eos: int) -> np.ndarray:
+  """1 for every text (B, G) that was cut at the longest answer, before an end token; else 0."""
+  return np.all(tokens_BGT != eos, axis=-1).astype(np.float32)
+
+
 def said(prompts: types.Prompts, rollout: types.TextRollout) -> types.TextExperience:
   """Sampled texts as the update reads them, without advantages."""
   temperature_B = jnp.broadcast_to(rollout.temperature, rollout.mask_BGT.shape[:1])
@@ -335,8 +342,14 @@ def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta
 
 def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, Any],
                    advantage: Any) -> dict[str, Any]:
-  """Per component: mean, deviation in the group, share of the advantage, dead groups."""
-  out = {f'accuracy/{task}/{name}': sharding.whole(value).mean() for name, value in facts.items()}
+  """Per component: mean, deviation in the group, share of the advantage, dead groups.
+
+  Args:
+    facts: values (B, G) whose mean is logged, as 'accuracy/<task>/<name>', or under the whole name
+      where that has a slash.
+  """
+  out = {name if '/' in name else f'accuracy/{task}/{name}': sharding.whole(value).mean()
+         for name, value in facts.items()}
   for name, reward in rewards.items():
     valid = sharding.whole(reward.valid_BG)
     value = np.where(valid, sharding.whole(reward.value_BG), np.nan)

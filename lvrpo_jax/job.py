@@ -123,13 +123,31 @@ class Job:
                for name, weight in a.rewards[task].items() if name == component)
 
   def captions(self, texts: list[str]) -> np.ndarray:
-    """Token ids (B, L) for the judge's text tower, whose last position is pooled."""
+    """Token ids (R, L) for the judge's text tower, whose last position is pooled."""
+    return self.captions_and_cut(texts)[0]
+
+  def captions_and_cut(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`captions`, and which texts (R,) are cut because the tower holds no more tokens.
+
+    The first of these is logged.
+    """
     length = self.judge.text_config.max_positions
     ids = np.full((len(texts), length), self.data.tokenizer.eos, np.int32)
-    for row, text in zip(ids, texts):
-      tokens = self.data.tokenizer.encode(text)[:length - 1]
-      row[:len(tokens)] = tokens
-    return ids
+    cut = np.zeros(len(texts), bool)
+    for r, text in enumerate(texts):
+      tokens = self.data.tokenizer.encode(text)
+      cut[r] = len(tokens) >= length
+      if cut[r] and not self._logged_cuts:
+        self._logged_cuts.append(text)
+        logging.warning('%r has %d tokens, of which the judge reads %d (config.data.prompt_words); '
+                        'further such texts are not logged', text, len(tokens), length - 1)
+      tokens = tokens[:length - 1]
+      ids[r, :len(tokens)] = tokens
+    return ids, cut
+
+  @functools.cached_property
+  def _logged_cuts(self) -> list[str]:
+    return []
 
 
 def load_symbol(path: str, key: str) -> Any:

@@ -134,7 +134,7 @@ class OwnDataTest(parameterized.TestCase):
     scene = Scene(dict(semantic=1.))
     rewards, facts = scene.answers(examples=self.examples(scene, 'understand', answer=None))
     self.assertEqual(rewards.keys(), {'semantic'})
-    self.assertEqual(facts, {})
+    self.assertEqual(facts.keys(), {'truncated/understand', 'truncated/captions'})
 
   def test_rules_name_the_example_without_a_record(self):
     scene = Scene(dict(rules=.5))
@@ -192,6 +192,49 @@ class OwnRewardTest(parameterized.TestCase):
     np.testing.assert_array_equal(custom.value_BG, np.nan_to_num(value))
     np.testing.assert_array_equal(custom.valid_BG, np.isfinite(value) & (value != 2))
     self.assertEqual(custom.valid_BG.dtype, bool)
+
+
+class TruncatedTest(absltest.TestCase):
+
+  def test_answers_without_an_end_are_counted(self):
+    scene = Scene(dict(rules=1.))
+    word = int(scene.tokens[0, 0, 0])
+    length = scene.tokens.shape[-1]
+    scene.tokens = scene.tokens.at[0, 1].set(word).at[2, :2].set(word)  # Without an end token,
+    scene.tokens = scene.tokens.at[1, 0, :length - 1].set(word)  # and with one in the last place.
+    _, facts = scene.answers()
+    want = np.zeros((ROWS, GROUP))
+    want[0, 1] = want[2, :2] = 1
+    np.testing.assert_array_equal(facts['truncated/understand'], want)
+    credit = advantage.Advantages(None, None, {}, {})
+    metrics = experience.reward_metrics('understand', {}, facts, credit)
+    self.assertAlmostEqual(metrics['truncated/understand'], 3 / (ROWS * GROUP))
+    self.assertIn('accuracy/understand/correct', metrics)
+
+  def test_statements_that_the_judge_cannot_hold_are_counted_and_logged(self):
+    scene = Scene(dict(semantic=1.))
+    limit = scene.job.config.data.prompt_words
+    # Of the first prompt all statements fit, of the others those of two answers do not.
+    say = lambda long: lambda word: ' '.join([word] * (limit + (long and word in ('red', 'two'))))
+    examples = [dataclasses.replace(scene.job.data.prompt('understand', i), statement=say(i > 0))
+                for i in range(ROWS)]
+    with self.assertLogs(level='WARNING') as logged:
+      _, facts = scene.answers(examples=examples)
+      scene.answers(examples=examples)
+    np.testing.assert_array_equal(facts['truncated/captions'],
+                                  [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]])
+    self.assertLen(logged.output, 1)  # Once a run, with the first such text.
+    self.assertIn('red red', logged.output[0])
+    self.assertIn(f'{limit + 1} tokens, of which the judge reads {limit}', logged.output[0])
+
+  def test_captions_that_fit_are_whole(self):
+    job = build(dict(semantic=1.))
+    limit = job.config.data.prompt_words
+    ids, cut = job.captions_and_cut(['red ' * limit, 'red ' * (limit + 1), ''])
+    np.testing.assert_array_equal(cut, [False, True, False])
+    np.testing.assert_array_equal(ids[0], ids[1])
+    np.testing.assert_array_equal(ids[:, -1], [job.policy.eos] * 3)
+    np.testing.assert_array_equal(job.captions(['red ' * limit]), ids[:1])
 
 
 class MetricsTest(absltest.TestCase):
