@@ -15,9 +15,12 @@ from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
+from lvrpo_jax import judging
+from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import types
 from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import advantage
+from lvrpo_jax.rewards import mutual
 from lvrpo_jax.rewards import rules
 
 ROWS, GROUP = 3, 4
@@ -237,7 +240,92 @@ class TruncatedTest(absltest.TestCase):
     np.testing.assert_array_equal(job.captions(['red ' * limit]), ids[:1])
 
 
+class AnswersTest(absltest.TestCase):
+
+  def similarity(self, scene, images, texts):
+    """Cosines of images and texts, each of its own."""
+    embed = jax.jit(lambda params, *pairs: scene.job.judge.apply({'params': params}, *pairs))
+    image, text, _, _ = embed(scene.siglip, policy_lib.to_unit(np.stack(images)),
+                              scene.job.captions(texts))
+    return np.sum(np.asarray(image) * np.asarray(text), axis=-1)
+
+  def test_semantic_compares_the_image_with_the_answer_as_a_statement(self):
+    scene = Scene(dict(semantic=1.))
+    scene.tokens = scene.tokens.at[:, 3].set(scene.tokens[:, 0])
+    examples = [scene.job.data.evaluation('understand', 'eval', 'color', i) for i in range(ROWS)]
+    pairs = [(e.source, e.statement(word)) for e in examples
+             for word in ('red', 'two', 'yes', 'red')]
+    value = scene.answers(examples=examples)[0]['semantic'].value_BG
+    np.testing.assert_allclose(value.ravel(), self.similarity(scene, *zip(*pairs)), atol=1e-6)
+    np.testing.assert_allclose(value[:, 3], value[:, 0], atol=1e-6)  # The same answer.
+    self.assertGreater(value[:, :3].std(axis=1).min(), 1e-4)
+    # A similarity of image and question would be the same for a whole group.
+    asked = [(e.source, e.prompt) for e in examples for _ in range(GROUP)]
+    constant = self.similarity(scene, *zip(*asked)).reshape(ROWS, GROUP)
+    self.assertLess(constant.std(axis=1).max(), 1e-6)
+
+
+class BlindTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.scene = Scene(dict(mutual=1.))
+    cls.first_token = staticmethod(jax.jit(functools.partial(judging.first_token, cls.scene.job)))
+
+  def logits(self, prompts):
+    return np.asarray(self.first_token(self.scene.judges(), self.scene.vae, prompts))
+
+  @parameterized.parameters('generate', 'edit', 'understand')
+  def test_the_reference_sees_no_image(self, task):
+    scene = self.scene
+    examples = [scene.job.data.prompt('understand', i) for i in range(ROWS)]
+    blind = scene.collector._blind(task, examples)
+    seen = scene.tasks('understand', examples=examples).prompts['understand']
+    self.assertTrue(np.all(blind.vit.sample_BL == types.PADDING))
+    self.assertFalse(np.any(seen.vit.sample_BL == types.PADDING))
+    frame = np.isin(blind.ids_BL, (scene.job.data.tokenizer.start_of_image,
+                                   scene.job.data.tokenizer.end_of_image))
+    self.assertTrue(np.all(np.asarray(blind.text.sample_BL)[frame] == types.PADDING))
+    np.testing.assert_array_equal(*(np.asarray(p.text.sample_BL)[~frame] for p in (blind, seen)))
+    other = lambda prompts: prompts.replace(source_BYXC=255 - prompts.source_BYXC)
+    np.testing.assert_array_equal(self.logits(blind), self.logits(other(blind)))
+    change = np.abs(self.logits(seen) - self.logits(other(seen)))
+    self.assertGreater(change.max(axis=1).min(), 1e-3)
+
+  def test_the_gain_is_that_of_seeing(self):
+    prompts = self.scene.tasks('understand')
+    blind = self.scene.collector._blind('understand', prompts.examples['understand'])
+    seen, without = (self.logits(p)[:, None] for p in (prompts.prompts['understand'], blind))
+    want = mutual.gain(np.repeat(seen, GROUP, axis=1), without, self.scene.tokens[:, :, 0])
+    value = self.scene.answers()[0]['mutual'].value_BG
+    np.testing.assert_allclose(value, want, atol=1e-5)
+    self.assertGreater(np.abs(value).max(), 1e-3)
+
+  def test_nobody_pays_for_no_pass(self):
+    scene = Scene(dict(knowledge=1.))
+    self.assertIsNone(scene.collector._blind('understand', []))
+
+
 class MetricsTest(absltest.TestCase):
+
+  def test_valid_samples_alone_count(self):
+    reward = types.Rewards(
+        np.array([[1., 3., 99.], [2., np.nan, -99.], [99., 99., 99.]], np.float32),
+        np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0]], bool))
+    failed = types.Rewards(np.full((3, 3), 7., np.float32), np.zeros((3, 3), bool))
+    credit = advantage.Advantages(None, None, {'a': .25, 'b': .75}, {'a': .5, 'b': 1.})
+    facts = {'correct': np.array([[1., 0., 0.], [1., 1., 0.], [0., 0., 0.]])}
+    metrics = experience.reward_metrics('edit', {'a': reward, 'b': failed}, facts, credit)
+    want = {
+        'accuracy/edit/correct': 3 / 9, 'reward/edit/a': (1 + 3 + 2) / 3,
+        'deviation/edit/a': (1. + 0.) / 2,  # Of the two groups that have valid samples.
+        'invalid/edit/a': 6 / 9, 'share/edit/a': .25, 'dead/edit/a': .5,
+        'reward/edit/b': 0., 'deviation/edit/b': 0., 'invalid/edit/b': 1., 'share/edit/b': .75,
+        'dead/edit/b': 1.}
+    self.assertEqual(metrics.keys(), want.keys())
+    for name, value in want.items():
+      self.assertAlmostEqual(float(metrics[name]), value, places=6, msg=name)
 
   def test_no_facts_no_accuracy(self):
     reward = types.Rewards(np.ones((2, 3), np.float32), np.ones((2, 3), bool))
