@@ -152,7 +152,8 @@ def get_config() -> config_dict.ConfigDict:
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
       generate='', generate_weight=1., understand='', understand_weight=1., edit='',
       edit_weight=1., think_generate='', think_generate_weight=1.))
-  config.align.dense_top = 2  # patches that must match a word in 'dense'; 1 is the paper's maximum
+  # Best patches over which 'dense' takes the mean for a word; 1 is the paper's maximum
+  config.align.dense_top = 2
   config.align.advantage = 'gdpo'  # 'gdpo': normalise each component; 'sum': the paper's form
   config.align.floor = 0.05  # smallest deviation divided by, in units of the reward;
   # it enters as 'max' (of it and the deviation), 'add' (to it) or 'root' (of variance and floor)

@@ -182,7 +182,7 @@ def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
     drawn = np.concatenate([
         sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
         for rows, prompts in batches])
-  specs = [e.spec for e in examples]
+  specs = rules.targets(task, examples, 'evaluation')
   detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   if task == pipeline.EDIT:
     source = np.stack([e.source for e in examples])
@@ -217,9 +217,10 @@ def _answers(job, params, vae_params, tools, examples):
     for sampled, greedy in list(zip(*map(sharding.whole, tools.answer(params, vae_params, prompts))
                                     ))[:rows]:
       out.append((([decode(x) for x in sampled]), decode(greedy[0])))
-  answers = [e.answer for e in examples]
-  correct, well_formed = rules.answers([s for s, _ in out], answers)
-  greedy, _ = rules.answers([[g] for _, g in out], answers)
+  answers = rules.targets(pipeline.UNDERSTAND, examples, 'evaluation')
+  score = lambda texts: rules.answers(texts, answers, job.data.read_answer, job.data.well_formed)
+  correct, well_formed = score([s for s, _ in out])
+  greedy, _ = score([[g] for _, g in out])
   return [dict(answer=answer, samples=samples, correct=c.astype(int).tolist(),
                format=f.astype(int).tolist(), greedy=text, greedy_correct=int(g[0]))
           for answer, (samples, text), c, f, g in zip(answers, out, correct, well_formed, greedy)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from lvrpo_jax import flow
 from lvrpo_jax import job as job_lib
+from lvrpo_jax import judging
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import sharding
@@ -21,35 +22,26 @@ from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import tokenizer as tokenizer_lib
 from lvrpo_jax.objectives import advantage as advantage_lib
-from lvrpo_jax.rewards import knowledge
-from lvrpo_jax.rewards import mutual
 from lvrpo_jax.rewards import remote
 from lvrpo_jax.rewards import rules
-from lvrpo_jax.rewards import semantic
 from lvrpo_jax.rollouts import image as image_rollout
 from lvrpo_jax.rollouts import text as text_rollout
 from lvrpo_jax.rollouts import windows
 
 Array = jax.Array
+Judges = judging.Judges
+
+COMPONENTS = {
+    pipeline.UNDERSTAND: ('rules', 'semantic', 'knowledge', 'mutual', 'remote'),
+    **dict.fromkeys((pipeline.GENERATE, pipeline.EDIT, pipeline.THINK), (
+        'rules', 'semantic', 'dense', 'knowledge', 'mutual', 'remote'))}
+"""Names that a task may have in `config.align.rewards`."""
 
 
 class Tasks(NamedTuple):
   """The prompts of an iteration by task: what the host knows, and what the device reads."""
   examples: dict[str, list[pipeline.Example]]
   prompts: dict[str, types.Prompts]
-
-
-class Judges(NamedTuple):
-  """Frozen parameters that score.
-
-  Attributes:
-    reference: the pretrained policy, whose understanding branch answers questions.
-    siglip: the dual encoder.
-    words_VD: single words in its joint space.
-  """
-  reference: types.Params
-  siglip: types.Params
-  words_VD: Array
 
 
 class Collector:
@@ -69,10 +61,14 @@ class Collector:
                        f'(align.noise_low, align.noise_high] = ({a.noise_low}, {a.noise_high}]')
     self._answer_ids = jnp.asarray(job.answer_ids)
     self._rollout = job.sampler(self.sample)
-    self._judge_images = job.compile(self._judge_images_fn)
-    self._judge_answers = job.compile(self._judge_answers_fn)
+    self._judge_images = job.compile(functools.partial(judging.images, job, self._answer_ids))
+    self._judge_answers = job.compile(functools.partial(judging.answers, job, self._answer_ids))
     self._remote_tasks = [t for t in pipeline.TASKS if a[t] and a.rewards[t].remote]
     self._apart = bool(self._remote_tasks or a.refill)
+    patches = job.judge.vision_config.side ** 2
+    if job.pays('dense') and a.dense_top > patches:
+      raise ValueError(f'config.align.dense_top is {a.dense_top}; allowed: at most the {patches} '
+                       'patches that the judge cuts an image into')
     self._detector = job_lib.load_symbol(a.detector, 'config.align.detector')
     self._custom = {
         task: job_lib.load_symbol(a.custom[task], f'align.custom.{task}')
@@ -172,60 +168,6 @@ class Collector:
         start = stop
     return texts, images, pixels
 
-  def _judge_images_fn(self, judges: Judges, vae_params, pixels_BGYXC, captions_BL, words_BV,
-                       questions: types.Prompts, answer_B, blind: types.Prompts | None):
-    """Semantic, dense, knowledge and mutual values (B, G) of images.
-
-    `blind` are the questions without an image; None leaves the mutual reward out.
-    """
-    B, G = pixels_BGYXC.shape[:2]
-    flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
-    siglip = lambda *args, method: self.job.judge.apply({'params': judges.siglip}, *args,
-                                                        method=method)
-    image, patches = siglip(policy_lib.to_unit(flat), method='embed_image')
-    text, _ = siglip(captions_BL, method='embed_text')
-    group = lambda x: x.reshape(B, G, *x.shape[1:])
-    spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
-    seen = self._answer(judges.reference, vae_params, spread.replace(source_BYXC=flat))
-    probability = knowledge.answer_probabilities(seen, self._answer_ids)
-    asked = jnp.ones((B, 1), bool)
-    out = {} if blind is None else {'mutual': mutual.gain(
-        group(seen), self._answer(judges.reference, vae_params, blind)[:, None],
-        jnp.broadcast_to(self._answer_ids[answer_B][:, None], (B, G)))}
-    return {
-        **out, 'semantic': semantic.similarity(group(image), text[:, None]),
-        'dense': semantic.dense(group(patches), judges.words_VD, words_BV,
-                                top=self.job.config.align.dense_top),
-        'knowledge': knowledge.agreement(group(probability)[:, :, None], answer_B[:, None],
-                                         asked)}
-
-  def _judge_answers_fn(self, judges: Judges, vae_params, prompts: types.Prompts, statements_RL,
-                        answer_BG, blind: types.Prompts | None):
-    """Semantic, knowledge and mutual values (B, G) of answers; see `_judge_images_fn`."""
-    B, G = answer_BG.shape
-    siglip = lambda *args, method: self.job.judge.apply({'params': judges.siglip}, *args,
-                                                        method=method)[0]
-    image = siglip(policy_lib.to_unit(prompts.source_BYXC), method='embed_image')
-    text = siglip(statements_RL, method='embed_text').reshape(B, G, -1)
-    seen = self._answer(judges.reference, vae_params, prompts)
-    probability = knowledge.answer_probabilities(seen, self._answer_ids)
-    agreed = jnp.take_along_axis(probability, jnp.maximum(answer_BG, 0), axis=-1)
-    out = {}
-    if blind is not None:
-      token = jnp.where(answer_BG >= 0, self._answer_ids[jnp.maximum(answer_BG, 0)], -1)
-      without = self._answer(judges.reference, vae_params, blind)
-      out['mutual'] = mutual.gain(jnp.broadcast_to(seen[:, None], (B, G, seen.shape[-1])),
-                                  without[:, None], token)
-    return {**out, 'semantic': semantic.similarity(image[:, None], text),
-            'knowledge': jnp.where(answer_BG >= 0, agreed, 0.)}
-
-  def _answer(self, reference, vae_params, prompts):
-    """The reference's logits (B, V) of the first token of an answer."""
-    policy = self.job.policy
-    cache = policy.prefill(reference, vae_params, prompts)
-    start = jnp.full((prompts.ids_BL.shape[0], 1, 1), policy.bos)
-    return policy.read(reference, cache, start)[:, 0, 0]
-
   def _blind(self, task: str, examples: list[pipeline.Example]) -> types.Prompts | None:
     """Questions without their images, where the mutual reward of a task has a weight."""
     if not self.job.config.align.rewards[task].mutual:
@@ -272,63 +214,92 @@ class Collector:
   def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
                     iteration: int, asked_remote: dict[str, futures.Future]
                     ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
-    """Reward components of images, and facts for the log."""
+    """Reward components of images, and facts for the log: see `reward_metrics`."""
     job, examples = self.job, tasks.examples[task]
+    wanted, prompts = self.weights(task), [e.prompt for e in examples]
     asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
              for e in examples]
-    source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)
-    questioned = [pipeline.Example(e.index, question, source=source, answer='')
-                  for e, (question, _) in zip(examples, asked)]
-    questions = job.encoder(pipeline.UNDERSTAND, questioned).prompts
-    right = np.array([job.data.answers.index(answer) if answer else 0 for _, answer in asked],
-                     np.int32)
+    questions = right = blind = None
+    if 'knowledge' in wanted or 'mutual' in wanted:
+      source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)
+      questioned = [pipeline.Example(e.index, question, source=source, answer='')
+                    for e, (question, _) in zip(examples, asked)]
+      questions = job.encoder(pipeline.UNDERSTAND, questioned).prompts
+      right = np.array([job.data.answers.index(answer) if answer else 0 for _, answer in asked],
+                       np.int32)
+      blind = self._blind(task, questioned)
     judged = self._judge_images(
         judges, vae_params, pixels, *job.place((
-            job.captions([e.prompt for e in examples]),
-            job_lib.key_word_counts(job, [e.prompt for e in examples]), questions, right)),
-        self._blind(task, questioned))
-    images, specs = sharding.local_rows(pixels), [e.spec for e in examples]
-    if task == pipeline.EDIT:
-      correct, parts = rules.edits(self._detector,
-                                   np.stack([e.source for e in examples]), images, specs)
-    else:
-      correct, parts = rules.images(self._detector, images, specs)
-    everywhere = np.ones(parts.shape, bool)
+            job.captions(prompts) if 'semantic' in wanted else None,
+            job_lib.key_words(job, prompts) if 'dense' in wanted else None, questions, right)),
+        blind)
+    images, facts = sharding.local_rows(pixels), {}
+    everywhere = np.ones(images.shape[:2], bool)
     has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
-    graded = job.config.align.graded
-    values = {'rules': (parts if graded else correct, everywhere),
-              **{k: (sharding.local_rows(v),
-                     has_question if k in ('knowledge', 'mutual') else everywhere)
-                 for k, v in judged.items()}}
+    values = {k: (sharding.local_rows(v),
+                  has_question if k in ('knowledge', 'mutual') else everywhere)
+              for k, v in judged.items()}
+    if 'rules' in wanted:
+      specs = self._targets(task, examples)
+      correct, parts = (
+          rules.edits(self._detector, np.stack([e.source for e in examples]), images, specs)
+          if task == pipeline.EDIT else rules.images(self._detector, images, specs))
+      values['rules'] = parts if job.config.align.graded else correct, everywhere
+      facts['correct'] = correct
     if task in self._custom:
-      values['custom'] = self._custom[task](examples, images)
-    return self._pick(task, values, asked_remote), {'correct': correct}
+      values['custom'] = self._own(task, examples, images)
+    return self._pick(task, values, asked_remote), facts
 
   def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
                    asked_remote: dict[str, futures.Future]
                    ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
-    """Reward components of answers, and facts for the log."""
+    """Reward components of answers, and facts for the log: see `reward_metrics`."""
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]
     texts = self._texts(tokens_BGT)
-    correct, well_formed = rules.answers(texts, [e.answer for e in examples])
+    wanted = self.weights(task)
     words = [[job.data.read_answer(text) for text in row] for row in texts]
-    # A policy may say that it does not know the word; the judge has no token for that.
-    statements = [e.statement(word) if word else text.replace(tokenizer_lib.UNKNOWN, '')
-                  for e, row, said in zip(examples, words, texts)
-                  for word, text in zip(row, said)]
-    number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
-                      np.int32)
+    everywhere = np.ones((len(texts), len(texts[0])), bool)
+    facts = {f'truncated/{task}': unended(sharding.local_rows(tokens_BGT), job.policy.eos)}
+    captions = number = None
+    if 'semantic' in wanted:
+      captions, cut = job.captions_and_cut(statements(examples, words, texts))
+      facts['truncated/captions'] = cut.reshape(everywhere.shape).astype(np.float32)
+    if 'knowledge' in wanted or 'mutual' in wanted:
+      number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
+                        np.int32)
     judged = self._judge_answers(judges, vae_params, tasks.prompts[task],
-                                 *job.place((job.captions(statements), number)),
-                                 self._blind(task, examples))
-    everywhere = np.ones(correct.shape, bool)
-    graded = job.config.align.graded
-    values = {'rules': (rules.text_reward(correct, well_formed) if graded else correct, everywhere),
-              **{k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}}
+                                 *job.place((captions, number)), self._blind(task, examples))
+    values = {k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}
+    if 'rules' in wanted:
+      correct, well_formed = rules.answers(texts, self._targets(task, examples),
+                                           job.data.read_answer, job.data.well_formed)
+      graded = job.config.align.graded
+      values['rules'] = (rules.text_reward(correct, well_formed) if graded else correct,
+                         everywhere)
+      facts.update(correct=correct, format=well_formed)
     if task in self._custom:
-      values['custom'] = self._custom[task](examples, texts)
-    return self._pick(task, values, asked_remote), {'correct': correct, 'format': well_formed}
+      values['custom'] = self._own(task, examples, texts)
+    return self._pick(task, values, asked_remote), facts
+
+  def _targets(self, task: str, examples: list[pipeline.Example]) -> list[Any]:
+    weight = self.job.config.align.rewards[task].rules
+    return rules.targets(task, examples, f'config.align.rewards.{task}.rules is {weight}')
+
+  def _own(self, task: str, examples: list[pipeline.Example], outputs: Any
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Value and validity (B, G) by the function that `config.align.custom` names.
+
+    Raises:
+      ValueError: it gives other shapes, which NumPy would stretch over the groups without a word.
+    """
+    scored, shape = self._custom[task](examples, outputs), (len(outputs), len(outputs[0]))
+    shapes = [np.shape(x) for x in scored]
+    if shapes != [shape, shape]:
+      raise ValueError(f'config.align.custom.{task} is {self.job.config.align.custom[task]!r}, '
+                       f'which gave arrays of shapes {shapes}; expected value and valid, each of '
+                       f'shape (B, G) = {shape}')
+    return np.asarray(scored[0]), np.asarray(scored[1], bool)
 
   def _pick(self, task: str, values: dict[str, Any], asked: dict[str, futures.Future]
             ) -> dict[str, types.Rewards]:
@@ -340,11 +311,36 @@ class Collector:
     unknown = wanted.keys() - values.keys()
     if unknown:
       raise ValueError(f'align.rewards.{task} names {sorted(unknown)}; '
-                       f'allowed: {sorted(values)}')
+                       f'allowed: {COMPONENTS[task]}')
     return {name: types.Rewards(np.where(np.isfinite(values[name][0]), values[name][0], 0.
                                          ).astype(np.float32),
                                 np.asarray(values[name][1]) & np.isfinite(values[name][0]))
             for name in wanted}
+
+
+def statements(examples: list[pipeline.Example], words_BG: list[list[str | None]],
+               texts_BG: list[list[str]]) -> list[str]:
+  """Replies as statements about what was shown, one after the other; as they are where they state
+  no answer.
+
+  Raises:
+    ValueError: an example makes no statements.
+  """
+  out = []
+  for e, words, texts in zip(examples, words_BG, texts_BG):
+    if e.statement is None:
+      raise ValueError(f'example {e.index} of {pipeline.UNDERSTAND!r} has no statement, which '
+                       f'config.align.rewards.{pipeline.UNDERSTAND}.semantic needs; expected a '
+                       'function from an answer to a text')
+    # A policy may say that it does not know the word; the judge has no token for that.
+    out.extend(e.statement(word) if word else text.replace(tokenizer_lib.UNKNOWN, '')
+               for word, text in zip(words, texts))
+  return out
+
+
+def unended(tokens_BGT: np.ndarray, eos: int) -> np.ndarray:
+  """1 for every text (B, G) that was cut at the longest answer, before an end token; else 0."""
+  return np.all(tokens_BGT != eos, axis=-1).astype(np.float32)
 
 
 def said(prompts: types.Prompts, rollout: types.TextRollout) -> types.TextExperience:
@@ -373,8 +369,14 @@ def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta
 
 def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, Any],
                    advantage: Any) -> dict[str, Any]:
-  """Per component: mean, deviation in the group, share of the advantage, dead groups."""
-  out = {f'accuracy/{task}/{name}': sharding.whole(value).mean() for name, value in facts.items()}
+  """Per component: mean, deviation in the group, share of the advantage, dead groups.
+
+  Args:
+    facts: values (B, G) whose mean is logged, as 'accuracy/<task>/<name>', or under the whole name
+      where that has a slash.
+  """
+  out = {name if '/' in name else f'accuracy/{task}/{name}': sharding.whole(value).mean()
+         for name, value in facts.items()}
   for name, reward in rewards.items():
     valid = sharding.whole(reward.valid_BG)
     value = np.where(valid, sharding.whole(reward.value_BG), np.nan)

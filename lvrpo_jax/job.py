@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -30,6 +31,9 @@ Array = jax.Array
 
 SMALL_CHIPS = ('TPU v3', 'TPU v4', 'TPU v4 lite', 'TPU v5 lite', 'TPU v6 lite')
 """Kinds of devices of at most 32 GB."""
+
+WORDS_AT_ONCE = 256
+"""Key words in one pass of the judge's text tower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +119,38 @@ class Job:
       return compiled(moved, vae_params, prompts, *rest)
     return run
 
+  def pays(self, component: str) -> bool:
+    """Whether any task of the alignment has a weight for a component of the rewards."""
+    a = self.config.align
+    return any(weight for task in pipeline.TASKS if a[task]
+               for name, weight in a.rewards[task].items() if name == component)
+
   def captions(self, texts: list[str]) -> np.ndarray:
-    """Token ids (B, L) for the judge's text tower, whose last position is pooled."""
+    """Token ids (R, L) for the judge's text tower, whose last position is pooled."""
+    return self.captions_and_cut(texts)[0]
+
+  def captions_and_cut(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`captions`, and which texts (R,) are cut because the tower holds no more tokens.
+
+    The first of these is logged.
+    """
     length = self.judge.text_config.max_positions
     ids = np.full((len(texts), length), self.data.tokenizer.eos, np.int32)
-    for row, text in zip(ids, texts):
-      tokens = self.data.tokenizer.encode(text)[:length - 1]
-      row[:len(tokens)] = tokens
-    return ids
+    cut = np.zeros(len(texts), bool)
+    for r, text in enumerate(texts):
+      tokens = self.data.tokenizer.encode(text)
+      cut[r] = len(tokens) >= length
+      if cut[r] and not self._logged_cuts:
+        self._logged_cuts.append(text)
+        logging.warning('%r has %d tokens, of which the judge reads %d (config.data.prompt_words); '
+                        'further such texts are not logged', text, len(tokens), length - 1)
+      tokens = tokens[:length - 1]
+      ids[r, :len(tokens)] = tokens
+    return ids, cut
+
+  @functools.cached_property
+  def _logged_cuts(self) -> list[str]:
+    return []
 
 
 def load_symbol(path: str, key: str) -> Any:
@@ -270,20 +298,30 @@ def build_judge(config: ml_collections.ConfigDict, data: Any) -> siglip.Siglip:
                               max_positions=config.data.prompt_words + 1, **tower))
 
 
-def key_word_counts(job: Job, texts: list[str]) -> np.ndarray:
-  """How often each token of the vocabulary is a key word of each text, int32 (B, V)."""
-  tokens = job.data.tokenizer
-  counts = np.zeros((len(texts), len(tokens)), np.int32)
-  for row, text in zip(counts, texts):
-    for word in text.split():
-      if word in job.data.key_words:
-        row[tokens.encode(word)[0]] += 1
-  return counts
+def key_words(job: Job, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+  """Key words of texts: rows of `word_table`, and how often each counts, both int32 (B, K).
+
+  K is the most tokens that a prompt may have, so that all batches of all processes have one shape;
+  places behind a text's last key word count 0 times.
+  """
+  rows = {word: row for row, word in enumerate(sorted(job.data.key_words))}
+  row_BK, count_BK = np.zeros((2, len(texts), job.config.data.prompt_words), np.int32)
+  for b, text in enumerate(texts):
+    found = collections.Counter(word for word in text.split() if word in rows)
+    row_BK[b, :len(found)] = [rows[word] for word in found]
+    count_BK[b, :len(found)] = list(found.values())
+  return row_BK, count_BK
 
 
 def word_table(job: Job, judge_params: Any) -> Array:
-  """Unit vectors (V, D) of all single words of the vocabulary in the judge's joint space."""
-  tokens = job.data.tokenizer
-  ids = np.full((len(tokens), job.judge.text_config.max_positions), tokens.eos, np.int32)
-  ids[:, 0] = np.arange(len(tokens))
-  return job.judge.apply({'params': judge_params}, jnp.asarray(ids), method='embed_text')[0]
+  """Unit vectors (W, D) of the data's key words, sorted, in the judge's joint space.
+
+  There are no rows where no task is paid for matching them.
+  """
+  words = sorted(job.data.key_words) if job.pays('dense') else []
+  ids_WL = job.captions(words)
+  embed = lambda ids_L: job.judge.apply({'params': judge_params}, ids_L[None],
+                                        method='embed_text')[0][0]
+  # In parts: a data class may know the nouns of a language.
+  return (jax.lax.map(embed, jnp.asarray(ids_WL), batch_size=WORDS_AT_ONCE) if words else
+          jnp.zeros((0, job.judge.text_config.projection)))

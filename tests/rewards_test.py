@@ -1,12 +1,19 @@
 """Tests of the semantic, knowledge and rule rewards against loops and small scenes."""
 
+import dataclasses
+import functools
+import math
+
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 from jax import numpy as jnp
 import numpy as np
 
 from lvrpo_jax.data import detect
 from lvrpo_jax.data import grammar
+from lvrpo_jax.data import mixture
+from lvrpo_jax.data import pipeline
 from lvrpo_jax.data import shapes
 from lvrpo_jax.rewards import knowledge
 from lvrpo_jax.rewards import rules
@@ -16,6 +23,11 @@ from lvrpo_jax.rewards import semantic
 def units(*shape, seed=0):
   x = np.random.default_rng(seed).normal(size=shape)
   return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+DATA = mixture.ShapesData(
+    seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
+    plan=0., describe=0., drop=0.)
 
 
 class SemanticTest(parameterized.TestCase):
@@ -34,24 +46,52 @@ class SemanticTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 5)
   def test_dense_against_loops(self, top):
     patch, word = units(2, 3, 5, 4), units(6, 4, seed=1)
-    words = np.array([[1, 0, 2, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    row = np.array([[2, 0, 0], [5, 3, 4]])
+    count = np.array([[2, 1, 0], [1, 1, 1]])  # The last place of the first prompt is padding.
     expected = np.zeros((2, 3))
     for b, g in np.ndindex(2, 3):
-      matches = [np.mean(sorted(patch[b, g] @ word[v])[-top:]) for v in range(6)
-                 for _ in range(words[b, v])]
+      matches = [np.mean(sorted(patch[b, g] @ word[w])[-top:]) for w, n in zip(row[b], count[b])
+                 for _ in range(n)]
       expected[b, g] = np.mean(matches)
-    np.testing.assert_allclose(semantic.dense(patch, word, words, top), expected, rtol=1e-5,
+    np.testing.assert_allclose(semantic.dense(patch, word, row, count, top), expected, rtol=1e-5,
                                atol=1e-6)
 
-  def test_a_single_odd_patch_satisfies_the_maximum_only(self):
-    word = units(1, 4)
-    patch = np.zeros((1, 1, 6, 4), np.float32)
-    patch[0, 0, 3] = word[0]
-    self.assertAlmostEqual(float(semantic.dense(patch, word, np.ones((1, 1)), 1)[0, 0]), 1., 5)
-    self.assertAlmostEqual(float(semantic.dense(patch, word, np.ones((1, 1)), 2)[0, 0]), .5, 5)
+  def test_dense_costs_the_words_of_a_prompt_not_those_of_the_vocabulary(self):
+    B, G, K, N, D = 2, 3, 14, 4096, 8
+    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)
+    numbers = shape(B, K, dtype=jnp.int32)
+    program = jax.make_jaxpr(functools.partial(semantic.dense, top=2))(
+        shape(B, G, N, D), shape(152_064, D), numbers, numbers)
+    sizes = [math.prod(x.aval.shape) for equation in program.eqns for x in equation.outvars]
+    self.assertEqual(max(sizes), B * G * K * N)
+
+  def hot(self, patch, word, top):
+    """Scores of one word before and after one patch matches it as well as can be."""
+    hot = patch.copy()
+    hot[:, :, 0] = word
+    numbers = np.zeros((len(patch), 1), np.int32), np.ones((len(patch), 1), np.int32)
+    return [np.asarray(semantic.dense(x, word, *numbers, top)) for x in (patch, hot)]
+
+  @parameterized.parameters(1, 2, 3, 6)
+  def test_one_hot_patch_gains_a_share_of_what_the_maximum_gives(self, top):
+    word, patch = units(1, 4), np.repeat(units(5, 7, 1, 4, seed=1), 6, axis=2)
+    before, after = self.hot(patch, word, top)
+    _, maximum = self.hot(patch, word, 1)
+    np.testing.assert_allclose(maximum, np.ones((5, 7)), rtol=1e-6)  # It is satisfied.
+    np.testing.assert_allclose(after - before, (maximum - before) / top, atol=1e-6)
+
+  @parameterized.parameters(1, 2, 3, 6)
+  def test_the_other_patches_bound_the_score_of_one_hot_patch(self, top):
+    word, patch = units(1, 4), units(50, 4, 6, 4, seed=2)
+    before, after = self.hot(patch, word, top)
+    rest = np.sort(patch[:, :, 1:] @ word[0], axis=-1)[..., ::-1]
+    bound = (1 + (top - 1) * rest[..., 0]) / top
+    self.assertTrue(np.all(after <= bound + 1e-6))
+    self.assertTrue(np.all(after - before <= 2 / top + 1e-6))
 
   def test_a_prompt_without_key_words_is_zero(self):
-    out = semantic.dense(units(1, 2, 3, 4), units(5, 4), np.zeros((1, 5), np.int32))
+    none = np.zeros((1, 5), np.int32)
+    out = semantic.dense(units(1, 2, 3, 4), units(5, 4), none, none)
     np.testing.assert_array_equal(out, np.zeros((1, 2)))
 
 
@@ -136,9 +176,49 @@ class RuleTest(parameterized.TestCase):
 
   def test_answers(self):
     texts = [['red', 'it is red .', 'think : a red circle ; red', 'blue'], ['two', '', '?', 'yes']]
-    correct, well_formed = rules.answers(texts, ['red', 'two'])
+    correct, well_formed = rules.answers(texts, ['red', 'two'], DATA.read_answer,
+                                         DATA.well_formed)
     np.testing.assert_array_equal(correct, [[1, 1, 1, 0], [1, 0, 0, 0]])
     np.testing.assert_array_equal(well_formed, [[1, 0, 1, 1], [1, 0, 0, 1]])
+
+  def test_answers_are_read_as_the_data_says(self):
+    read = lambda text: text.rstrip('.').split()[-1] if text else None
+    correct, well_formed = rules.answers(
+        [['Paris', 'It is Paris.', 'Rome', '']], ['Paris'], read, lambda text: text.endswith('.'))
+    np.testing.assert_array_equal(correct, [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(well_formed, [[0, 1, 0, 0]])
+
+  def test_regions_are_those_of_the_images(self):
+    width, height = 96, 64
+    def detector(images_RYXC):
+      # At (40, 20): to the left and at the top here, to the right and at the bottom of 32 pixels.
+      return [[detect.Detection('circle', 'red', (35, 15, 45, 25), .9)] for _ in images_RYXC]
+    spec = one('circle')
+    spec['include'][0]['region'] = 'top left'
+    images = np.zeros((1, 2, height, width, 3), np.uint8)
+    correct, parts = rules.images(detector, images, [spec])
+    np.testing.assert_array_equal(correct, np.ones((1, 2)))
+    np.testing.assert_array_equal(parts, np.ones((1, 2)))
+
+  @parameterized.parameters(
+      ('generate', 'spec', "'include': .*'class': 'circle'"), ('edit', 'spec', "'keep': .*'new': "),
+      ('understand', 'answer', "such as 'red'"))
+  def test_what_rules_compare_with_must_be_there(self, task, field, form):
+    known = pipeline.Example(3, 'a', answer='red', spec=one('circle'))
+    self.assertEqual(rules.targets(task, [known], 'it'), [getattr(known, field)])
+    unknown = dataclasses.replace(known, index=7, **{field: None})
+    with self.assertRaisesRegex(
+        ValueError, f"example 7 of '{task}' has no {field}, .*the weight.*expected .*{form}"):
+      rules.targets(task, [known, unknown], 'the weight')
+
+  @parameterized.parameters('images', 'edits')
+  def test_the_records_shown_can_be_read(self, kind):
+    images = np.zeros((1, 1, 32, 32, 3), np.uint8)
+    nothing = lambda images_RYXC: [[] for _ in images_RYXC]
+    given = (images[0],) if kind == 'edits' else ()
+    correct, parts = getattr(rules, kind)(nothing, *given, images, [rules.RECORDS[kind]])
+    self.assertEqual(correct, 0.)
+    self.assertLess(parts, 1.)
 
   def test_text_reward_pays_the_answer_more_than_the_format(self):
     correct, well_formed = np.array([[1., 1., 0., 0.]]), np.array([[1., 0., 1., 0.]])

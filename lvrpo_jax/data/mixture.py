@@ -64,6 +64,10 @@ class ShapesData:
     """The answer that a reply states, or None."""
     return grammar.read_answer(text)[0]
 
+  def well_formed(self, text: str) -> bool:
+    """Whether a reply has the form that the rules pay for: one word, or a plan and a word."""
+    return grammar.read_answer(text)[1]
+
   @property
   def image_size(self) -> int:
     return shapes.SIZE

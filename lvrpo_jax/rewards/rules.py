@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from lvrpo_jax.data import detect
-from lvrpo_jax.data import wording
+from lvrpo_jax.data import pipeline
 from lvrpo_jax.rewards import geneval
 
 
@@ -35,6 +35,35 @@ FORMAT_SHARE = 0.2
 """Share of the text reward that pays the format; the rest pays the answer."""
 
 
+RECORDS = {
+    'images': {'tag': 'colors', 'include': [{'class': 'circle', 'count': 1, 'color': 'red'}],
+               'exclude': []},
+    'edits': {'tag': 'recolor', 'keep': [], 'gone': [[4, 4, 12, 12]],
+              'new': [{'class': 'circle', 'color': 'red', 'region': 'top left'}]}}
+"""What a spec looks like; see `geneval` for all that may stand there."""
+
+
+def targets(task: str, examples: Sequence[pipeline.Example], reader: str) -> list[Any]:
+  """What the rules of a task compare with: right answers, or records of images and edits.
+
+  Args:
+    reader: what asks for the rules, for the message.
+
+  Raises:
+    ValueError: an example has none.
+  """
+  field, form = {
+      pipeline.UNDERSTAND: ('answer', "a text such as 'red'"),
+      pipeline.EDIT: ('spec', f'a record such as {RECORDS["edits"]}')}.get(
+          task, ('spec', f'a record such as {RECORDS["images"]}'))
+  out = [e.answer if field == 'answer' else e.spec for e in examples]
+  for e, target in zip(examples, out):
+    if target is None:
+      raise ValueError(f'example {e.index} of {task!r} has no {field}, which the rules read '
+                       f'({reader}); expected {form}')
+  return out
+
+
 def images(detector: Detector, images_BGYXC: np.ndarray, specs: Sequence[dict[str, Any]],
            strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
   """(correct_BG, parts_BG) of generated images under their GenEval records.
@@ -45,7 +74,8 @@ def images(detector: Detector, images_BGYXC: np.ndarray, specs: Sequence[dict[st
   found = detector(images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:]))
   surplus = np.array([geneval.surplus(d, specs[i // G], counting_threshold=COUNTING_THRESHOLD)
                       for i, d in enumerate(found)], np.float32)
-  verdicts = [geneval.evaluate(d, specs[i // G], strict=strict,
+  height, width = images_BGYXC.shape[2:4]
+  verdicts = [geneval.evaluate(d, specs[i // G], strict=strict, size=(width, height),
                                counting_threshold=COUNTING_THRESHOLD) for i, d in enumerate(found)]
   correct, parts = _arrays(verdicts, B, G)
   return correct, np.maximum(parts - SURPLUS_PENALTY * surplus.reshape(B, G), 0.)
@@ -63,13 +93,18 @@ def edits(detector: Detector, source_BYXC: np.ndarray, images_BGYXC: np.ndarray,
   return _arrays(verdicts, B, G)
 
 
-def answers(texts_BG: Sequence[Sequence[str]], answer_B: Sequence[str]
+def answers(texts_BG: Sequence[Sequence[str]], answer_B: Sequence[str],
+            read: Callable[[str], str | None], well_formed: Callable[[str], bool]
             ) -> tuple[np.ndarray, np.ndarray]:
-  """(correct_BG, format_BG): the stated answer is right; the reply has the asked form."""
-  read = [[wording.read_answer(text) for text in row] for row in texts_BG]
-  correct = [[word == answer for word, _ in row] for row, answer in zip(read, answer_B)]
-  return np.array(correct, np.float32), np.array([[ok for _, ok in row] for row in read],
-                                                 np.float32)
+  """(correct_BG, format_BG): the stated answer is right; the reply has the asked form.
+
+  Args:
+    read: the answer that a reply states, or None; `read_answer` of the data class.
+    well_formed: whether a reply has the asked form; of the data class.
+  """
+  correct = [[read(text) == answer for text in row] for row, answer in zip(texts_BG, answer_B)]
+  return (np.array(correct, np.float32),
+          np.array([[well_formed(text) for text in row] for row in texts_BG], np.float32))
 
 
 def text_reward(correct_BG: np.ndarray, format_BG: np.ndarray) -> np.ndarray:

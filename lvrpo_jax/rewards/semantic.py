@@ -1,4 +1,7 @@
-"""Semantic reward: similarity of images and texts in a dual encoder's joint space."""
+"""Semantic reward: similarity of images and texts in a dual encoder's joint space.
+
+Axes beyond the common legend: `W` key words of the data, `K` key words of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,25 @@ def similarity(image_BGD: Array, text_BGD: Array) -> Array:
   return jnp.sum(image_BGD * text_BGD, axis=-1)
 
 
-def dense(patch_BGND: Array, word_VD: Array, words_BV: Array, top: int = 1) -> Array:
-  """Mean over the key words of a prompt of their best match among the image's patches, (B, G).
+def dense(patch_BGND: Array, words_WD: Array, row_BK: Array, count_BK: Array, top: int = 1
+          ) -> Array:
+  """Mean over the key words of a prompt of their match among the image's patches, (B, G).
+
+  With `top = 1` the match of a word is its cosine with the best patch, LVRPO's form (arXiv
+  2603.27693). With `top = k` it is the mean over the k best patches, and one hot patch cannot
+  satisfy it: whatever that patch shows, its cosine is at most 1 and makes up 1/k of the mean, so k
+  patches have to match. Only the words of a prompt meet its patches, so the largest array has
+  shape (B, G, K, N).
 
   Args:
-    patch_BGND: unit vectors of patches.
-    word_VD: unit vectors of all words.
-    words_BV: how often each word counts in a prompt; 0 for words that carry no visual meaning.
-    top: the match is the mean over this many best patches. 1 is LVRPO's maximum (arXiv
-      2603.27693); with more, a single odd patch cannot satisfy it.
+    patch_BGND: unit vectors of patches, at least `top` of them.
+    words_WD: unit vectors of all key words.
+    row_BK: the rows of `words_WD` that stand in a prompt.
+    count_BK: how often each of them counts; 0 for padding.
+    top: number of best patches.
   """
-  match_BGVN = jnp.einsum('BGND,VD->BGVN', patch_BGND, word_VD)
-  best_BGV = jnp.mean(jax.lax.top_k(match_BGVN, top)[0], axis=-1)
-  weight_B1V = words_BV[:, None].astype(jnp.float32)
-  return (jnp.sum(best_BGV * weight_B1V, axis=-1)
-          / jnp.maximum(jnp.sum(weight_B1V, axis=-1), 1.))
+  match_BGKN = jnp.einsum('BGND,BKD->BGKN', patch_BGND, words_WD[row_BK])
+  best_BGK = jnp.mean(jax.lax.top_k(match_BGKN, top)[0], axis=-1)
+  weight_B1K = count_BK[:, None].astype(jnp.float32)
+  return (jnp.sum(best_BGK * weight_B1K, axis=-1)
+          / jnp.maximum(jnp.sum(weight_B1K, axis=-1), 1.))

@@ -1,0 +1,117 @@
+"""What frozen models say about samples: the reward components that are computed on devices.
+
+An argument that is None leaves its component out, and with it every pass that nothing else needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import policy as policy_lib
+from lvrpo_jax import types
+from lvrpo_jax.rewards import knowledge
+from lvrpo_jax.rewards import mutual
+from lvrpo_jax.rewards import semantic
+
+Array = jax.Array
+
+
+class Judges(NamedTuple):
+  """Frozen parameters that score.
+
+  Attributes:
+    reference: the pretrained policy, whose understanding branch answers questions.
+    siglip: the dual encoder.
+    words_WD: the key words of the data in its joint space, see `job.word_table`.
+  """
+  reference: types.Params
+  siglip: types.Params
+  words_WD: Array
+
+
+def images(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: types.Params,
+           pixels_BGYXC: Array, captions_BL: Array | None, words: tuple[Array, Array] | None,
+           questions: types.Prompts | None, answer_B: Array | None, blind: types.Prompts | None
+           ) -> dict[str, Array]:
+  """Values (B, G) of images by component.
+
+  Args:
+    answer_ids_A: first tokens of all answers.
+    captions_BL: the prompts for the judge's text tower; for 'semantic'.
+    words: rows of key words and how often each counts, both (B, K); for 'dense'.
+    questions, answer_B: what the reference is asked, and the numbers of the right answers; for
+      'knowledge' and 'mutual'.
+    blind: the questions without an image; for 'mutual'.
+  """
+  B, G = pixels_BGYXC.shape[:2]
+  flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
+  group = lambda x: x.reshape(B, G, *x.shape[1:])
+  out = {}
+  if captions_BL is not None or words is not None:
+    image, patches = _siglip(job, judges, 'embed_image', policy_lib.to_unit(flat))
+  if captions_BL is not None:
+    text, _ = _siglip(job, judges, 'embed_text', captions_BL)
+    out['semantic'] = semantic.similarity(group(image), text[:, None])
+  if words is not None:
+    out['dense'] = semantic.dense(group(patches), judges.words_WD, *words,
+                                  top=job.config.align.dense_top)
+  if questions is not None:
+    spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
+    seen = first_token(job, judges, vae_params, spread.replace(source_BYXC=flat))
+    probability = knowledge.answer_probabilities(seen, answer_ids_A)
+    out['knowledge'] = knowledge.agreement(group(probability)[:, :, None], answer_B[:, None],
+                                           jnp.ones((B, 1), bool))
+    if blind is not None:
+      out['mutual'] = mutual.gain(
+          group(seen), first_token(job, judges, vae_params, blind)[:, None],
+          jnp.broadcast_to(answer_ids_A[answer_B][:, None], (B, G)))
+  return out
+
+
+def answers(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: types.Params,
+            prompts: types.Prompts, statements_RL: Array | None, answer_BG: Array | None,
+            blind: types.Prompts | None) -> dict[str, Array]:
+  """Values (B, G) of answers by component.
+
+  Args:
+    answer_ids_A: first tokens of all answers.
+    prompts: the questions with their images.
+    statements_RL: the answers put as statements, for the judge's text tower; for 'semantic'. (The
+      question is the same for a whole group: its similarity to the image teaches nothing.)
+    answer_BG: numbers of the answers, negative where there is none; for 'knowledge' and 'mutual'.
+    blind: the questions without their images; for 'mutual'.
+  """
+  out = {}
+  if statements_RL is not None:
+    image, _ = _siglip(job, judges, 'embed_image', policy_lib.to_unit(prompts.source_BYXC))
+    text, _ = _siglip(job, judges, 'embed_text', statements_RL)
+    out['semantic'] = semantic.similarity(image[:, None],
+                                          text.reshape(len(image), -1, text.shape[-1]))
+  if answer_BG is not None:
+    seen = first_token(job, judges, vae_params, prompts)
+    probability = knowledge.answer_probabilities(seen, answer_ids_A)
+    agreed = jnp.take_along_axis(probability, jnp.maximum(answer_BG, 0), axis=-1)
+    out['knowledge'] = jnp.where(answer_BG >= 0, agreed, 0.)
+    if blind is not None:
+      token = jnp.where(answer_BG >= 0, answer_ids_A[jnp.maximum(answer_BG, 0)], -1)
+      without = first_token(job, judges, vae_params, blind)
+      out['mutual'] = mutual.gain(
+          jnp.broadcast_to(seen[:, None], (*answer_BG.shape, seen.shape[-1])), without[:, None],
+          token)
+  return out
+
+
+def first_token(job: job_lib.Job, judges: Judges, vae_params: types.Params,
+                prompts: types.Prompts) -> Array:
+  """The reference's logits (B, V) of the first token of an answer."""
+  cache = job.policy.prefill(judges.reference, vae_params, prompts)
+  start = jnp.full((prompts.ids_BL.shape[0], 1, 1), job.policy.bos)
+  return job.policy.read(judges.reference, cache, start)[:, 0, 0]
+
+
+def _siglip(job: job_lib.Job, judges: Judges, method: str, x: Array) -> Any:
+  return job.judge.apply({'params': judges.siglip}, x, method=method)
