@@ -40,7 +40,7 @@ class ScoresTest(fixtures.JudgeTestCase):
   def test_device_arrays_are_copied(self):
     pixels = jnp.asarray(fixtures.images())
     judge = self.judge(self.real().url)
-    samples, _ = remote._samples('generate', fixtures.prompts(), pixels)
+    samples, _ = judge_protocols.samples_of('generate', fixtures.prompts(), pixels)
     self.assertFalse(np.shares_memory(samples[0].image, np.asarray(pixels)))
     future = judge.submit('generate', fixtures.prompts(), pixels)
     pixels.delete()
@@ -203,15 +203,15 @@ class CacheTest(fixtures.JudgeTestCase):
 
   def test_key_covers_the_judge(self):
     base = remote.Endpoint('http://x', model='a')
-    samples, _ = remote._samples('generate', fixtures.prompts(1), fixtures.images(1, 1))
-    keys = {next(remote._keys(e, 'generate', samples)) for e in (
+    samples, _ = judge_protocols.samples_of('generate', fixtures.prompts(1), fixtures.images(1, 1))
+    keys = {next(judge_protocols.keys_of(e, 'generate', samples)) for e in (
         base, *(remote.Endpoint(**{'url': 'http://x', 'model': 'a', **change}) for change in (
             dict(url='http://y'), dict(protocol='chat'), dict(model='b'), dict(template='t'),
             dict(body={'top_p': 1}), dict(timeout_s=3.), dict(cache='file'))))}
     self.assertLen(keys, 6)  # Neither the timeout nor the file changes a value.
     other_shape = fixtures.images(1, 1).reshape(1, 1, 5, 4, 3)
-    samples, _ = remote._samples('generate', fixtures.prompts(1), other_shape)
-    self.assertNotIn(next(remote._keys(base, 'generate', samples)), keys)
+    samples, _ = judge_protocols.samples_of('generate', fixtures.prompts(1), other_shape)
+    self.assertNotIn(next(judge_protocols.keys_of(base, 'generate', samples)), keys)
 
   def test_file_survives_a_torn_line(self):
     web = self.real()

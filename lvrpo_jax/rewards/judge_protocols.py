@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -114,6 +115,53 @@ def address(endpoint: Any) -> str:
 def template(endpoint: Any, task: str) -> str:
   """The chat text of an endpoint for a task."""
   return endpoint.template or TEMPLATES[task]
+
+
+def samples_of(task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
+               ) -> tuple[list[Sample], tuple[int, int]]:
+  """Samples in row order (b, g), and (B, G).
+
+  Raises:
+    ValueError: the outputs have another form than `remote.Judge.submit` takes.
+  """
+  if task not in pipeline.TASKS:
+    raise ValueError(f'task {task!r}; allowed: {pipeline.TASKS}')
+  if task == pipeline.UNDERSTAND:
+    outputs = [list(row) for row in outputs_BG]
+    groups = {len(row) for row in outputs}
+    if len(groups) > 1 or not all(isinstance(text, str) for row in outputs for text in row):
+      raise ValueError('answers are lists of str, as many for every prompt')
+    shape = (len(outputs), groups.pop() if groups else 0)
+  else:
+    outputs = np.array(outputs_BG)  # A copy: a view would hold the device's buffer.
+    if outputs.dtype != np.uint8 or outputs.ndim != 5 or outputs.shape[-1] != 3:
+      raise ValueError(f'images are uint8 (B, G, Y, X, 3), not {outputs.dtype} {outputs.shape}')
+    shape = outputs.shape[:2]
+  if len(examples) != shape[0]:
+    raise ValueError(f'{len(examples)} examples, but outputs of {shape[0]} prompts')
+  out = []
+  for example, row in zip(examples, outputs):
+    source = None if example.source is None else np.asarray(example.source)
+    for output in row:
+      text, image = (output, None) if isinstance(output, str) else (None, output)
+      out.append(Sample(
+          dict(prompt=example.prompt, answer=text, reference=example.answer, kind=example.kind,
+               spec=example.spec), image, source))
+  return out, shape
+
+
+def keys_of(endpoint: Any, task: str, samples: Sequence[Sample]) -> Iterator[str]:
+  """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
+  settings = [endpoint.protocol, endpoint.url, endpoint.model,
+              template(endpoint, task), dict(endpoint.body), task]
+  for sample in samples:
+    pictures = (sample.image, sample.source)
+    shapes = [None if p is None else p.shape for p in pictures]
+    digest = hashlib.sha256(dumps([settings, sample.fields, shapes]))
+    for picture in pictures:
+      if picture is not None:
+        digest.update(np.ascontiguousarray(picture))
+    yield digest.hexdigest()
 
 
 def encode(endpoint: Any, task: str, samples: Sequence[Sample]) -> bytes:

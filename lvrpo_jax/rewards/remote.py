@@ -15,10 +15,9 @@ A sample without a usable score is invalid, never 0. `launch/judge_server.py` sp
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 import dataclasses
-import hashlib
 import os
 import queue
 import threading
@@ -188,7 +187,7 @@ class Judge:
       RuntimeError: the judge is closed.
     """
     call = _Call(self._endpoint.deadline_s)
-    samples, shape = _samples(task, examples, outputs_BG)
+    samples, shape = protocols.samples_of(task, examples, outputs_BG)
     future = futures.Future()
     future.set_running_or_notify_cancel()
     with self._lock:
@@ -215,7 +214,7 @@ class Judge:
            future: futures.Future) -> None:
     """The life of a call, in a thread of its own: hands out requests and waits for them."""
     try:
-      keys = list(_keys(self._endpoint, task, samples))
+      keys = list(protocols.keys_of(self._endpoint, task, samples))
       todo = {}
       for key, sample in zip(keys, samples):
         value = self._cache.get(key)
@@ -322,46 +321,3 @@ def _secret(name: str, key: str) -> str:
   if not (secret.isascii() and secret.isprintable()) or ' ' in secret:
     raise ValueError(f'{key}.api_key_env: the value of {name} holds characters that no key has')
   return secret
-
-
-def _samples(task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
-             ) -> tuple[list[protocols.Sample], tuple[int, int]]:
-  """Samples in row order (b, g), and (B, G)."""
-  if task not in pipeline.TASKS:
-    raise ValueError(f'task {task!r}; allowed: {pipeline.TASKS}')
-  if task == pipeline.UNDERSTAND:
-    outputs = [list(row) for row in outputs_BG]
-    groups = {len(row) for row in outputs}
-    if len(groups) > 1 or not all(isinstance(text, str) for row in outputs for text in row):
-      raise ValueError('answers are lists of str, as many for every prompt')
-    shape = (len(outputs), groups.pop() if groups else 0)
-  else:
-    outputs = np.array(outputs_BG)  # A copy: a view would hold the device's buffer.
-    if outputs.dtype != np.uint8 or outputs.ndim != 5 or outputs.shape[-1] != 3:
-      raise ValueError(f'images are uint8 (B, G, Y, X, 3), not {outputs.dtype} {outputs.shape}')
-    shape = outputs.shape[:2]
-  if len(examples) != shape[0]:
-    raise ValueError(f'{len(examples)} examples, but outputs of {shape[0]} prompts')
-  samples = []
-  for example, row in zip(examples, outputs):
-    source = None if example.source is None else np.asarray(example.source)
-    for output in row:
-      text, image = (output, None) if isinstance(output, str) else (None, output)
-      samples.append(protocols.Sample(
-          dict(prompt=example.prompt, answer=text, reference=example.answer, kind=example.kind,
-               spec=example.spec), image, source))
-  return samples, shape
-
-
-def _keys(endpoint: Endpoint, task: str, samples: Sequence[protocols.Sample]) -> Iterator[str]:
-  """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
-  settings = [endpoint.protocol, endpoint.url, endpoint.model,
-              protocols.template(endpoint, task), dict(endpoint.body), task]
-  for sample in samples:
-    pictures = (sample.image, sample.source)
-    shapes = [None if p is None else p.shape for p in pictures]
-    digest = hashlib.sha256(protocols.dumps([settings, sample.fields, shapes]))
-    for picture in pictures:
-      if picture is not None:
-        digest.update(np.ascontiguousarray(picture))
-    yield digest.hexdigest()
