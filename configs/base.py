@@ -139,7 +139,12 @@ def get_config() -> config_dict.ConfigDict:
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)
       model='',  # sent with chat requests
-      template='',  # text of a chat request; '' takes the built-in ones
+      # Text of a chat request; '' takes the built-in ones. It may name {prompt}, {answer} (given),
+      # {reference} (right) and {kind}, and {question} and {expected} of a question that the prompt
+      # implies about its image: 'Question: {question} Is the answer {expected}? yes or no'
+      template='',
+      templates=dict(  # of single tasks; '' takes template
+          generate='', understand='', edit='', think_generate=''),
       batch=8,  # samples a request; 'chat' sends one
       concurrency=8,  # requests under way at once
       retries=3,  # after a connection error, a timeout, 429 or 5xx

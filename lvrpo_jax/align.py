@@ -162,7 +162,7 @@ class Aligner:
     """One round: what was sampled for every task, with its rewards, and metrics."""
     c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
     texts, images, pixels = c.rollout(self.params, vae_params, tasks, iteration)
-    asked = c.ask(tasks, texts, pixels)
+    asked = c.ask(tasks, texts, pixels, iteration)
     replayed = c.replayed(iteration)
     out, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():

@@ -134,6 +134,7 @@ def validate(config: ml_collections.ConfigDict):
     if config.align[task] and rewards.remote and not config.align.remote.url:
       raise ValueError(f"config.align.remote.url is ''; allowed: the address of a judge, as "
                        f'config.align.rewards.{task}.remote is {rewards.remote}')
+  _check_answer_shown(config)
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')
@@ -143,6 +144,18 @@ def validate(config: ml_collections.ConfigDict):
   if config.align.noise_low >= config.align.noise_high:
     raise ValueError(f'config.align.noise_low is {config.align.noise_low}; allowed: below '
                      f'config.align.noise_high = {config.align.noise_high}')
+
+
+def _check_answer_shown(config: ml_collections.ConfigDict):
+  """A chat that does not show the answer would score all answers to a question alike."""
+  a = config.align
+  r, name = a.remote, 'templates.understand' if a.remote.templates.understand else 'template'
+  text = get(r, name)
+  if (a.understand and a.rewards.understand.remote and r.protocol == 'chat' and text
+      and '{answer}' not in text):
+    raise ValueError(f'config.align.remote.{name} is {text!r}; allowed: a text with {{answer}} '
+                     'where config.align.rewards.understand.remote is not 0; '
+                     'config.align.remote.templates has a text for every task')
 
 
 def _check_shapes(config: ml_collections.ConfigDict):

@@ -227,14 +227,14 @@ class Collector:
                              for n in range(3))
     return self.job.place_rows(texts), images, self.job.place_rows(pixels)
 
-  def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array]
-          ) -> dict[str, futures.Future]:
+  def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array],
+          iteration: int) -> dict[str, futures.Future]:
     """Sends what was sampled to the remote judge; the scores by task come later."""
     out = {}
     for task in (t for t in self._remote_tasks if t in tasks.prompts):
       outputs = (self._texts(texts[task].tokens_BGT) if task == pipeline.UNDERSTAND else
                  sharding.local_rows(pixels[task]))
-      out[task] = self.remote.submit(task, tasks.examples[task], outputs)
+      out[task] = self.remote.submit(task, tasks.examples[task], outputs, iteration)
     return out
 
   def _texts(self, tokens_BGT: Array) -> list[list[str]]:
@@ -247,8 +247,7 @@ class Collector:
                     ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of images, and facts for the log."""
     job, examples = self.job, tasks.examples[task]
-    asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
-             for e in examples]
+    asked = [e.asked(iteration) for e in examples]
     source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)
     questioned = [pipeline.Example(e.index, question, source=source, answer='')
                   for e, (question, _) in zip(examples, asked)]

@@ -59,7 +59,8 @@ class ScoresTest(fixtures.JudgeTestCase):
     np.testing.assert_array_equal(decode(sample.pop('source')), source)
     self.assertEqual(body['task'], 'edit')
     self.assertEqual(sample, {'id': '0', 'prompt': 'make it {red}', 'answer': None,
-                              'reference': 'yes', 'kind': 'recolor', 'spec': {'keep': [3]}})
+                              'reference': 'yes', 'kind': 'recolor', 'spec': {'keep': [3]},
+                              'questions': []})
 
   def test_answers(self):
     web = self.real()

@@ -4,11 +4,14 @@ The protocol `batch` posts some samples at once to an endpoint of your own:
 
     {"task": "generate",
      "samples": [{"id": "0", "prompt": "a red fox", "answer": null, "image": "<base64 PNG>",
-                  "source": null, "reference": null, "kind": "", "spec": null}]}
+                  "source": null, "reference": null, "kind": "", "spec": null,
+                  "questions": [{"question": "is there a fox ?", "answer": "yes"}]}]}
     -> {"scores": [{"id": "0", "value": 0.7}]}      or {"id": "0", "error": "out of memory"}
 
 `image` is what was drawn, `source` what was shown, `answer` what was answered, `reference` the
-right answer. `chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request.
+right answer, `questions` what may be asked about an image of the prompt, with the right answers.
+`chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request; with a template
+that names {question} and {expected} it judges knowledge, by one of those questions an iteration.
 A sample without a usable score is invalid, never 0. `launch/judge_server.py` speaks both.
 """
 
@@ -38,7 +41,8 @@ DEADLINE = 'deadline'
 """Cause of a sample that nothing was known of when the deadline of its call passed."""
 
 CAUSES = (judge_http.UNREACHABLE, judge_http.TIMEOUT, judge_http.STATUS, DEADLINE,
-          protocols.GARBAGE, protocols.ERROR, protocols.MISSING, protocols.RANGE)
+          protocols.GARBAGE, protocols.ERROR, protocols.MISSING, protocols.RANGE,
+          protocols.UNASKED)
 """Why a sample has no value; each is counted as `failed_<cause>`."""
 
 
@@ -55,6 +59,7 @@ class Endpoint:
     protocol: 'batch' or 'chat'.
     model: sent with chat requests; in either protocol a new name leaves the cached values behind.
     template: text of a chat request, see FIELDS in `judge_protocols`; '' takes its TEMPLATES.
+    templates: the same for single tasks, before `template`; '' leaves the task to that.
     batch: samples a request; 'chat' always sends one.
     concurrency: requests under way at once, over all calls.
     retries: further tries after a connection error, a timeout, 429 or 5xx.
@@ -69,6 +74,7 @@ class Endpoint:
   protocol: str = 'batch'
   model: str = ''
   template: str = ''
+  templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
   batch: int = 8
   concurrency: int = 8
   retries: int = 3
@@ -168,8 +174,8 @@ class Judge:
     for number in range(endpoint.concurrency):
       threading.Thread(target=self._work, name=f'{key}-{number}', daemon=True).start()
 
-  def submit(self, task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
-             ) -> futures.Future:
+  def submit(self, task: str, examples: Sequence[pipeline.Example], outputs_BG: Any,
+             iteration: int = 0) -> futures.Future:
     """Starts to score samples and returns at once.
 
     Args:
@@ -177,6 +183,7 @@ class Judge:
       examples: B prompts.
       outputs_BG: uint8 images (B, G, Y, X, 3); for 'understand', B lists of G answers. Images are
         copied, so a device array is fetched here and not held.
+      iteration: decides which of its questions a prompt is asked, see `pipeline.Example.asked`.
 
     Returns:
       A future of `Scored`, done by `deadline_s`. It raises `JudgeUnavailable` if no sample got an
@@ -187,7 +194,7 @@ class Judge:
       RuntimeError: the judge is closed.
     """
     call = _Call(self._endpoint.deadline_s)
-    samples, shape = protocols.samples_of(task, examples, outputs_BG)
+    samples, shape = protocols.samples_of(task, examples, outputs_BG, iteration)
     future = futures.Future()
     future.set_running_or_notify_cancel()
     with self._lock:
@@ -218,7 +225,10 @@ class Judge:
       todo = {}
       for key, sample in zip(keys, samples):
         value = self._cache.get(key)
-        if value is None or not self._endpoint.low <= value <= self._endpoint.high:
+        if not protocols.complete(self._endpoint, task, sample):
+          call.verdicts[key] = protocols.UNASKED
+          call.last_error = f'the template names {protocols.ASKED}, but a prompt has no question'
+        elif value is None or not self._endpoint.low <= value <= self._endpoint.high:
           todo[key] = sample
         else:
           call.verdicts[key] = value
@@ -247,20 +257,21 @@ class Judge:
     """
     verdicts = [call.verdicts.get(key, DEADLINE) for key in keys]
     failed = collections.Counter(v for v in verdicts if isinstance(v, str))
+    scorable = len(keys) - failed[protocols.UNASKED]
     seconds = time.monotonic() - call.start
     e = self._endpoint
-    if keys and len(keys) == failed.total() and self._heard < call.start:
+    if asked and len(keys) == failed.total() and self._heard < call.start:
       what = ('Correct the address, the model or the key' if call.refused else 'Start it')
       raise JudgeUnavailable(
-          f'{self._key}: the judge at {protocols.address(e)} answered for none of {len(keys)} '
-          f'samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); last error: '
-          f'{call.last_error}. {what}, then run the same command: the run resumes from its '
-          'checkpoint.')
+          f'{self._key}: the judge at {protocols.address(e)} answered for none of '
+          f'{scorable} samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); '
+          f'last error: {call.last_error}. {what}, then run the same command: the run resumes from '
+          'its checkpoint.')
     self._warn(failed, len(keys), call.last_error)
     value = [0. if isinstance(v, str) else v for v in verdicts]
     valid = [not isinstance(v, str) for v in verdicts]
     stats = {'samples': len(keys), 'asked': asked,
-             'cached': len(keys) - asked, 'retried': call.retried, 'failed': failed.total(),
+             'cached': scorable - asked, 'retried': call.retried, 'failed': failed.total(),
              **{f'failed_{cause}': failed[cause] for cause in CAUSES}, 'seconds': seconds}
     return Scored(np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape),
                   stats)
