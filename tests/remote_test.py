@@ -262,6 +262,17 @@ class CacheTest(fixtures.JudgeTestCase):
     scored = self.score(self.judge(web.url, cache=path, high=0.4))
     self.assertEqual(self.failed(scored), {'range': 6})
 
+  def test_a_kept_yes_is_not_that_of_another_range(self):
+    web = self.script(lambda n, body, h: (200, fixtures.words('yes' if n % 2 else 'no')))
+    path = str(self.folder / 'cache.jsonl')
+    for asked, wide in ((2, dict(low=0., high=1)), (2, dict(low=-1., high=2.)),
+                        (0, dict(low=0, high=1.))):
+      judge = self.judge(web.url, protocol='chat', cache=path, **wide)
+      scored = self.score(judge, outputs=fixtures.images(1, 2))
+      judge.close()
+      self.assertEqual(scored.stats['asked'], asked)
+      self.assertCountEqual(scored.value_BG[0], [wide['low'], wide['high']])
+
   def test_full_disk_ends_the_file_alone(self):
     web = self.real()
     judge = self.judge(web.url, cache=str(self.folder / 'cache.jsonl'))

@@ -189,6 +189,8 @@ def keys_of(endpoint: Any, task: str, samples: Sequence[Sample]) -> Iterator[str
   """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
   settings = [endpoint.protocol, endpoint.url, endpoint.model,
               template(endpoint, task), dict(endpoint.body), task]
+  if endpoint.protocol == 'chat':  # A 'yes' is kept as the number that it stands for.
+    settings += [float(endpoint.low), float(endpoint.high)]
   for sample in samples:
     pictures = (sample.image, sample.source)
     shapes = [None if p is None else p.shape for p in pictures]
