@@ -99,7 +99,9 @@ class ScoresTest(fixtures.JudgeTestCase):
   @parameterized.parameters(
       ('0.25', .25), (' 1\n', 1), ('0', 0), ('Yes', 1), ('no.', 0), ('1.5', 'range'),
       ('-0.1', 'range'), ('nan', 'garbage'), ('1/2', 'garbage'), ('0.7 or so', 'garbage'),
-      ('', 'garbage'), ('Score: 0.7', 'garbage'), ('yes, no', 'garbage'), ('1e-1', 'garbage'),
+      ('', 'garbage'), ('Score: 0.7', 'garbage'), ('yes, no', 'garbage'),
+      ('5e-05', 5e-5), ('2.5E-1', .25), ('1e+16', 'range'), ('1e999', 'range'), ('inf', 'garbage'),
+      ('-nan', 'garbage'), ('1e', 'garbage'), ('e-1', 'garbage'), ('1e-1 or so', 'garbage'),
       ('\u0660', 'garbage'), ('0,5', 'garbage'), ('true', 'garbage'), (None, 'garbage'),
       (0.5, 'garbage'))
   def test_chat_is_read_strictly(self, said, expected):
@@ -138,6 +140,15 @@ class ScoresTest(fixtures.JudgeTestCase):
     np.testing.assert_array_equal(scored.value_BG, value)
     self.assertEqual(self.failed(scored), dict(collections.Counter(
         v for v in expected if isinstance(v, str))))
+
+  @parameterized.parameters(5e-05, 1.5e-7, 1., 0.)
+  def test_protocols_agree_on_numbers(self, value):
+    web = self.real(score=lambda sample: value)
+    for protocol in ('batch', 'chat'):
+      scored = self.score(self.judge(f'{web.url}/chat/completions' if protocol == 'chat' else
+                                     web.url, protocol=protocol))
+      np.testing.assert_array_equal(scored.value_BG, np.full((2, 3), value, np.float32))
+      self.assertTrue(scored.valid_BG.all())
 
   def test_wider_range(self):
     web = self.script(lambda n, body, h: (200, fixtures.scores(body, -3)))

@@ -48,7 +48,8 @@ TEMPLATES = {
 """Chat texts where the endpoint has none. The images follow: the source first, then the result."""
 
 _FIELD = re.compile(r'\{(\w+)\}')
-_NUMBER = re.compile(r'[+-]?[0-9]+(\.[0-9]+)?')
+# Servers print floats with str(), which gives '5e-05'.
+_NUMBER = re.compile(r'[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?')
 
 
 @dataclasses.dataclass(frozen=True)
