@@ -151,6 +151,7 @@ def get_config() -> config_dict.ConfigDict:
       timeout_s=60.,  # seconds of one try
       deadline_s=300.,  # seconds until a sample without a score is invalid
       low=0., high=1.,  # smallest and largest score that is valid
+      garbage_limit=3,  # calls in a row for a task that may be answered without a score; 0 any
       cache='',  # file that keeps scores over restarts
       api_key_env=''))  # environment variable with the key
   config.align.detector = 'lvrpo_jax.data.detect:detect_components'  # import path; of 'rules'

@@ -180,8 +180,8 @@ class ScoresTest(fixtures.JudgeTestCase):
   @parameterized.parameters(
       dict(url='ftp://x'), dict(url='x:80/score'), dict(url='http://'), dict(url='http://u:p@x/'),
       dict(url='http://x:99999/'), dict(protocol='pickle'), dict(batch=0), dict(concurrency=0),
-      dict(retries=-1), dict(timeout_s=0.), dict(deadline_s=float('nan')), dict(low=1.),
-      dict(high=float('inf')), dict(template='{promt}'), dict(protocol='chat'),
+      dict(retries=-1), dict(garbage_limit=-1), dict(timeout_s=0.), dict(deadline_s=float('nan')),
+      dict(low=1.), dict(high=float('inf')), dict(template='{promt}'), dict(protocol='chat'),
       dict(api_key_env='NO_SUCH_NAME'))
   def test_wrong_settings(self, **wrong):
     name = 'model' if wrong == {'protocol': 'chat'} else 'high' if 'low' in wrong else [*wrong][0]

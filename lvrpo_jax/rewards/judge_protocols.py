@@ -22,6 +22,9 @@ GARBAGE, ERROR, MISSING, RANGE = 'garbage', 'error', 'missing', 'range'
 """Causes: an unreadable reply or value; the judge's own error; no score for a sample; a number that
 is not finite or not in [low, high]."""
 
+ANSWERED = (GARBAGE, ERROR, MISSING, RANGE)
+"""Causes of samples that the server has replied about."""
+
 UNASKED = 'unasked'
 """Cause of a sample that was not sent, as its template names a question and its prompt has none."""
 
@@ -94,6 +97,8 @@ def check(endpoint: Any, key: str) -> None:
       ('batch', whole(e.batch), 'an integer of at least 1'),
       ('concurrency', whole(e.concurrency), 'an integer of at least 1'),
       ('retries', isinstance(e.retries, int) and e.retries >= 0, 'an integer of at least 0'),
+      ('garbage_limit', isinstance(e.garbage_limit, int) and e.garbage_limit >= 0,
+       'an integer of at least 0'),
       ('timeout_s', number(e.timeout_s) and e.timeout_s > 0, 'a number above 0'),
       ('deadline_s', number(e.deadline_s) and e.deadline_s > 0, 'a number above 0'),
       ('low', number(e.low), 'a number'),

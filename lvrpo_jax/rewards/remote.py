@@ -41,13 +41,12 @@ DEADLINE = 'deadline'
 """Cause of a sample that nothing was known of when the deadline of its call passed."""
 
 CAUSES = (judge_http.UNREACHABLE, judge_http.TIMEOUT, judge_http.STATUS, DEADLINE,
-          protocols.GARBAGE, protocols.ERROR, protocols.MISSING, protocols.RANGE,
-          protocols.UNASKED)
+          *protocols.ANSWERED, protocols.UNASKED)
 """Why a sample has no value; each is counted as `failed_<cause>`."""
 
 
 class JudgeUnavailable(RuntimeError):
-  """No sample of a call got an answer, so that training on would mean training on nothing."""
+  """No sample gets a value, so that training on would mean training on nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Endpoint:
     timeout_s: seconds one try may take, from connecting to the last byte of the reply.
     deadline_s: seconds from `submit` until the result is there, whatever the server does.
     low, high: smallest and largest value that is valid; a chat's 'no' is low, its 'yes' high.
+    garbage_limit: calls in a row for one task that may get replies but no value; 0 for any number.
     cache: local file that values are kept in over restarts, '' for memory alone. One process.
     api_key_env: name of the environment variable that holds the key, '' for no key.
     body: members added to every chat request; None takes one of ours away.
@@ -82,6 +82,7 @@ class Endpoint:
   deadline_s: float = 300.
   low: float = 0.
   high: float = 1.
+  garbage_limit: int = 3
   cache: str = ''
   api_key_env: str = ''
   body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -113,6 +114,7 @@ class _Call:
     self.refused = False  # whether the last failure was a status that no retry changes
     self.retried = 0
     self.last_error = 'no complete reply within the deadline'
+    self.said = ''  # start of the last reply that lacked a value
     self.broken: Exception | None = None  # a fault of ours
     self.verdicts: dict[str, float | str] = {}
     self._lock = threading.Lock()
@@ -168,6 +170,7 @@ class Judge:
     self._lock = threading.Lock()
     self._calls: set[_Call] = set()
     self._missed: collections.Counter = collections.Counter()
+    self._valueless: collections.Counter = collections.Counter()  # calls in a row, by task
     self._warned = -WARN_EVERY_S
     self._heard = -np.inf  # when the last reply came, to whichever call, good or not
     self._closed = False
@@ -187,7 +190,8 @@ class Judge:
 
     Returns:
       A future of `Scored`, done by `deadline_s`. It raises `JudgeUnavailable` if no sample got an
-      answer, and RuntimeError if the judge is closed meanwhile.
+      answer, or if this is the call at which answers without any value reach `garbage_limit`; and
+      RuntimeError if the judge is closed meanwhile.
 
     Raises:
       ValueError: the outputs have another form.
@@ -241,7 +245,7 @@ class Judge:
       call.stop()
       if call.broken:
         raise call.broken
-      future.set_result(self._finish(call, keys, len(todo), shape))
+      future.set_result(self._finish(call, task, keys, len(todo), shape))
     except Exception as error:
       call.stop()
       future.set_exception(error)
@@ -249,11 +253,13 @@ class Judge:
       with self._lock:
         self._calls.discard(call)
 
-  def _finish(self, call: _Call, keys: list[str], asked: int, shape: tuple[int, int]) -> Scored:
+  def _finish(self, call: _Call, task: str, keys: list[str], asked: int, shape: tuple[int, int]
+              ) -> Scored:
     """The scores of a call that is over.
 
     Raises:
-      JudgeUnavailable: no sample has a value, and the server has not replied since the start.
+      JudgeUnavailable: no sample has a value, and the server has not replied since the start; or
+        its replies held no value too often.
     """
     verdicts = [call.verdicts.get(key, DEADLINE) for key in keys]
     failed = collections.Counter(v for v in verdicts if isinstance(v, str))
@@ -267,6 +273,7 @@ class Judge:
           f'{scorable} samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); '
           f'last error: {call.last_error}. {what}, then run the same command: the run resumes from '
           'its checkpoint.')
+    self._bound_valueless(call, task, failed, len(keys))
     self._warn(failed, len(keys), call.last_error)
     value = [0. if isinstance(v, str) else v for v in verdicts]
     valid = [not isinstance(v, str) for v in verdicts]
@@ -275,6 +282,30 @@ class Judge:
              **{f'failed_{cause}': failed[cause] for cause in CAUSES}, 'seconds': seconds}
     return Scored(np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape),
                   stats)
+
+  def _bound_valueless(self, call: _Call, task: str, failed: collections.Counter, samples: int
+                       ) -> None:
+    """Counts calls in a row that got replies but no value, as from a login page.
+
+    Tasks are counted apart: a text that no model answers with a number may be that of one task.
+
+    Raises:
+      JudgeUnavailable: there were `garbage_limit` of them.
+    """
+    e = self._endpoint
+    with self._lock:
+      if failed.total() < samples:
+        self._valueless[task] = 0
+      if failed.total() < samples or not any(failed[cause] for cause in protocols.ANSWERED):
+        return
+      self._valueless[task] += 1
+      count = self._valueless[task]
+    if e.garbage_limit and count >= e.garbage_limit:
+      raise JudgeUnavailable(
+          f'{self._key}: the judge at {protocols.address(e)} has answered {count} times in a row '
+          f'for {task!r} without one valid score ({self._key}.garbage_limit = {e.garbage_limit}); '
+          f'its last reply begins: {call.said or call.last_error!r}. Correct the address, the '
+          'template or the server, then run the same command: the run resumes from its checkpoint.')
 
   def _warn(self, failed: collections.Counter, samples: int, last_error: str) -> None:
     """Logs how many samples failed since the last warning, at most once in `WARN_EVERY_S`."""
@@ -312,7 +343,8 @@ class Judge:
       self._heard = time.monotonic()
       verdicts = protocols.read(self._endpoint, reply, len(samples))
       if any(isinstance(verdict, str) for verdict in verdicts):
-        call.last_error = f'the reply {link.clean(reply.decode(errors="replace"))!r}'
+        call.said = link.clean(reply.decode(errors='replace'))
+        call.last_error = f'the reply {call.said!r}'
     except judge_http.Failure as failure:
       call.note(failure, again=False)
       if failure.cause == judge_http.GARBAGE:
