@@ -152,7 +152,7 @@ def get_config() -> config_dict.ConfigDict:
       deadline_s=300.,  # seconds until a sample without a score is invalid
       low=0., high=1.,  # smallest and largest score that is valid
       garbage_limit=3,  # calls in a row for a task that may be answered without a score; 0 any
-      cache='',  # file that keeps scores over restarts
+      cache='',  # local file that keeps scores over restarts; of one run, with .<number> a process
       api_key_env=''))  # environment variable with the key
   config.align.detector = 'lvrpo_jax.data.detect:detect_components'  # import path; of 'rules'
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight

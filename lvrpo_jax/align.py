@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import functools
 import math
 from typing import Any
@@ -315,7 +316,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       iterator.set_state(record['data'][task])
   writer.begin('align', start if restored else -1)
   keys = tuple(f'accuracy/{task}/correct' for task in data)
-  with (checkpoint.StopSignal() as stop,
+  with (contextlib.closing(aligner.collector), checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
     scores = []  # Since the last checkpoint.
     def consume(number, scalars):
@@ -370,5 +371,4 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     logging.info('the policy of iteration %d has the best score', best)
     aligner.state = store.restore(aligner.state, best)[0]
   store.close()
-  aligner.collector.close()
   return aligner.params

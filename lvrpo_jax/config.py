@@ -135,6 +135,10 @@ def validate(config: ml_collections.ConfigDict):
       raise ValueError(f"config.align.remote.url is ''; allowed: the address of a judge, as "
                        f'config.align.rewards.{task}.remote is {rewards.remote}')
   _check_answer_shown(config)
+  cache = config.align.remote.cache
+  if config.program == 'study' and config.workers > 1 and cache:
+    raise ValueError(f"config.align.remote.cache is {cache!r}; allowed: '' with config.workers = "
+                     f'{config.workers}: runs at once do not share the file')
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')

@@ -87,6 +87,8 @@ class Collector:
   def remote(self) -> remote.Judge | None:
     """The judge behind `align.remote`, where any task has a reward of it."""
     settings = self.job.config.align.remote.to_dict()
+    if settings['cache'] and jax.process_count() > 1:  # One file, one writer.
+      settings['cache'] += f'.{jax.process_index()}'
     return (remote.Judge(remote.Endpoint(**settings), 'config.align.remote')
             if self._remote_tasks else None)
 

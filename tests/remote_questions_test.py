@@ -119,6 +119,16 @@ class ConfigTest(parameterized.TestCase):
     config.align.remote.templates.understand = '{prompt} {answer}'
     config_lib.validate(config)
 
+  def test_runs_at_once_share_no_cache(self):
+    config = base.get_config()
+    config.align.remote.cache = 'scores'
+    for program, workers in (('study', 1), ('run', 2)):
+      config.update(program=program, workers=workers)
+      config_lib.validate(config)
+    config.program = 'study'
+    with self.assertRaisesRegex(ValueError, "remote.cache is 'scores'; .*config.workers = 2"):
+      config_lib.validate(config)
+
   def test_collector_asks_for_its_iteration(self):
     collector = mock.Mock(_remote_tasks=['generate'])
     tasks = experience.Tasks({'generate': fixtures.prompts()}, {'generate': None})

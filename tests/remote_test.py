@@ -6,6 +6,8 @@ import collections
 import io
 import json
 import os
+import subprocess
+import sys
 from unittest import mock
 
 from absl.testing import absltest
@@ -15,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 import judge_fixtures as fixtures
+from configs import base
+from lvrpo_jax import experience
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.rewards import judge_cache
 from lvrpo_jax.rewards import judge_protocols
@@ -248,6 +252,37 @@ class CacheTest(fixtures.JudgeTestCase):
     cache = judge_cache.Cache(str(path))
     self.addCleanup(cache.close)
     self.assertEqual([cache.get(key) for key in 'abcd'], [None, None, None, .5])
+
+  def test_a_file_is_of_one_judge(self):
+    path = str(self.folder / 'cache.jsonl')
+    judge = self.judge('http://x', cache=path)
+    with self.assertRaisesRegex(ValueError, rf'{fixtures.KEY}\.cache is {path!r}, which another'):
+      self.judge('http://x', cache=path)
+    judge.close()
+    self.judge('http://x', cache=path).close()
+
+  def test_a_killed_process_leaves_no_lock(self):
+    path = str(self.folder / 'cache.jsonl')
+    program = ('import sys; from lvrpo_jax.rewards import judge_cache; '
+               'cache = judge_cache.Cache(sys.argv[1]); print("open", flush=True); input()')
+    with subprocess.Popen([sys.executable, '-c', program, path], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, cwd=fixtures.ROOT) as process:
+      self.assertEqual(process.stdout.readline(), b'open\n')
+      with self.assertRaises(BlockingIOError):
+        judge_cache.Cache(path)
+      process.kill()
+      process.wait()
+      judge_cache.Cache(path).close()
+
+  @parameterized.parameters((1, 0, ''), (2, 0, '.0'), (2, 1, '.1'))
+  def test_processes_have_files_of_their_own(self, count, index, suffix):
+    collector = mock.Mock(_remote_tasks=['generate'])
+    collector.job.config = base.get_config()
+    collector.job.config.align.remote.update(url='http://x', cache=str(self.folder / 'scores'))
+    with mock.patch.multiple('jax', process_count=lambda: count, process_index=lambda: index):
+      judge = experience.Collector.remote.func(collector)
+    judge.close()
+    self.assertEqual([path.name for path in self.folder.iterdir()], [f'scores{suffix}'])
 
   def test_memory_is_bounded(self):
     with mock.patch.object(judge_cache, 'MOST', 2):

@@ -66,7 +66,7 @@ class Endpoint:
     deadline_s: seconds from `submit` until the result is there, whatever the server does.
     low, high: smallest and largest value that is valid; a chat's 'no' is low, its 'yes' high.
     garbage_limit: calls in a row for one task that may get replies but no value; 0 for any number.
-    cache: local file that values are kept in over restarts, '' for memory alone. One process.
+    cache: local file that values are kept in over restarts, '' for memory alone; of one judge.
     api_key_env: name of the environment variable that holds the key, '' for no key.
     body: members added to every chat request; None takes one of ours away.
   """
@@ -159,13 +159,18 @@ class Judge:
       key: config key of the endpoint, for messages.
 
     Raises:
-      ValueError: a setting is not allowed, or the named environment variable is not set.
+      ValueError: a setting is not allowed, the named environment variable is not set, or another
+        judge has the cache file open.
       OSError: the cache file cannot be read or written.
     """
     protocols.check(endpoint, key)
     self._endpoint, self._key = endpoint, key
     self._secret = _secret(endpoint.api_key_env, key)
-    self._cache = judge_cache.Cache(endpoint.cache)
+    try:
+      self._cache = judge_cache.Cache(endpoint.cache)
+    except BlockingIOError:
+      raise ValueError(f'{key}.cache is {endpoint.cache!r}, which another run has open; allowed: a '
+                       'file of its own for every run') from None
     self._jobs: queue.SimpleQueue = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._calls: set[_Call] = set()
