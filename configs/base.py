@@ -139,14 +139,20 @@ def get_config() -> config_dict.ConfigDict:
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)
       model='',  # sent with chat requests
-      template='',  # text of a chat request; '' takes the built-in ones
+      # Text of a chat request; '' takes the built-in ones. It may name {prompt}, {answer} (given),
+      # {reference} (right) and {kind}, and {question} and {expected} of a question that the prompt
+      # implies about its image: 'Question: {question} Is the answer {expected}? yes or no'
+      template='',
+      templates=dict(  # of single tasks; '' takes template
+          generate='', understand='', edit='', think_generate=''),
       batch=8,  # samples a request; 'chat' sends one
       concurrency=8,  # requests under way at once
       retries=3,  # after a connection error, a timeout, 429 or 5xx
       timeout_s=60.,  # seconds of one try
       deadline_s=300.,  # seconds until a sample without a score is invalid
       low=0., high=1.,  # smallest and largest score that is valid
-      cache='',  # file that keeps scores over restarts
+      garbage_limit=3,  # calls in a row for a task that may be answered without a score; 0 any
+      cache='',  # local file that keeps scores over restarts; of one run, with .<number> a process
       api_key_env=''))  # environment variable with the key
   config.align.detector = 'lvrpo_jax.data.detect:detect_components'  # import path; of 'rules'
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight

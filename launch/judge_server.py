@@ -5,10 +5,12 @@
 
 `--score` names a function `(sample: dict) -> float`. The members of a sample are those of the
 protocol `batch` (see `lvrpo_jax/rewards/remote.py`): task, id, prompt, answer, reference, kind,
-spec, and image and source as uint8 arrays (Y, X, 3) or None. For a chat request they are prompt
-(the whole text), image (the last one) and source (the one before), the others None. An exception
-that it raises becomes the sample's error. Requests are answered in threads of their own, so the
-function must allow for several calls at once; put a lock around a model.
+spec, questions (a list of {'question': ..., 'answer': ...} about an image of the prompt, for a
+judge of knowledge), and image and source as uint8 arrays (Y, X, 3) or None. For a chat request they
+are prompt (the whole text), image (the last one) and source (the one before), questions is empty
+and the others are None. An exception that it raises becomes the sample's error. Requests are
+answered in threads of their own, so the function must allow for several calls at once; put a lock
+around a model.
 
 Posts to a path that ends in /chat/completions are OpenAI-compatible chats, all others are batches.
 GET /stats counts requests and samples. There is no check of keys: let it listen to a network that
@@ -180,6 +182,7 @@ def batch_samples(body: dict[str, Any]) -> list[Sample]:
   """Samples of the protocol `batch`, images decoded."""
   return [{'task': body['task'], 'id': s['id'], 'prompt': s['prompt'], 'answer': s.get('answer'),
            'reference': s.get('reference'), 'kind': s.get('kind'), 'spec': s.get('spec'),
+           'questions': s.get('questions') or [],
            'image': decode(s.get('image')), 'source': decode(s.get('source'))}
           for s in body['samples']]
 
@@ -192,7 +195,7 @@ def chat_sample(body: dict[str, Any]) -> Sample:
             if p['type'] == 'image_url']
   image, source = [*reversed(images), None, None][:2]
   return {'task': None, 'id': '0', 'answer': None, 'reference': None, 'kind': None, 'spec': None,
-          'prompt': '\n'.join(p['text'] for p in parts if p['type'] == 'text'),
+          'questions': [], 'prompt': '\n'.join(p['text'] for p in parts if p['type'] == 'text'),
           'image': image, 'source': source}
 
 

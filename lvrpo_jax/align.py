@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import functools
 import math
 from typing import Any
@@ -175,7 +176,7 @@ class Aligner:
     """One round: what was sampled for every task, with its rewards, and metrics."""
     c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
     texts, images, pixels = c.rollout(self.sampling, vae_params, tasks, iteration)
-    asked = c.ask(tasks, texts, pixels)
+    asked = c.ask(tasks, texts, pixels, iteration)
     replayed = c.replayed(iteration)
     out, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():
@@ -333,7 +334,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       iterator.set_state(record['data'][task])
   writer.begin('align', start if restored else -1)
   keys = tuple(f'accuracy/{task}/correct' for task in data)
-  with (checkpoint.StopSignal() as stop,
+  with (contextlib.closing(aligner.collector), checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
     scores = []  # Since the last checkpoint.
     def consume(number, scalars):
@@ -388,5 +389,4 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     logging.info('the policy of iteration %d has the best score', best)
     aligner.state = store.restore(aligner.state, best)[0]
   store.close()
-  aligner.collector.close()
   return aligner.params

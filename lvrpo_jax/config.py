@@ -135,6 +135,11 @@ def validate(config: ml_collections.ConfigDict):
     if config.align[task] and rewards.remote and not config.align.remote.url:
       raise ValueError(f"config.align.remote.url is ''; allowed: the address of a judge, as "
                        f'config.align.rewards.{task}.remote is {rewards.remote}')
+  _check_answer_shown(config)
+  cache = config.align.remote.cache
+  if config.program == 'study' and config.workers > 1 and cache:
+    raise ValueError(f"config.align.remote.cache is {cache!r}; allowed: '' with config.workers = "
+                     f'{config.workers}: runs at once do not share the file')
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')
@@ -148,6 +153,18 @@ def validate(config: ml_collections.ConfigDict):
   if config.align.noise_low >= config.align.noise_high:
     raise ValueError(f'config.align.noise_low is {config.align.noise_low}; allowed: below '
                      f'config.align.noise_high = {config.align.noise_high}')
+
+
+def _check_answer_shown(config: ml_collections.ConfigDict):
+  """A chat that does not show the answer would score all answers to a question alike."""
+  a = config.align
+  r, name = a.remote, 'templates.understand' if a.remote.templates.understand else 'template'
+  text = get(r, name)
+  if (a.understand and a.rewards.understand.remote and r.protocol == 'chat' and text
+      and '{answer}' not in text):
+    raise ValueError(f'config.align.remote.{name} is {text!r}; allowed: a text with {{answer}} '
+                     'where config.align.rewards.understand.remote is not 0; '
+                     'config.align.remote.templates has a text for every task')
 
 
 def _check_shapes(config: ml_collections.ConfigDict):

@@ -83,6 +83,8 @@ class Collector:
   def remote(self) -> remote.Judge | None:
     """The judge behind `align.remote`, where any task has a reward of it."""
     settings = self.job.config.align.remote.to_dict()
+    if settings['cache'] and jax.process_count() > 1:  # One file, one writer.
+      settings['cache'] += f'.{jax.process_index()}'
     return (remote.Judge(remote.Endpoint(**settings), 'config.align.remote')
             if self._remote_tasks else None)
 
@@ -196,14 +198,14 @@ class Collector:
                              for n in range(3))
     return self.job.place_rows(texts), images, self.job.place_rows(pixels)
 
-  def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array]
-          ) -> dict[str, futures.Future]:
+  def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array],
+          iteration: int) -> dict[str, futures.Future]:
     """Sends what was sampled to the remote judge; the scores by task come later."""
     out = {}
     for task in (t for t in self._remote_tasks if t in tasks.prompts):
       outputs = (self._texts(texts[task].tokens_BGT) if task == pipeline.UNDERSTAND else
                  sharding.local_rows(pixels[task]))
-      out[task] = self.remote.submit(task, tasks.examples[task], outputs)
+      out[task] = self.remote.submit(task, tasks.examples[task], outputs, iteration)
     return out
 
   def _texts(self, tokens_BGT: Array) -> list[list[str]]:
@@ -217,8 +219,7 @@ class Collector:
     """Reward components of images, and facts for the log: see `reward_metrics`."""
     job, examples = self.job, tasks.examples[task]
     wanted, prompts = self.weights(task), [e.prompt for e in examples]
-    asked = [e.questions[iteration % len(e.questions)] if e.questions else ('', '')
-             for e in examples]
+    asked = [e.asked(iteration) for e in examples]
     questions = right = blind = None
     if 'knowledge' in wanted or 'mutual' in wanted:
       source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)

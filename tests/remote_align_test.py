@@ -84,7 +84,9 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
 
   def run_job(self, url, name):
     """Runs the loop; returns final parameters, and (batch, pictures) of every iteration."""
-    job = job_lib.build(make_config(url), self.folder / name)
+    config = make_config(url)
+    config.align.remote.cache = str(self.folder / f'{name}.scores')  # A stopped run leaves no lock.
+    job = job_lib.build(config, self.folder / name)
     job.workdir.mkdir(exist_ok=True)
     writer, seen = metrics_lib.MetricWriter(job.workdir, 0), []
     collect = align.Aligner.collect

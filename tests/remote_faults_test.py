@@ -183,7 +183,7 @@ class FaultsTest(fixtures.JudgeTestCase):
   @parameterized.parameters(b'<html>busy</html>', b'', b'{"scores": {"0": 1}}', b'[]')
   def test_garbage_is_no_outage(self, reply):
     web = self.script(lambda n, body, h: (200, reply))
-    judge = self.judge(web.url)
+    judge = self.judge(web.url, garbage_limit=0)
     with self.assertLogs('absl', 'WARNING') as logs:
       for _ in range(2):
         scored = self.score(judge)
@@ -196,6 +196,39 @@ class FaultsTest(fixtures.JudgeTestCase):
     with self.assertLogs('absl', 'WARNING') as logs:
       self.score(judge)
     self.assertIn('12 of 12 samples', logs.output[0])
+
+  @parameterized.parameters(
+      (b'<html>Please log in</html>', 'Please log in'),
+      (b'{"scores": [{"id": "0", "error": "no such model"}]}', 'no such model'),
+      (b'{"scores": [{"id": "0", "value": 7}]}', 'value'))
+  def test_garbage_without_end_is_an_outage(self, reply, quoted):
+    web = self.script(lambda n, body, h: (200, reply))
+    judge = self.judge(web.url)
+    for _ in range(2):
+      self.assertFalse(self.score(judge).valid_BG.any())
+    for count in (3, 4):
+      with self.assertRaises(remote.JudgeUnavailable) as caught:
+        self.score(judge)
+      for part in (fixtures.KEY, web.url, 'garbage_limit = 3', f'{count} times', quoted,
+                   'then run the same command: the run resumes from its checkpoint'):
+        self.assertIn(part, str(caught.exception))
+
+  def test_garbage_is_counted_in_a_row_and_by_task(self):
+    web = self.script(lambda n, body, h: (
+        200, fixtures.scores(body) if body['task'] == 'edit' else b'busy'))
+    judge = self.judge(web.url, garbage_limit=2)
+    self.score(judge)
+    for seed in range(2):
+      self.assertTrue(self.score(judge, 'edit', outputs=fixtures.images(seed=seed)).valid_BG.all())
+    with self.assertRaisesRegex(remote.JudgeUnavailable, "2 times in a row for 'generate'.*'busy'"):
+      self.score(judge)
+    garbled, web.script = web.script, lambda n, body, h: (200, fixtures.scores(body))
+    self.score(judge)  # starts the count again
+    web.script = garbled
+    other = fixtures.images(seed=3)
+    self.assertFalse(self.score(judge, outputs=other).valid_BG.any())
+    with self.assertRaises(remote.JudgeUnavailable):
+      self.score(judge, outputs=other)
 
   def test_starved_call_is_no_outage(self):
     # One call keeps the only thread busy with replies until both deadlines have passed.

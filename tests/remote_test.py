@@ -1,4 +1,4 @@
-"""Tests of remote judges against servers on loopback: scores, cache, secrets."""
+"""Tests of remote judges against servers on loopback: scores, secrets."""
 
 import ast
 import base64
@@ -16,9 +16,23 @@ from PIL import Image
 
 import judge_fixtures as fixtures
 from lvrpo_jax.data import pipeline
-from lvrpo_jax.rewards import judge_cache
 from lvrpo_jax.rewards import judge_protocols
 from lvrpo_jax.rewards import remote
+
+
+PICKLES = {'pickle', '_pickle', 'marshal', 'shelve', 'dill', 'cloudpickle'}
+"""Modules whose data may hold code."""
+
+
+def imported(source):
+  """All parts of the names that a program imports, and of the modules that it imports them from."""
+  names = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.ImportFrom):
+      names.add(node.module or '')
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      names |= {alias.name for alias in node.names}
+  return {part for name in names for part in name.split('.')}
 
 
 class ScoresTest(fixtures.JudgeTestCase):
@@ -40,7 +54,7 @@ class ScoresTest(fixtures.JudgeTestCase):
   def test_device_arrays_are_copied(self):
     pixels = jnp.asarray(fixtures.images())
     judge = self.judge(self.real().url)
-    samples, _ = remote._samples('generate', fixtures.prompts(), pixels)
+    samples, _ = judge_protocols.samples_of('generate', fixtures.prompts(), pixels)
     self.assertFalse(np.shares_memory(samples[0].image, np.asarray(pixels)))
     future = judge.submit('generate', fixtures.prompts(), pixels)
     pixels.delete()
@@ -59,7 +73,8 @@ class ScoresTest(fixtures.JudgeTestCase):
     np.testing.assert_array_equal(decode(sample.pop('source')), source)
     self.assertEqual(body['task'], 'edit')
     self.assertEqual(sample, {'id': '0', 'prompt': 'make it {red}', 'answer': None,
-                              'reference': 'yes', 'kind': 'recolor', 'spec': {'keep': [3]}})
+                              'reference': 'yes', 'kind': 'recolor', 'spec': {'keep': [3]},
+                              'questions': []})
 
   def test_answers(self):
     web = self.real()
@@ -98,7 +113,9 @@ class ScoresTest(fixtures.JudgeTestCase):
   @parameterized.parameters(
       ('0.25', .25), (' 1\n', 1), ('0', 0), ('Yes', 1), ('no.', 0), ('1.5', 'range'),
       ('-0.1', 'range'), ('nan', 'garbage'), ('1/2', 'garbage'), ('0.7 or so', 'garbage'),
-      ('', 'garbage'), ('Score: 0.7', 'garbage'), ('yes, no', 'garbage'), ('1e-1', 'garbage'),
+      ('', 'garbage'), ('Score: 0.7', 'garbage'), ('yes, no', 'garbage'),
+      ('5e-05', 5e-5), ('2.5E-1', .25), ('1e+16', 'range'), ('1e999', 'range'), ('inf', 'garbage'),
+      ('-nan', 'garbage'), ('1e', 'garbage'), ('e-1', 'garbage'), ('1e-1 or so', 'garbage'),
       ('\u0660', 'garbage'), ('0,5', 'garbage'), ('true', 'garbage'), (None, 'garbage'),
       (0.5, 'garbage'))
   def test_chat_is_read_strictly(self, said, expected):
@@ -138,6 +155,15 @@ class ScoresTest(fixtures.JudgeTestCase):
     self.assertEqual(self.failed(scored), dict(collections.Counter(
         v for v in expected if isinstance(v, str))))
 
+  @parameterized.parameters(5e-05, 1.5e-7, 1., 0.)
+  def test_protocols_agree_on_numbers(self, value):
+    web = self.real(score=lambda sample: value)
+    for protocol in ('batch', 'chat'):
+      scored = self.score(self.judge(f'{web.url}/chat/completions' if protocol == 'chat' else
+                                     web.url, protocol=protocol))
+      np.testing.assert_array_equal(scored.value_BG, np.full((2, 3), value, np.float32))
+      self.assertTrue(scored.valid_BG.all())
+
   def test_wider_range(self):
     web = self.script(lambda n, body, h: (200, fixtures.scores(body, -3)))
     scored = self.score(self.judge(web.url, low=-5, high=5))
@@ -168,109 +194,13 @@ class ScoresTest(fixtures.JudgeTestCase):
   @parameterized.parameters(
       dict(url='ftp://x'), dict(url='x:80/score'), dict(url='http://'), dict(url='http://u:p@x/'),
       dict(url='http://x:99999/'), dict(protocol='pickle'), dict(batch=0), dict(concurrency=0),
-      dict(retries=-1), dict(timeout_s=0.), dict(deadline_s=float('nan')), dict(low=1.),
-      dict(high=float('inf')), dict(template='{promt}'), dict(protocol='chat'),
+      dict(retries=-1), dict(garbage_limit=-1), dict(timeout_s=0.), dict(deadline_s=float('nan')),
+      dict(low=1.), dict(high=float('inf')), dict(template='{promt}'), dict(protocol='chat'),
       dict(api_key_env='NO_SUCH_NAME'))
   def test_wrong_settings(self, **wrong):
     name = 'model' if wrong == {'protocol': 'chat'} else 'high' if 'low' in wrong else [*wrong][0]
     with self.assertRaisesRegex(ValueError, fr'align\.judges\.taste\.{name}'):
       remote.Judge(remote.Endpoint(**{'url': 'http://x', **wrong}), fixtures.KEY)
-
-
-class CacheTest(fixtures.JudgeTestCase):
-
-  def test_no_request_for_what_is_known(self):
-    web = self.real()
-    judge = self.judge(web.url)
-    first, second = (self.score(judge) for _ in range(2))
-    np.testing.assert_array_equal(first.value_BG, second.value_BG)
-    self.assertEqual(web.stats['samples'], 6)
-    self.assertEqual((second.stats['asked'], second.stats['cached']), (0, 6))
-
-  @parameterized.parameters(
-      dict(prompt='other'), dict(spec={'a': 1}), dict(kind='k'), dict(answer='x'),
-      dict(source=np.zeros((2, 2, 3), np.uint8)))
-  def test_key_covers_the_question(self, **change):
-    web = self.real()
-    judge = self.judge(web.url)
-    example = pipeline.Example(0, 'prompt')
-    self.score(judge, examples=[example], outputs=fixtures.images(1, 2))
-    changed = pipeline.Example(1, **{'prompt': 'prompt', **change})
-    scored = self.score(judge, 'generate', [changed], fixtures.images(1, 2))
-    self.assertEqual(scored.stats['asked'], 2)
-    self.score(judge, 'edit', [example], fixtures.images(1, 2))
-    self.assertEqual(web.stats['samples'], 6)
-
-  def test_key_covers_the_judge(self):
-    base = remote.Endpoint('http://x', model='a')
-    samples, _ = remote._samples('generate', fixtures.prompts(1), fixtures.images(1, 1))
-    keys = {next(remote._keys(e, 'generate', samples)) for e in (
-        base, *(remote.Endpoint(**{'url': 'http://x', 'model': 'a', **change}) for change in (
-            dict(url='http://y'), dict(protocol='chat'), dict(model='b'), dict(template='t'),
-            dict(body={'top_p': 1}), dict(timeout_s=3.), dict(cache='file'))))}
-    self.assertLen(keys, 6)  # Neither the timeout nor the file changes a value.
-    other_shape = fixtures.images(1, 1).reshape(1, 1, 5, 4, 3)
-    samples, _ = remote._samples('generate', fixtures.prompts(1), other_shape)
-    self.assertNotIn(next(remote._keys(base, 'generate', samples)), keys)
-
-  def test_file_survives_a_torn_line(self):
-    web = self.real()
-    path = self.folder / 'new' / 'cache.jsonl'
-    judge = self.judge(web.url, cache=str(path))
-    first = self.score(judge)
-    judge.close()
-    lines = path.read_bytes().splitlines(keepends=True)
-    self.assertLen(lines, 6)
-    path.write_bytes(b''.join(lines[:-1]) + lines[-1][:-9])
-    for asked in (1, 0):  # The lost value is asked for, and then there on a line of its own.
-      judge = self.judge(web.url, cache=str(path))
-      again = self.score(judge)
-      judge.close()
-      np.testing.assert_array_equal(first.value_BG, again.value_BG)
-      self.assertEqual(again.stats['asked'], asked)
-
-  def test_bad_lines_are_passed_over(self):
-    path = self.folder / 'cache.jsonl'
-    path.write_bytes(b'\xff\n[]\n1\n{"key": "a"}\n{"key": "b", "value": NaN}\n'
-                     b'{"key": "c", "value": true}\n{"key": "d", "value": 0.5}\n')
-    cache = judge_cache.Cache(str(path))
-    self.addCleanup(cache.close)
-    self.assertEqual([cache.get(key) for key in 'abcd'], [None, None, None, .5])
-
-  def test_memory_is_bounded(self):
-    with mock.patch.object(judge_cache, 'MOST', 2):
-      cache = judge_cache.Cache('')
-      for key in 'ab':
-        cache.put(key, 1.)
-      cache.get('a')
-      cache.put('c', 1.)
-      self.assertEqual([cache.get(key) for key in 'abc'], [1., None, 1.])
-
-  def test_failures_are_not_kept(self):
-    web = self.script(lambda n, body, h: (200, fixtures.scores(body, 0.5 if n else 2.)))
-    judge = self.judge(web.url, batch=6)
-    self.assertFalse(self.score(judge).valid_BG.any())
-    self.assertTrue(self.score(judge).valid_BG.all())
-
-  def test_kept_values_meet_a_new_range(self):
-    web = self.script(lambda n, body, h: (200, fixtures.scores(body, 0.5)))
-    path = str(self.folder / 'cache.jsonl')
-    judge = self.judge(web.url, cache=path)
-    self.score(judge)
-    judge.close()
-    scored = self.score(self.judge(web.url, cache=path, high=0.4))
-    self.assertEqual(self.failed(scored), {'range': 6})
-
-  def test_full_disk_ends_the_file_alone(self):
-    web = self.real()
-    judge = self.judge(web.url, cache=str(self.folder / 'cache.jsonl'))
-    judge._cache._file.close()
-    judge._cache._file = mock.Mock()
-    judge._cache._file.write.side_effect = OSError('No space left')
-    with self.assertLogs('absl', 'WARNING') as logs:
-      self.assertTrue(self.score(judge).valid_BG.all())
-    self.assertLen(logs.output, 1)
-    self.assertEqual(self.score(judge).stats['asked'], 0)
 
 
 class SecretTest(fixtures.JudgeTestCase):
@@ -308,13 +238,18 @@ class SecretTest(fixtures.JudgeTestCase):
       self.score(self.judge(web.url))
     self.assertNotIn('Authorization', web.headers[0])
 
+  @parameterized.parameters(
+      'import os, pickle', 'import pickle as p', 'from pickle import loads', 'import dill.source',
+      'from multiprocessing.reduction import pickle', 'def f():\n  from cloudpickle import loads')
+  def test_pickle_is_found(self, source):
+    self.assertLen(imported(source) & PICKLES, 1)
+
   def test_no_pickle(self):
-    paths = [*(fixtures.ROOT / 'lvrpo_jax' / 'rewards').glob('*.py'),
-             fixtures.ROOT / 'launch' / 'judge_server.py']
-    for path in paths:
-      names = {alias.name for node in ast.walk(ast.parse(path.read_text()))
-               if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-      self.assertEmpty(names & {'pickle', 'marshal', 'shelve', 'dill', 'cloudpickle'}, path)
+    for folder in ('lvrpo_jax', 'launch'):
+      paths = sorted((fixtures.ROOT / folder).rglob('*.py'))
+      self.assertNotEmpty(paths)
+      for path in paths:
+        self.assertEmpty(imported(path.read_text()) & PICKLES, path)
 
 
 if __name__ == '__main__':

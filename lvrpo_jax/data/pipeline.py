@@ -80,6 +80,10 @@ class Example:
   drop_vit: bool = False
   drop_latents: bool = False
 
+  def asked(self, iteration: int) -> tuple[str, str]:
+    """The (question, answer) of an iteration, one after the other; ('', '') if there is none."""
+    return self.questions[iteration % len(self.questions)] if self.questions else ('', '')
+
 
 class Encoder:
   """Turns examples of one task into `types.Batch` of NumPy arrays."""

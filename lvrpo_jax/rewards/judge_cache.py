@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import fcntl
 import json
 import math
 import pathlib
@@ -18,14 +19,16 @@ class Cache:
   """The values used last, by key.
 
   The file, if there is one, holds one JSON object a line, {"key": "<hex>", "value": 0.7}, and is
-  only appended to. A line that a crash cut short is passed over. Two processes must not share it.
+  only appended to. A line that a crash cut short is passed over. The file is locked until `close`
+  or the end of the process: nobody repairs a line that another is still writing.
   """
 
   def __init__(self, path: str):
     """Reads the file, which is created with its folders if it is missing.
 
     Raises:
-      OSError: it cannot be read or written.
+      BlockingIOError: another cache on this host has it open.
+      OSError: it cannot be read, written or locked.
     """
     self._values: collections.OrderedDict[str, float] = collections.OrderedDict()
     self._lock = threading.Lock()
@@ -34,6 +37,11 @@ class Cache:
       return
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     self._file = open(path, 'ab', buffering=0)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # A dead process holds no lock.
+    except OSError:
+      self._close()
+      raise
     line = b'\n'
     with open(path, 'rb') as lines:
       for line in lines:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -21,11 +22,20 @@ GARBAGE, ERROR, MISSING, RANGE = 'garbage', 'error', 'missing', 'range'
 """Causes: an unreadable reply or value; the judge's own error; no score for a sample; a number that
 is not finite or not in [low, high]."""
 
+ANSWERED = (GARBAGE, ERROR, MISSING, RANGE)
+"""Causes of samples that the server has replied about."""
+
+UNASKED = 'unasked'
+"""Cause of a sample that was not sent, as its template names a question and its prompt has none."""
+
 Verdict = float | str
 """A value, or the cause why there is none."""
 
-FIELDS = ('prompt', 'answer', 'reference', 'kind')
-"""What `{...}` in a template may name: prompt, the answer given, the right answer, the kind."""
+ASKED = ('question', 'expected')
+FIELDS = ('prompt', 'answer', 'reference', 'kind', *ASKED)
+"""What `{...}` in a template may name: prompt, the answer given, the right answer, the kind; and
+the question about the image that an iteration asks, with the answer that an image of the prompt
+should get. 'understand' asks its prompt."""
 
 _DRAWN = ('How well does the image show this: {prompt}\n'
           'Reply with one number from 0 (not at all) to 1 (fully) and nothing else.')
@@ -41,7 +51,8 @@ TEMPLATES = {
 """Chat texts where the endpoint has none. The images follow: the source first, then the result."""
 
 _FIELD = re.compile(r'\{(\w+)\}')
-_NUMBER = re.compile(r'[+-]?[0-9]+(\.[0-9]+)?')
+# Servers print floats with str(), which gives '5e-05'.
+_NUMBER = re.compile(r'[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +60,13 @@ class Sample:
   """One thing to score.
 
   Attributes:
-    fields: prompt, answer, reference, kind and spec, JSON-able.
+    fields: prompt, answer, reference, kind, spec and questions, JSON-able; all that a batch sends.
+    asked: `ASKED`, '' where the prompt has no question; for templates.
     image: uint8 (Y, X, 3), what was drawn, or None.
     source: uint8 (Y, X, 3), what was shown, or None.
   """
   fields: dict[str, Any]
+  asked: dict[str, str]
   image: np.ndarray | None
   source: np.ndarray | None
 
@@ -77,20 +90,34 @@ def check(endpoint: Any, key: str) -> None:
                      f'user name or password ({key}.api_key_env is for keys)')
   number = lambda v: isinstance(v, (int, float)) and math.isfinite(v) and abs(v) < 1e30  # float32
   whole = lambda v: isinstance(v, int) and v >= 1
-  unknown = set(_FIELD.findall(e.template)) - set(FIELDS)
+  _check_templates(e, key)
   for name, good, allowed in (
       ('protocol', e.protocol in ('batch', 'chat'), "'batch' or 'chat'"),
       ('model', e.protocol == 'batch' or e.model, "the model's name"),
-      ('template', not unknown, f'fields {FIELDS}'),
       ('batch', whole(e.batch), 'an integer of at least 1'),
       ('concurrency', whole(e.concurrency), 'an integer of at least 1'),
       ('retries', isinstance(e.retries, int) and e.retries >= 0, 'an integer of at least 0'),
+      ('garbage_limit', isinstance(e.garbage_limit, int) and e.garbage_limit >= 0,
+       'an integer of at least 0'),
       ('timeout_s', number(e.timeout_s) and e.timeout_s > 0, 'a number above 0'),
       ('deadline_s', number(e.deadline_s) and e.deadline_s > 0, 'a number above 0'),
       ('low', number(e.low), 'a number'),
       ('high', number(e.high) and e.high > e.low, 'a number above low')):
     if not good:
       raise ValueError(f'{key}.{name} is {vars(e)[name]!r}; allowed: {allowed}')
+
+
+def _check_templates(endpoint: Any, key: str) -> None:
+  """Looks for fields and tasks that there are not; see `check`."""
+  if unknown := sorted(endpoint.templates.keys() - set(pipeline.TASKS)):
+    raise ValueError(f'{key}.templates holds {unknown}; allowed: {pipeline.TASKS}')
+  texts = {'template': endpoint.template,
+           **{f'templates.{task}': text for task, text in endpoint.templates.items()}}
+  for name, text in texts.items():
+    for field in _FIELD.findall(text):
+      if field not in FIELDS:
+        raise ValueError(f'{key}.{name} names the field {{{field}}}; allowed: '
+                         + ', '.join(f'{{{known}}}' for known in FIELDS))
 
 
 def dumps(value: Any) -> bytes:
@@ -113,7 +140,72 @@ def address(endpoint: Any) -> str:
 
 def template(endpoint: Any, task: str) -> str:
   """The chat text of an endpoint for a task."""
-  return endpoint.template or TEMPLATES[task]
+  return endpoint.templates.get(task) or endpoint.template or TEMPLATES[task]
+
+
+def _named(endpoint: Any, task: str) -> list[str]:
+  """What a chat's template for a task names of `ASKED`; a batch has no template."""
+  chat = endpoint.protocol == 'chat'
+  return [name for name in ASKED if chat and f'{{{name}}}' in template(endpoint, task)]
+
+
+def complete(endpoint: Any, task: str, sample: Sample) -> bool:
+  """Whether a sample has the question that its template names."""
+  return all(sample.asked[name] for name in _named(endpoint, task))
+
+
+def samples_of(task: str, examples: Sequence[pipeline.Example], outputs_BG: Any,
+               iteration: int = 0) -> tuple[list[Sample], tuple[int, int]]:
+  """Samples in row order (b, g), and (B, G); each asks the question of an iteration.
+
+  Raises:
+    ValueError: the outputs have another form than `remote.Judge.submit` takes.
+  """
+  if task not in pipeline.TASKS:
+    raise ValueError(f'task {task!r}; allowed: {pipeline.TASKS}')
+  if task == pipeline.UNDERSTAND:
+    outputs = [list(row) for row in outputs_BG]
+    groups = {len(row) for row in outputs}
+    if len(groups) > 1 or not all(isinstance(text, str) for row in outputs for text in row):
+      raise ValueError('answers are lists of str, as many for every prompt')
+    shape = (len(outputs), groups.pop() if groups else 0)
+  else:
+    outputs = np.array(outputs_BG)  # A copy: a view would hold the device's buffer.
+    if outputs.dtype != np.uint8 or outputs.ndim != 5 or outputs.shape[-1] != 3:
+      raise ValueError(f'images are uint8 (B, G, Y, X, 3), not {outputs.dtype} {outputs.shape}')
+    shape = outputs.shape[:2]
+  if len(examples) != shape[0]:
+    raise ValueError(f'{len(examples)} examples, but outputs of {shape[0]} prompts')
+  out = []
+  for example, row in zip(examples, outputs):
+    source = None if example.source is None else np.asarray(example.source)
+    question, expected = ((example.prompt, example.answer or '') if task == pipeline.UNDERSTAND else
+                          example.asked(iteration))
+    questions = [{'question': q, 'answer': a} for q, a in example.questions]
+    for output in row:
+      text, image = (output, None) if isinstance(output, str) else (None, output)
+      out.append(Sample(
+          dict(prompt=example.prompt, answer=text, reference=example.answer, kind=example.kind,
+               spec=example.spec, questions=questions),
+          dict(question=question, expected=expected), image, source))
+  return out, shape
+
+
+def keys_of(endpoint: Any, task: str, samples: Sequence[Sample]) -> Iterator[str]:
+  """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
+  settings = [endpoint.protocol, endpoint.url, endpoint.model,
+              template(endpoint, task), dict(endpoint.body), task]
+  if endpoint.protocol == 'chat':  # A 'yes' is kept as the number that it stands for.
+    settings += [float(endpoint.low), float(endpoint.high)]
+  for sample in samples:
+    pictures = (sample.image, sample.source)
+    shapes = [None if p is None else p.shape for p in pictures]
+    asked = [sample.asked[name] for name in _named(endpoint, task)]
+    digest = hashlib.sha256(dumps([settings, sample.fields, asked, shapes]))
+    for picture in pictures:
+      if picture is not None:
+        digest.update(np.ascontiguousarray(picture))
+    yield digest.hexdigest()
 
 
 def encode(endpoint: Any, task: str, samples: Sequence[Sample]) -> bytes:
@@ -123,7 +215,8 @@ def encode(endpoint: Any, task: str, samples: Sequence[Sample]) -> bytes:
         {'id': str(i), **s.fields, 'image': _png(s.image), 'source': _png(s.source)}
         for i, s in enumerate(samples)]})
   sample, = samples
-  fill = lambda found: str(sample.fields[found[1]] or '')
+  known = {**sample.fields, **sample.asked}
+  fill = lambda found: str(known[found[1]] or '')
   # One pass over the template, so that braces within a prompt stay what they are.
   content = [{'type': 'text', 'text': _FIELD.sub(fill, template(endpoint, task))}]
   content += [{'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{_png(image)}'}}

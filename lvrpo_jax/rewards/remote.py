@@ -4,21 +4,23 @@ The protocol `batch` posts some samples at once to an endpoint of your own:
 
     {"task": "generate",
      "samples": [{"id": "0", "prompt": "a red fox", "answer": null, "image": "<base64 PNG>",
-                  "source": null, "reference": null, "kind": "", "spec": null}]}
+                  "source": null, "reference": null, "kind": "", "spec": null,
+                  "questions": [{"question": "is there a fox ?", "answer": "yes"}]}]}
     -> {"scores": [{"id": "0", "value": 0.7}]}      or {"id": "0", "error": "out of memory"}
 
 `image` is what was drawn, `source` what was shown, `answer` what was answered, `reference` the
-right answer. `chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request.
+right answer, `questions` what may be asked about an image of the prompt, with the right answers.
+`chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request; with a template
+that names {question} and {expected} it judges knowledge, by one of those questions an iteration.
 A sample without a usable score is invalid, never 0. `launch/judge_server.py` speaks both.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 import dataclasses
-import hashlib
 import os
 import queue
 import threading
@@ -39,12 +41,12 @@ DEADLINE = 'deadline'
 """Cause of a sample that nothing was known of when the deadline of its call passed."""
 
 CAUSES = (judge_http.UNREACHABLE, judge_http.TIMEOUT, judge_http.STATUS, DEADLINE,
-          protocols.GARBAGE, protocols.ERROR, protocols.MISSING, protocols.RANGE)
+          *protocols.ANSWERED, protocols.UNASKED)
 """Why a sample has no value; each is counted as `failed_<cause>`."""
 
 
 class JudgeUnavailable(RuntimeError):
-  """No sample of a call got an answer, so that training on would mean training on nothing."""
+  """No sample gets a value, so that training on would mean training on nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +58,15 @@ class Endpoint:
     protocol: 'batch' or 'chat'.
     model: sent with chat requests; in either protocol a new name leaves the cached values behind.
     template: text of a chat request, see FIELDS in `judge_protocols`; '' takes its TEMPLATES.
+    templates: the same for single tasks, before `template`; '' leaves the task to that.
     batch: samples a request; 'chat' always sends one.
     concurrency: requests under way at once, over all calls.
     retries: further tries after a connection error, a timeout, 429 or 5xx.
     timeout_s: seconds one try may take, from connecting to the last byte of the reply.
     deadline_s: seconds from `submit` until the result is there, whatever the server does.
     low, high: smallest and largest value that is valid; a chat's 'no' is low, its 'yes' high.
-    cache: local file that values are kept in over restarts, '' for memory alone. One process.
+    garbage_limit: calls in a row for one task that may get replies but no value; 0 for any number.
+    cache: local file that values are kept in over restarts, '' for memory alone; of one judge.
     api_key_env: name of the environment variable that holds the key, '' for no key.
     body: members added to every chat request; None takes one of ours away.
   """
@@ -70,6 +74,7 @@ class Endpoint:
   protocol: str = 'batch'
   model: str = ''
   template: str = ''
+  templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
   batch: int = 8
   concurrency: int = 8
   retries: int = 3
@@ -77,6 +82,7 @@ class Endpoint:
   deadline_s: float = 300.
   low: float = 0.
   high: float = 1.
+  garbage_limit: int = 3
   cache: str = ''
   api_key_env: str = ''
   body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -108,6 +114,7 @@ class _Call:
     self.refused = False  # whether the last failure was a status that no retry changes
     self.retried = 0
     self.last_error = 'no complete reply within the deadline'
+    self.said = ''  # start of the last reply that lacked a value
     self.broken: Exception | None = None  # a fault of ours
     self.verdicts: dict[str, float | str] = {}
     self._lock = threading.Lock()
@@ -152,25 +159,31 @@ class Judge:
       key: config key of the endpoint, for messages.
 
     Raises:
-      ValueError: a setting is not allowed, or the named environment variable is not set.
+      ValueError: a setting is not allowed, the named environment variable is not set, or another
+        judge has the cache file open.
       OSError: the cache file cannot be read or written.
     """
     protocols.check(endpoint, key)
     self._endpoint, self._key = endpoint, key
     self._secret = _secret(endpoint.api_key_env, key)
-    self._cache = judge_cache.Cache(endpoint.cache)
+    try:
+      self._cache = judge_cache.Cache(endpoint.cache)
+    except BlockingIOError:
+      raise ValueError(f'{key}.cache is {endpoint.cache!r}, which another run has open; allowed: a '
+                       'file of its own for every run') from None
     self._jobs: queue.SimpleQueue = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._calls: set[_Call] = set()
     self._missed: collections.Counter = collections.Counter()
+    self._valueless: collections.Counter = collections.Counter()  # calls in a row, by task
     self._warned = -WARN_EVERY_S
     self._heard = -np.inf  # when the last reply came, to whichever call, good or not
     self._closed = False
     for number in range(endpoint.concurrency):
       threading.Thread(target=self._work, name=f'{key}-{number}', daemon=True).start()
 
-  def submit(self, task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
-             ) -> futures.Future:
+  def submit(self, task: str, examples: Sequence[pipeline.Example], outputs_BG: Any,
+             iteration: int = 0) -> futures.Future:
     """Starts to score samples and returns at once.
 
     Args:
@@ -178,17 +191,19 @@ class Judge:
       examples: B prompts.
       outputs_BG: uint8 images (B, G, Y, X, 3); for 'understand', B lists of G answers. Images are
         copied, so a device array is fetched here and not held.
+      iteration: decides which of its questions a prompt is asked, see `pipeline.Example.asked`.
 
     Returns:
       A future of `Scored`, done by `deadline_s`. It raises `JudgeUnavailable` if no sample got an
-      answer, and RuntimeError if the judge is closed meanwhile.
+      answer, or if this is the call at which answers without any value reach `garbage_limit`; and
+      RuntimeError if the judge is closed meanwhile.
 
     Raises:
       ValueError: the outputs have another form.
       RuntimeError: the judge is closed.
     """
     call = _Call(self._endpoint.deadline_s)
-    samples, shape = _samples(task, examples, outputs_BG)
+    samples, shape = protocols.samples_of(task, examples, outputs_BG, iteration)
     future = futures.Future()
     future.set_running_or_notify_cancel()
     with self._lock:
@@ -215,11 +230,14 @@ class Judge:
            future: futures.Future) -> None:
     """The life of a call, in a thread of its own: hands out requests and waits for them."""
     try:
-      keys = list(_keys(self._endpoint, task, samples))
+      keys = list(protocols.keys_of(self._endpoint, task, samples))
       todo = {}
       for key, sample in zip(keys, samples):
         value = self._cache.get(key)
-        if value is None or not self._endpoint.low <= value <= self._endpoint.high:
+        if not protocols.complete(self._endpoint, task, sample):
+          call.verdicts[key] = protocols.UNASKED
+          call.last_error = f'the template names {protocols.ASKED}, but a prompt has no question'
+        elif value is None or not self._endpoint.low <= value <= self._endpoint.high:
           todo[key] = sample
         else:
           call.verdicts[key] = value
@@ -232,7 +250,7 @@ class Judge:
       call.stop()
       if call.broken:
         raise call.broken
-      future.set_result(self._finish(call, keys, len(todo), shape))
+      future.set_result(self._finish(call, task, keys, len(todo), shape))
     except Exception as error:
       call.stop()
       future.set_exception(error)
@@ -240,31 +258,59 @@ class Judge:
       with self._lock:
         self._calls.discard(call)
 
-  def _finish(self, call: _Call, keys: list[str], asked: int, shape: tuple[int, int]) -> Scored:
+  def _finish(self, call: _Call, task: str, keys: list[str], asked: int, shape: tuple[int, int]
+              ) -> Scored:
     """The scores of a call that is over.
 
     Raises:
-      JudgeUnavailable: no sample has a value, and the server has not replied since the start.
+      JudgeUnavailable: no sample has a value, and the server has not replied since the start; or
+        its replies held no value too often.
     """
     verdicts = [call.verdicts.get(key, DEADLINE) for key in keys]
     failed = collections.Counter(v for v in verdicts if isinstance(v, str))
+    scorable = len(keys) - failed[protocols.UNASKED]
     seconds = time.monotonic() - call.start
     e = self._endpoint
-    if keys and len(keys) == failed.total() and self._heard < call.start:
+    if asked and len(keys) == failed.total() and self._heard < call.start:
       what = ('Correct the address, the model or the key' if call.refused else 'Start it')
       raise JudgeUnavailable(
-          f'{self._key}: the judge at {protocols.address(e)} answered for none of {len(keys)} '
-          f'samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); last error: '
-          f'{call.last_error}. {what}, then run the same command: the run resumes from its '
-          'checkpoint.')
+          f'{self._key}: the judge at {protocols.address(e)} answered for none of '
+          f'{scorable} samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); '
+          f'last error: {call.last_error}. {what}, then run the same command: the run resumes from '
+          'its checkpoint.')
+    self._bound_valueless(call, task, failed, len(keys))
     self._warn(failed, len(keys), call.last_error)
     value = [0. if isinstance(v, str) else v for v in verdicts]
     valid = [not isinstance(v, str) for v in verdicts]
     stats = {'samples': len(keys), 'asked': asked,
-             'cached': len(keys) - asked, 'retried': call.retried, 'failed': failed.total(),
+             'cached': scorable - asked, 'retried': call.retried, 'failed': failed.total(),
              **{f'failed_{cause}': failed[cause] for cause in CAUSES}, 'seconds': seconds}
     return Scored(np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape),
                   stats)
+
+  def _bound_valueless(self, call: _Call, task: str, failed: collections.Counter, samples: int
+                       ) -> None:
+    """Counts calls in a row that got replies but no value, as from a login page.
+
+    Tasks are counted apart: a text that no model answers with a number may be that of one task.
+
+    Raises:
+      JudgeUnavailable: there were `garbage_limit` of them.
+    """
+    e = self._endpoint
+    with self._lock:
+      if failed.total() < samples:
+        self._valueless[task] = 0
+      if failed.total() < samples or not any(failed[cause] for cause in protocols.ANSWERED):
+        return
+      self._valueless[task] += 1
+      count = self._valueless[task]
+    if e.garbage_limit and count >= e.garbage_limit:
+      raise JudgeUnavailable(
+          f'{self._key}: the judge at {protocols.address(e)} has answered {count} times in a row '
+          f'for {task!r} without one valid score ({self._key}.garbage_limit = {e.garbage_limit}); '
+          f'its last reply begins: {call.said or call.last_error!r}. Correct the address, the '
+          'template or the server, then run the same command: the run resumes from its checkpoint.')
 
   def _warn(self, failed: collections.Counter, samples: int, last_error: str) -> None:
     """Logs how many samples failed since the last warning, at most once in `WARN_EVERY_S`."""
@@ -302,7 +348,8 @@ class Judge:
       self._heard = time.monotonic()
       verdicts = protocols.read(self._endpoint, reply, len(samples))
       if any(isinstance(verdict, str) for verdict in verdicts):
-        call.last_error = f'the reply {link.clean(reply.decode(errors="replace"))!r}'
+        call.said = link.clean(reply.decode(errors='replace'))
+        call.last_error = f'the reply {call.said!r}'
     except judge_http.Failure as failure:
       call.note(failure, again=False)
       if failure.cause == judge_http.GARBAGE:
@@ -322,46 +369,3 @@ def _secret(name: str, key: str) -> str:
   if not (secret.isascii() and secret.isprintable()) or ' ' in secret:
     raise ValueError(f'{key}.api_key_env: the value of {name} holds characters that no key has')
   return secret
-
-
-def _samples(task: str, examples: Sequence[pipeline.Example], outputs_BG: Any
-             ) -> tuple[list[protocols.Sample], tuple[int, int]]:
-  """Samples in row order (b, g), and (B, G)."""
-  if task not in pipeline.TASKS:
-    raise ValueError(f'task {task!r}; allowed: {pipeline.TASKS}')
-  if task == pipeline.UNDERSTAND:
-    outputs = [list(row) for row in outputs_BG]
-    groups = {len(row) for row in outputs}
-    if len(groups) > 1 or not all(isinstance(text, str) for row in outputs for text in row):
-      raise ValueError('answers are lists of str, as many for every prompt')
-    shape = (len(outputs), groups.pop() if groups else 0)
-  else:
-    outputs = np.array(outputs_BG)  # A copy: a view would hold the device's buffer.
-    if outputs.dtype != np.uint8 or outputs.ndim != 5 or outputs.shape[-1] != 3:
-      raise ValueError(f'images are uint8 (B, G, Y, X, 3), not {outputs.dtype} {outputs.shape}')
-    shape = outputs.shape[:2]
-  if len(examples) != shape[0]:
-    raise ValueError(f'{len(examples)} examples, but outputs of {shape[0]} prompts')
-  samples = []
-  for example, row in zip(examples, outputs):
-    source = None if example.source is None else np.asarray(example.source)
-    for output in row:
-      text, image = (output, None) if isinstance(output, str) else (None, output)
-      samples.append(protocols.Sample(
-          dict(prompt=example.prompt, answer=text, reference=example.answer, kind=example.kind,
-               spec=example.spec), image, source))
-  return samples, shape
-
-
-def _keys(endpoint: Endpoint, task: str, samples: Sequence[protocols.Sample]) -> Iterator[str]:
-  """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
-  settings = [endpoint.protocol, endpoint.url, endpoint.model,
-              protocols.template(endpoint, task), dict(endpoint.body), task]
-  for sample in samples:
-    pictures = (sample.image, sample.source)
-    shapes = [None if p is None else p.shape for p in pictures]
-    digest = hashlib.sha256(protocols.dumps([settings, sample.fields, shapes]))
-    for picture in pictures:
-      if picture is not None:
-        digest.update(np.ascontiguousarray(picture))
-    yield digest.hexdigest()
