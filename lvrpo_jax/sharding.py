@@ -23,7 +23,20 @@ ROWS = ('data', 'fsdp')
 RULES = (('rows', ROWS), ('heads', 'tensor'), ('pixels', AXES))
 """What the logical axis names of activations in `models/` mean on a mesh."""
 
+JUDGE = re.compile(r'(^|/)(vision|text)/')
+"""Names of the judge's parameters. It is small beside the policy, and its sizes should not decide on
+which meshes the policy may lie: parameters of at most `SMALL` values are whole, and those above are
+split where that divides."""
+
+SMALL = 2 ** 18
+"""Values of an array that may be whole on every device: 1 MB in float32."""
+
 TABLE = (
+    # The judge's kernels hold heads as an axis of their own.
+    (r'attention/(q|k|v)_proj/kernel$', ('fsdp', None, None)),
+    (r'attention/out_proj/kernel$', (None, None, 'fsdp')),
+    (r'(^|/)text/(tokens/embedding|positions|head/kernel)$', (None, 'fsdp')),
+    (r'(^|/)vision/positions$', (None, 'fsdp')),
     (r'(q|k|v|gate|up)_proj/kernel$', ('fsdp', 'tensor')),
     (r'(o|down|out)_proj/kernel$', ('tensor', 'fsdp')),
     (r'embed_tokens$', ('tensor', 'fsdp')),
@@ -143,6 +156,10 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """
   axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), ())
   spec = [None] * (len(shape) - len(axes)) + list(axes)
+  if JUDGE.search(name):
+    fits = math.prod(shape) > SMALL and not any(
+        axis and size % mesh.shape[axis] for size, axis in zip(shape, spec))
+    return P(*spec) if fits else P()
   for size, axis in zip(shape, spec):
     if axis and size % mesh.shape[axis]:
       raise ValueError(f'{name} of shape {shape}: an axis of {size} does not divide by the '

@@ -1,6 +1,9 @@
 """Tests of lvrpo_jax.sharding; a mesh of one device and meshes that are only described."""
 
+import dataclasses
 import functools
+import importlib
+import pathlib
 import re
 import types as python_types
 
@@ -17,6 +20,7 @@ from configs import base
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
+from lvrpo_jax import weights
 from lvrpo_jax.models import released
 from lvrpo_jax.models import unified
 
@@ -51,6 +55,20 @@ def autoencoder_names():
   vae = released.autoencoder(bagel_7b.get_config().architecture.to_dict())
   return names(jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))[
       'params']))
+
+
+@functools.cache
+def job_of(config):
+  """The job of a config on one device; nothing is made."""
+  return job_lib.build(importlib.import_module(f'configs.{config}').get_config(),
+                       pathlib.Path('unused'), jax.devices()[:1])
+
+
+@functools.cache
+def shapes_of(config, kind):
+  """Shapes and dtypes of the parameters of a job, by name."""
+  tree = weights.template(job_of(config), kind)
+  return {sharding.name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class MeshTest(parameterized.TestCase):
@@ -120,7 +138,7 @@ class PartitionTest(parameterized.TestCase):
     bare = {name for name in kernels
             if not any(sharding.partition(name, shapes[name], described()))}
     self.assertEqual(bare, REPLICATED_KERNELS)
-    every = [*shapes, *autoencoder_names()]
+    every = [*shapes, *autoencoder_names(), *shapes_of('base', weights.JUDGE)]
     for pattern, _ in sharding.TABLE:
       self.assertTrue(any(re.search(pattern, name) for name in every), pattern)
 
@@ -134,6 +152,54 @@ class PartitionTest(parameterized.TestCase):
     for sizes in (dict(fsdp=8), dict(fsdp=2, tensor=2), dict(tensor=2)):
       for name, shape in names(abstract_params()).items():
         sharding.partition(name, shape, described(**sizes))
+
+
+class JudgeTest(parameterized.TestCase):
+  """The judge lies on every mesh on which the policy does."""
+
+  @parameterized.parameters(
+      ('vision/layers_0/attention/q_proj/kernel', (1152, 16, 72), P('fsdp', None, None)),
+      ('text/layers_0/attention/out_proj/kernel', (16, 72, 1152), P(None, None, 'fsdp')),
+      ('vision/head/attention/v_proj/kernel', (4, 1152, 16, 72), P(None, 'fsdp', None, None)),
+      ('text/layers_0/mlp/fc2/kernel', (4304, 1152), P(None, 'fsdp')),
+      ('text/tokens/embedding', (151669, 96), P(None, 'fsdp')),
+      ('vision/positions', (729, 1152), P(None, 'fsdp')),
+      ('vision/layers_0/attention/q_proj/kernel', (96, 4, 24), P()),  # At most 1 MB.
+      ('text/tokens/embedding', (151669, 100), P()),  # Its width does not divide.
+  )
+  def test_large_parameters_are_split_by_width(self, name, shape, want):
+    self.assertEqual(sharding.partition(name, shape, described(fsdp=32, tensor=4)), want)
+
+  @parameterized.product(config=('tiny', 'base', 'bagel_7b'),
+                         mesh=((1, 8, 1), (1, 32, 1), (1, 64, 1), (2, 32, 1), (2, 4, 4)))
+  def test_templates(self, config, mesh):
+    """The policy's widths of 16 (tiny) and 96 (base) bound fsdp; nothing bounds it for the judge."""
+    _, fsdp, tensor = mesh
+    kinds = [weights.JUDGE]
+    if fsdp <= {'tiny': 8, 'base': 32, 'bagel_7b': 64}[config]:
+      kinds.append(weights.VAE)
+      if config != 'base' or tensor == 1:  # It has one key/value head, of 48 values.
+        kinds.append(weights.BASE)
+    where = jax.sharding.AbstractMesh(mesh, sharding.AXES)
+    for kind in kinds:
+      template = weights.template(dataclasses.replace(job_of(config), mesh=where), kind)
+      for leaf in jax.tree.leaves(template):
+        self.assertIs(leaf.sharding.mesh, where)
+        leaf.sharding.shard_shape(leaf.shape)  # It raises where an axis does not divide.
+
+  def test_no_parameter_above_a_megabyte_is_whole_in_bagel_7b(self):
+    mesh = described(data=2, fsdp=32)
+    sizes = {}
+    for kind in (weights.BASE, weights.VAE, weights.JUDGE):
+      found = shapes_of('bagel_7b', kind)
+      sizes[kind] = sum(x.size * x.dtype.itemsize for x in found.values())
+      whole = {name: x.shape for name, x in found.items()
+               if not any(sharding.partition(name, x.shape, mesh))
+               and x.size * x.dtype.itemsize > 2 ** 20}
+      self.assertEqual(whole, {})
+    # All of the judge is 1.4 MB, so every device holds it whole.
+    self.assertBetween(sizes[weights.JUDGE], 1.4e6, 1.5e6)
+    self.assertGreater(sizes[weights.BASE], 5e10)
 
 
 class TreeTest(absltest.TestCase):
