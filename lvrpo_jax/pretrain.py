@@ -99,11 +99,11 @@ def task_batches(job: job_lib.Job, make: Callable[[str, int], pipeline.Example],
                  sizes: dict[str, int], collate: Callable[[str], Callable[..., Any]]
                  ) -> dict[str, Iterator[Any]]:
   """One endless iterator a task, over this process's share of the rows."""
-  count = jax.process_count()
+  index, count = sharding.row_block(job.mesh)
   return {
       task: pipeline.batches(
           pipeline.Source(functools.partial(make, task), EPOCH), size // count, collate(task),
-          (jax.process_index(), count), job.config.data.prefetch)
+          (index, count), job.config.data.prefetch)
       for task, size in sizes.items() if size}
 
 

@@ -209,16 +209,57 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(ROWS))
 
 
-def shard_rows(batch: Any, mesh: Mesh) -> Any:
-  """Places a batch of which every process holds its own rows.
+def _row_shards(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+  """Numbers of the shards of rows that each process holds."""
+  held = {}
+  rows = mesh.shape['data'] * mesh.shape['fsdp']
+  for number, devices in enumerate(mesh.devices.reshape(rows, -1)):
+    for process in {d.process_index for d in devices}:
+      held.setdefault(process, []).append(number)
+  return {process: tuple(numbers) for process, numbers in held.items()}
+
+
+def row_block(mesh: Mesh) -> tuple[int, int]:
+  """(index, count) of the block of rows that this process loads; all blocks have as many rows.
+
+  Processes that the mesh axis `tensor` spans hold the same rows, and so share a block.
 
   Raises:
-    ValueError: the rows do not divide by the devices that should split them.
+    ValueError: the rows of two processes are neither the same nor apart, or some hold more.
+  """
+  if jax.process_count() == 1:
+    return 0, 1
+  held = _row_shards(mesh)
+  blocks = sorted(set(held.values()))
+  rows = mesh.shape['data'] * mesh.shape['fsdp']
+  if sum(map(len, blocks)) != rows or len({len(block) for block in blocks}) > 1:
+    raise ValueError(f'parallel.mesh is {tuple(mesh.shape.values())} over {len(held)} processes, '
+                     f'which hold shards of rows {blocks}; allowed: meshes on which any two '
+                     'processes hold the same rows or none in common, and all as many')
+  return blocks.index(held[jax.process_index()]), len(blocks)
+
+
+def agreed(rows: Any, mesh: Mesh) -> Any:
+  """NumPy rows that each process has found for itself, made equal where several share a block: what
+  a remote judge says need not be the same for each. All processes call this."""
+  if row_block(mesh)[1] == jax.process_count():
+    return rows
+  held = _row_shards(mesh)
+  first = min(p for p, block in held.items() if block == held[jax.process_index()])
+  return jax.tree.map(lambda x: np.asarray(x)[first], multihost_utils.process_allgather(rows))
+
+
+def shard_rows(batch: Any, mesh: Mesh) -> Any:
+  """Places a batch of which every process holds the rows of its `row_block`.
+
+  Raises:
+    ValueError: the rows do not divide by the devices that should split them, or see `row_block`.
   """
   where, count = rows_sharding(mesh), mesh.shape['data'] * mesh.shape['fsdp']
+  blocks = row_block(mesh)[1]
 
   def place(x):
-    total = x.shape[0] * jax.process_count()
+    total = x.shape[0] * blocks
     if total % count:
       raise ValueError(f'{total} rows do not divide over {count} devices (parallel.mesh is '
                        f'{tuple(mesh.shape.values())}); choose numbers of prompts that do')
@@ -249,7 +290,7 @@ def process_mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def local_rows(x: Any) -> np.ndarray:
-  """This process's rows of an array that was computed from `shard_rows`, in their order."""
+  """The rows of this process's block of an array that came from `shard_rows`, in their order."""
   if not isinstance(x, jax.Array) or x.is_fully_addressable:
     return np.asarray(x)
   parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}

@@ -6,6 +6,7 @@ import importlib
 import pathlib
 import re
 import types as python_types
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -87,6 +88,36 @@ class MeshTest(parameterized.TestCase):
   def test_two_free_sizes(self):
     with self.assertRaisesRegex(ValueError, r'parallel.mesh is \(-1, -1, 1\): at most one'):
       sharding.make_mesh((-1, -1, 1), jax.devices()[:1])
+
+
+class RowBlockTest(parameterized.TestCase):
+
+  def mesh(self, shape, processes):
+    """A described mesh whose devices belong to these processes, in order."""
+    devices = np.array([python_types.SimpleNamespace(process_index=p) for p in processes])
+    return python_types.SimpleNamespace(devices=devices.reshape(shape),
+                                        shape=dict(zip(sharding.AXES, shape)))
+
+  @parameterized.parameters(
+      ((1, 1, 4), (0, 0, 1, 1), [(0, 1), (0, 1)]),
+      ((2, 1, 2), (0, 0, 1, 1), [(0, 2), (1, 2)]),
+      ((2, 1, 2), (1, 1, 0, 0), [(1, 2), (0, 2)]),
+      ((2, 1, 2), (0, 1, 0, 1), [(0, 1), (0, 1)]),
+      ((2, 2, 2), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+      ((2, 1, 4), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]))
+  def test_blocks(self, shape, processes, want):
+    mesh = self.mesh(shape, processes)
+    for process, block in enumerate(want):
+      with mock.patch.multiple(jax, process_count=lambda: len(want),
+                               process_index=lambda process=process: process):
+        self.assertEqual(sharding.row_block(mesh), block)
+
+  @parameterized.parameters(((3, 1, 2), (0, 0, 0, 1, 1, 1)), ((3, 1, 1), (0, 0, 1)))
+  def test_rows_that_overlap(self, shape, processes):
+    message = re.escape(f'parallel.mesh is {shape} over 2 processes')
+    with mock.patch.multiple(jax, process_count=lambda: 2, process_index=lambda: 0):
+      with self.assertRaisesRegex(ValueError, f'{message}.*allowed: meshes on which any two'):
+        sharding.row_block(self.mesh(shape, processes))
 
 
 class PartitionTest(parameterized.TestCase):
