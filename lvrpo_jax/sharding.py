@@ -62,15 +62,19 @@ MOST = {'data': 1, 'fsdp': 32, 'tensor': 4}
 a TPU's tiles of 16, and XLA moves padding; its 4 key/value heads bound tensor."""
 
 
-def sizes(shape: tuple[int, ...], count: int, key: str, unit: str) -> tuple[int, ...]:
+def sizes(shape: tuple[int, ...], count: int, key: str, unit: str,
+          slices: tuple[int, int, int] = (1, 1, 1)) -> tuple[int, ...]:
   """Sizes of the axes whose product is `count`.
 
-  One may be -1 and takes what the others leave; 0 takes as many as divide both `count` and `MOST`.
+  One may be -1 and takes what the others leave. 0 takes as many as divide both `MOST` and `count`;
+  with several slices, as many of each slice as keep the axis within `MOST`.
 
   Raises:
     ValueError: they do not multiply to `count`; the message names the config key.
   """
-  out = [math.gcd(count, MOST[axis]) if size == 0 else size for axis, size in zip(AXES, shape)]
+  inner = count // math.prod(slices)
+  out = [outer * math.gcd(inner, max(MOST[axis] // outer, 1)) if size == 0 else size
+         for axis, size, outer in zip(AXES, shape, slices)]
   if out.count(-1) > 1:
     raise ValueError(f'{key} is {tuple(shape)}: at most one size may be -1')
   if -1 in out:
@@ -84,25 +88,26 @@ def sizes(shape: tuple[int, ...], count: int, key: str, unit: str) -> tuple[int,
 
 def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None,
               slices: tuple[int, int, int] = (-1, 1, 1)) -> Mesh:
-  """A mesh over `AXES`; one size may be -1 and takes what the others leave.
+  """A mesh over `AXES`; sizes of -1 and 0 are those of `sizes`.
 
   Args:
     shape: devices along each axis.
     devices: default all.
-    slices: slices of TPUs along each axis, where there are several: they talk over the data
-      center's network, so an axis that moves little belongs there.
+    slices: slices of TPUs, or hosts of GPUs that count as such, along each axis, where there are
+      several: they talk over the data center's network, so an axis that moves little belongs there.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices or slices, or the slices of an
       axis do not divide its devices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = sizes(shape, len(devices), 'parallel.mesh', 'devices')
   count = len({getattr(d, 'slice_index', 0) for d in devices})
   if count == 1 or devices[0].platform == 'cpu':
+    shape = sizes(shape, len(devices), 'parallel.mesh', 'devices')
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
     outer = sizes(slices, count, 'parallel.slices', 'slices')
+    shape = sizes(shape, len(devices), 'parallel.mesh', 'devices', outer)
     if any(whole % part for whole, part in zip(shape, outer)):
       raise ValueError(f'parallel.slices is {outer}; allowed: divisors of parallel.mesh = {shape}')
     inner = tuple(whole // part for whole, part in zip(shape, outer))

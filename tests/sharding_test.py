@@ -90,6 +90,50 @@ class MeshTest(parameterized.TestCase):
       sharding.make_mesh((-1, -1, 1), jax.devices()[:1])
 
 
+def sliced(slices, count, platform='gpu'):
+  """Devices of several slices; those of TPUs lie in squares of four columns."""
+  return [python_types.SimpleNamespace(
+      id=number, slice_index=number // count, process_index=number // count, platform=platform,
+      device_kind=platform, core_on_chip=0, coords=(number % count // 4, number % 4, 0))
+          for number in range(slices * count)]
+
+
+class SlicesTest(parameterized.TestCase):
+
+  def make(self, shape, devices, slices=(-1, 1, 1)):
+    """The grid of devices that becomes the mesh; jax takes only real ones for a mesh."""
+    with mock.patch.object(sharding, 'Mesh') as mesh:
+      sharding.make_mesh(shape, devices, slices)
+    return mesh.call_args.args[0]
+
+  @parameterized.parameters(
+      (4, 8, 'gpu', (-1, 1, 1), (4, 8, 1)), (8, 8, 'gpu', (-1, 1, 1), (8, 8, 1)),
+      (2, 16, 'tpu', (-1, 1, 1), (2, 16, 1)), (2, 64, 'tpu', (-1, 1, 1), (4, 32, 1)),
+      (4, 8, 'gpu', (1, -1, 1), (1, 32, 1)), (8, 8, 'gpu', (1, -1, 1), (2, 32, 1)),
+      (1, 8, 'gpu', (-1, 1, 1), (1, 8, 1)), (1, 64, 'tpu', (-1, 1, 1), (2, 32, 1)))
+  def test_the_largest_model_fits_slices(self, count, each, platform, slices, want):
+    """A size of 0 stays within a slice, unless the config puts slices along its axis."""
+    shape = tuple(bagel_7b.get_config().parallel.mesh)
+    grid = self.make(shape, sliced(count, each, platform), slices)
+    self.assertEqual(grid.shape, want)
+    self.assertLen({d.id for d in grid.flat}, count * each)
+
+  def test_slices_lie_along_the_axis_of_the_config(self):
+    for axis, slices in enumerate(((-1, 1, 1), (1, -1, 1), (1, 1, -1))):
+      grid = self.make((4, 4, 4), sliced(4, 16, 'tpu'), slices)
+      self.assertEqual(grid.shape, (4, 4, 4))
+      for number, part in enumerate(np.split(grid, 4, axis)):
+        self.assertEqual({d.slice_index for d in part.flat}, {number})
+
+  def test_slices_that_do_not_divide(self):
+    with self.assertRaisesRegex(ValueError, r'parallel.slices is \(4, 1, 1\); allowed: divisors of '
+                                r'parallel.mesh = \(1, 32, 1\)'):
+      self.make((1, 32, 1), sliced(4, 8))
+    with self.assertRaisesRegex(ValueError, r'parallel.slices is \(3, 1, 1\), which does not '
+                                'multiply to the 4 slices'):
+      self.make((-1, 0, 1), sliced(4, 8), (3, 1, 1))
+
+
 class RowBlockTest(parameterized.TestCase):
 
   def mesh(self, shape, processes):
