@@ -19,6 +19,7 @@ import optax
 from configs import bagel_7b
 from configs import base
 from lvrpo_jax import job as job_lib
+from lvrpo_jax import pretrain
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
 from lvrpo_jax import weights
@@ -162,6 +163,14 @@ class RowBlockTest(parameterized.TestCase):
     with mock.patch.multiple(jax, process_count=lambda: 2, process_index=lambda: 0):
       with self.assertRaisesRegex(ValueError, f'{message}.*allowed: meshes on which any two'):
         sharding.row_block(self.mesh(shape, processes))
+
+
+  def test_rows_that_processes_cannot_share_evenly(self):
+    """65 rows on 16 processes are no batch of 64."""
+    job = python_types.SimpleNamespace(mesh=self.mesh((16, 1, 1), range(16)))
+    with mock.patch.multiple(jax, process_count=lambda: 16, process_index=lambda: 3):
+      with self.assertRaisesRegex(ValueError, "^65 rows of task 'edit' .* 16 processes"):
+        pretrain.task_batches(job, None, {'generate': 64, 'edit': 65}, None)
 
 
 class PartitionTest(parameterized.TestCase):
