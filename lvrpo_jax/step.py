@@ -109,7 +109,8 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
   Both take and return the same state and global batch; the state is donated.
 
   Raises:
-    ValueError: unknown runner.
+    ValueError: unknown runner; or 'pmap' with several processes, or on a mesh that splits
+      parameters.
   """
   if runner == 'jit':
     pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts,
@@ -120,8 +121,12 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
   if jax.process_count() > 1:
     raise ValueError(f"parallel.runner is 'pmap' with {jax.process_count()} processes; allowed: "
                      "'jit', or one process")
+  if mesh.shape['fsdp'] * mesh.shape['tensor'] > 1:
+    # Every device holds the whole state, which would be gathered for each step.
+    raise ValueError(f"parallel.runner is 'pmap' and parallel.mesh is {tuple(mesh.shape.values())}; "
+                     "allowed: 'jit', or a mesh with devices along data alone")
   pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts, axis='devices')
-  mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None,
+  mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None, donate_argnums=0,
                     devices=mesh.devices.reshape(-1).tolist())
   count = mesh.devices.size
 
