@@ -302,19 +302,44 @@ def local_rows(x: Any) -> np.ndarray:
   return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
+def check_rows(batch: Any, parts: int = 1) -> None:
+  """Refuses a batch of which not every device gets as many rows, on the mesh of this trace.
+
+  XLA would pad the rows or give all of them to every device, and say nothing.
+
+  Args:
+    parts: micro-batches, each of which has to divide.
+
+  Raises:
+    ValueError: rows do not divide; the message names them by their path in the batch.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  count = mesh.shape.get('data', 1) * mesh.shape.get('fsdp', 1)
+  for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    if not x.ndim:
+      continue
+    if x.shape[0] % parts:
+      raise ValueError(f'{name(path)}: {x.shape[0]} rows do not divide into {parts} parts, those of '
+                       'parallel.micro_batches or parallel.group_parts')
+    if x.shape[0] // parts % count:
+      raise ValueError(
+          f'{name(path)}: {x.shape[0]} rows in {parts} parts (parallel.micro_batches or '
+          f'parallel.group_parts) do not divide over the {count} devices of mesh axes data and fsdp '
+          f'(parallel.mesh is {tuple(mesh.shape.values())}); allowed: multiples of '
+          f'{parts * count} rows')
+
+
 def interleaved(batch: Any, parts: int) -> Any:
   """Adds a leading axis of micro-batches: part i holds rows i, i + parts, ...
 
   Every device then holds rows of every part, and none has to move.
 
   Raises:
-    ValueError: the rows do not divide by the parts.
+    ValueError: the rows do not divide by the parts, or those of a part not over the devices.
   """
-  def split(x):
-    if x.shape[0] % parts:
-      raise ValueError(f'{x.shape[0]} rows do not divide into parallel.micro_batches = {parts}')
-    return jax.numpy.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-  return jax.tree.map(split, batch)
+  check_rows(batch, parts)
+  return jax.tree.map(lambda x: jax.numpy.moveaxis(
+      x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
 
 
 def split_rows(batch: Any, parts: int) -> Any:

@@ -45,7 +45,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
               place: Callable[[Any], Any] = lambda tree: tree):
   """Builds the step.
 
-  A step whose gradient is not finite changes nothing but the counter and reports `skipped`.
+  A step whose gradient is not finite changes nothing but the counter and reports `skipped`. Tracing
+  it raises a ValueError where rows do not divide over the mesh, see `sharding.check_rows`.
 
   Args:
     micro_batches: rows are split into so many parts, whose gradients are accumulated.
@@ -65,6 +66,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
     def grad(params, part):
       grads, sums = jax.grad(objective, has_aux=True)(params, part)
       return place(grads), sums
+    sharding.check_rows(batch, micro_batches)
     if micro_batches * group_parts == 1:
       return grad(state.params, batch)
     parts = sharding.interleaved(batch, micro_batches)
