@@ -1,4 +1,4 @@
-"""Meshes, the table from parameter names to partitions, the scope of a mesh, placement of rows."""
+"""Meshes, the scope of a mesh, placement of trees and rows; where parameters lie is in `layout`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import math
-import re
 from typing import Any
 
 from flax import linen as nn
@@ -16,46 +15,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-AXES = ('data', 'fsdp', 'tensor')
-ROWS = ('data', 'fsdp')
-"""Mesh axes that split rows of a batch."""
+from lvrpo_jax import layout
+
+AXES, ROWS = layout.AXES, layout.ROWS
 
 RULES = (('rows', ROWS), ('heads', 'tensor'), ('pixels', AXES))
 """What the logical axis names of activations in `models/` mean on a mesh."""
-
-JUDGE = re.compile(r'(^|/)(vision|text)/')
-"""Names of the judge's parameters. It is small beside the policy, and its sizes should not decide on
-which meshes the policy may lie: parameters of at most `SMALL` values are whole, and those above are
-split where that divides."""
-
-SMALL = 2 ** 18
-"""Values of an array that may be whole on every device: 1 MB in float32."""
-
-TABLE = (
-    # The judge's kernels hold heads as an axis of their own.
-    (r'attention/(q|k|v)_proj/kernel$', ('fsdp', None, None)),
-    (r'attention/out_proj/kernel$', (None, None, 'fsdp')),
-    (r'(^|/)text/(tokens/embedding|positions|head/kernel)$', (None, 'fsdp')),
-    (r'(^|/)vision/positions$', (None, 'fsdp')),
-    (r'(q|k|v|gate|up)_proj/kernel$', ('fsdp', 'tensor')),
-    (r'(o|down|out)_proj/kernel$', ('tensor', 'fsdp')),
-    (r'embed_tokens$', ('tensor', 'fsdp')),
-    (r'lm_head/kernel$', ('fsdp', 'tensor')),
-    (r'(connector_fc\d|fc1|mlp_\d)/kernel$', ('fsdp', None)),
-    # The vision tower's inner width and patches divide by few sizes.
-    (r'(fc2|patch_embedding)/kernel$', (None, 'fsdp')),
-    (r'(latent_pos_embed|vit_pos_embed|position_embedding)$', (None, 'fsdp')),
-    # The autoencoder, by output channel.
-    (r'(conv[12]?|conv_in|nin_shortcut|mid_attn_1/(q|k|v|proj_out))/kernel$', (None, 'fsdp')),
-)
-"""Ordered: the first pattern found in a parameter's name gives the partition of its LAST axes
-(scanned layers add a leading axis, which is never split). No match: replicated."""
-
-
-RESTING = re.compile(r'\.(mu|nu|old|reference)/')
-"""Parts of a state that no pass over the layers needs at hand: Adam's moments, the old policy and the
-reference. They are split over data as well, where that divides (ZeRO, arXiv 1910.02054)."""
-
 
 MOST = {'data': 1, 'fsdp': 32, 'tensor': 4}
 """What a size of 0 takes at most. With more fsdp devices a 7B model's rows of a weight do not fill
@@ -153,30 +118,6 @@ def constrain(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(jax.lax.with_sharding_constraint, tree, tree_shardings(tree, mesh))
 
 
-def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Partition of one parameter, or of a part of the state that is `RESTING`.
-
-  Raises:
-    ValueError: an axis does not divide by the mesh axes that should split it.
-  """
-  axes = next((axes for pattern, axes in TABLE if re.search(pattern, name)), ())
-  spec = [None] * (len(shape) - len(axes)) + list(axes)
-  if JUDGE.search(name):
-    fits = math.prod(shape) > SMALL and not any(
-        axis and size % mesh.shape[axis] for size, axis in zip(shape, spec))
-    return P(*spec) if fits else P()
-  for size, axis in zip(shape, spec):
-    if axis and size % mesh.shape[axis]:
-      raise ValueError(f'{name} of shape {shape}: an axis of {size} does not divide by the '
-                       f'{mesh.shape[axis]} devices of mesh axis {axis!r}; allowed in '
-                       f'config.parallel.mesh: divisors of {size}')
-  rows = mesh.shape['data'] * mesh.shape['fsdp']
-  if mesh.shape['data'] > 1 and 'fsdp' in spec and RESTING.search(name):
-    place = spec.index('fsdp')
-    spec[place] = 'fsdp' if shape[place] % rows else ROWS
-  return P(*spec)
-
-
 def name(path: Any) -> str:
   """'trunk/layers/und/q_proj/kernel' from a key path."""
   return '/'.join(str(k.key) if isinstance(k, jax.tree_util.DictKey) else str(k) for k in path)
@@ -185,7 +126,7 @@ def name(path: Any) -> str:
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
   """Shardings of parameters, or of any tree whose paths end like those of parameters."""
   def sharding(path, leaf):
-    return NamedSharding(mesh, partition(name(path), tuple(leaf.shape), mesh))
+    return NamedSharding(mesh, layout.partition(name(path), tuple(leaf.shape), mesh))
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
@@ -319,13 +260,13 @@ def check_rows(batch: Any, parts: int = 1) -> None:
     if not x.ndim:
       continue
     if x.shape[0] % parts:
-      raise ValueError(f'{name(path)}: {x.shape[0]} rows do not divide into {parts} parts, those of '
-                       'parallel.micro_batches or parallel.group_parts')
+      raise ValueError(f'{name(path)}: {x.shape[0]} rows do not divide into {parts} parts, those '
+                       'of parallel.micro_batches or parallel.group_parts')
     if x.shape[0] // parts % count:
       raise ValueError(
           f'{name(path)}: {x.shape[0]} rows in {parts} parts (parallel.micro_batches or '
-          f'parallel.group_parts) do not divide over the {count} devices of mesh axes data and fsdp '
-          f'(parallel.mesh is {tuple(mesh.shape.values())}); allowed: multiples of '
+          f'parallel.group_parts) do not divide over the {count} devices of mesh axes data and '
+          f'fsdp (parallel.mesh is {tuple(mesh.shape.values())}); allowed: multiples of '
           f'{parts * count} rows')
 
 

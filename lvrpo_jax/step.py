@@ -125,8 +125,8 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
                      "'jit', or one process")
   if mesh.shape['fsdp'] * mesh.shape['tensor'] > 1:
     # Every device holds the whole state, which would be gathered for each step.
-    raise ValueError(f"parallel.runner is 'pmap' and parallel.mesh is {tuple(mesh.shape.values())}; "
-                     "allowed: 'jit', or a mesh with devices along data alone")
+    raise ValueError("parallel.runner is 'pmap' and parallel.mesh is "
+                     f"{tuple(mesh.shape.values())}; allowed: 'jit', or a mesh with devices along data alone")
   pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts, axis='devices')
   mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None, donate_argnums=0,
                     devices=mesh.devices.reshape(-1).tolist())

@@ -2,8 +2,8 @@
 
     python tests/row_block_program.py ADDRESS PROCESSES PROCESS
 
-Prints one JSON object: by mesh, the block of this process, the rows that it has drawn and placed, all
-rows, and what the processes that share rows have agreed on.
+Prints one JSON object: by mesh, the block of this process, the rows that it has drawn and placed,
+all rows, and what the processes that share rows have agreed on.
 """
 
 import json

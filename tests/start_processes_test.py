@@ -1,4 +1,4 @@
-"""How the processes of a job find each other: `main.start_processes` on machines that are made up."""
+"""How the processes of a job find each other: `main.start_processes` on machines made up."""
 
 import importlib.util
 import os

@@ -47,7 +47,7 @@ def shards(name: str) -> int:
 def parts_of(name: str, size: int) -> int:
   """Parts that an axis of this name and size is split into on the mesh of this trace.
 
-  An axis of 1 is not split: a single row, such as one prompt of a larger mesh, is nobody's share, and
+  An axis of 1 is not split: a single row, such as one prompt on several devices, has no parts, and
   every device computes it.
 
   Raises:
