@@ -268,9 +268,10 @@ def get_config() -> config_dict.ConfigDict:
 
   config.parallel = config_dict.ConfigDict()
   # Devices along data, fsdp, tensor. One may be -1 and takes what is left; 0 takes as many as
-  # divide 32 (fsdp) or 4 (tensor)
+  # divide 32 (fsdp) or 4 (tensor), of one slice where there are several
   config.parallel.mesh = (-1, 1, 1)
-  config.parallel.slices = (-1, 1, 1)  # of TPUs, along the same axes; they divide the mesh
+  # Slices of TPUs or hosts of GPUs, along the same axes; they divide the mesh
+  config.parallel.slices = (-1, 1, 1)
   # Rollouts' view of the same devices, weights in the compute dtype; () is the mesh itself. Without
   # fsdp no step of a rollout gathers weights.
   config.parallel.rollout_mesh = ()

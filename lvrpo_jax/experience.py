@@ -313,10 +313,11 @@ class Collector:
     if unknown:
       raise ValueError(f'align.rewards.{task} names {sorted(unknown)}; '
                        f'allowed: {COMPONENTS[task]}')
-    return {name: types.Rewards(np.where(np.isfinite(values[name][0]), values[name][0], 0.
-                                         ).astype(np.float32),
-                                np.asarray(values[name][1]) & np.isfinite(values[name][0]))
-            for name in wanted}
+    return sharding.agreed({
+        name: types.Rewards(np.where(np.isfinite(values[name][0]), values[name][0], 0.
+                                     ).astype(np.float32),
+                            np.asarray(values[name][1]) & np.isfinite(values[name][0]))
+        for name in wanted}, self.job.mesh)
 
 
 def statements(examples: list[pipeline.Example], words_BG: list[list[str | None]],

@@ -40,6 +40,8 @@ PROCESS = flags.DEFINE_integer('process', 0, 'Number of this process.', lower_bo
 
 
 ACCELERATORS = ('libtpu', 'jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin')
+NO_CLUSTER = 'coordinator_address should be defined'
+"""What `jax.distributed.initialize` says where no environment tells of other processes."""
 HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 
 
@@ -64,6 +66,7 @@ def start_processes() -> None:
 
   Raises:
     ValueError: the flags do not fit.
+    RuntimeError: the other processes were not found in time.
   """
   if COORDINATOR.value:
     if PROCESS.value >= PROCESSES.value:
@@ -78,7 +81,11 @@ def start_processes() -> None:
   elif importlib.util.find_spec('libtpu') and os.environ.get('JAX_PLATFORMS', 'tpu') != 'cpu':
     try:
       jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:  # libtpu is installed, but this is no TPU host.
+    except ValueError as error:
+      # libtpu is installed, but this is no TPU host. Anything else, such as a host that does not
+      # answer, would leave every process of a pod to work by itself.
+      if NO_CLUSTER not in str(error):
+        raise
       logging.info('one process: %s', error)
 
 

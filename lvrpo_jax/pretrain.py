@@ -98,12 +98,20 @@ def train_judge(job: job_lib.Job, writer: metrics_lib.MetricWriter) -> types.Par
 def task_batches(job: job_lib.Job, make: Callable[[str, int], pipeline.Example],
                  sizes: dict[str, int], collate: Callable[[str], Callable[..., Any]]
                  ) -> dict[str, Iterator[Any]]:
-  """One endless iterator a task, over this process's share of the rows."""
-  count = jax.process_count()
+  """One endless iterator a task, over this process's share of the rows.
+
+  Raises:
+    ValueError: the rows of a task do not divide over the processes that hold different ones.
+  """
+  index, count = sharding.row_block(job.mesh)
+  for task, size in sizes.items():
+    if size % count:
+      raise ValueError(f'{size} rows of task {task!r} a batch do not divide over {count} processes '
+                       f'with rows of their own; allowed: multiples of {count}')
   return {
       task: pipeline.batches(
           pipeline.Source(functools.partial(make, task), EPOCH), size // count, collate(task),
-          (jax.process_index(), count), job.config.data.prefetch)
+          (index, count), job.config.data.prefetch)
       for task, size in sizes.items() if size}
 
 

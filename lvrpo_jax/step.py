@@ -45,7 +45,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
               place: Callable[[Any], Any] = lambda tree: tree):
   """Builds the step.
 
-  A step whose gradient is not finite changes nothing but the counter and reports `skipped`.
+  A step whose gradient is not finite changes nothing but the counter and reports `skipped`. Tracing
+  it raises a ValueError where rows do not divide over the mesh, see `sharding.check_rows`.
 
   Args:
     micro_batches: rows are split into so many parts, whose gradients are accumulated.
@@ -65,6 +66,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
     def grad(params, part):
       grads, sums = jax.grad(objective, has_aux=True)(params, part)
       return place(grads), sums
+    sharding.check_rows(batch, micro_batches)
     if micro_batches * group_parts == 1:
       return grad(state.params, batch)
     parts = sharding.interleaved(batch, micro_batches)
@@ -109,7 +111,8 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
   Both take and return the same state and global batch; the state is donated.
 
   Raises:
-    ValueError: unknown runner.
+    ValueError: unknown runner; or 'pmap' with several processes, or on a mesh that splits
+      parameters.
   """
   if runner == 'jit':
     pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts,
@@ -120,8 +123,12 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
   if jax.process_count() > 1:
     raise ValueError(f"parallel.runner is 'pmap' with {jax.process_count()} processes; allowed: "
                      "'jit', or one process")
+  if mesh.shape['fsdp'] * mesh.shape['tensor'] > 1:
+    # Every device holds the whole state, which would be gathered for each step.
+    raise ValueError("parallel.runner is 'pmap' and parallel.mesh is "
+                     f"{tuple(mesh.shape.values())}; allowed: 'jit', or a mesh with devices along data alone")
   pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts, axis='devices')
-  mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None,
+  mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None, donate_argnums=0,
                     devices=mesh.devices.reshape(-1).tolist())
   count = mesh.devices.size
 

@@ -12,7 +12,8 @@ PACKAGE = 'lvrpo_jax'
 ROOT = pathlib.Path(__file__).resolve().parent.parent / PACKAGE
 
 LAYERS = (
-    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops', 'files', 'saved'),
+    ('types', 'ops', 'stats', 'config', 'report_assets', 'hlo', 'flops', 'files', 'saved',
+     'layout'),
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import step_test
 
 from configs import tiny
 from lvrpo_jax import align
@@ -177,6 +178,12 @@ def parts(job, params, vae_params, batch):
                         gradients=difference(got['all'][1], one['all'][1]))}
 
 
+def linear():
+  """Two donated steps of a linear model under pmap, in parts, against one device."""
+  one, (four, gone) = step_test.two_steps(1)[0], step_test.two_steps(4, 'pmap', micro_batches=2)
+  return {'linear': dict(difference=difference(one, four), donated=gone)}
+
+
 def rollouts(job, params, vae_params, prompts):
   """Samples of one device and of eight."""
   found = {}
@@ -221,7 +228,7 @@ def main():
                           for task in pretrain.sizes(job.config.pretrain)},
              'align': make_experience(job, prompts)}
   out = {**updates(job, params, vae_params, batches),
-         **parts(job, params, vae_params, batches['align']),
+         **parts(job, params, vae_params, batches['align']), **linear(),
          **rollouts(job, params, vae_params, prompts)}
   print(json.dumps(out))
 

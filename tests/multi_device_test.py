@@ -46,6 +46,10 @@ class MultiDeviceTest(parameterized.TestCase):
     self.assertLess(self.out['parts']['gradients'], TOLERANCE)
     self.assertLess(self.out['parts']['params'], TOLERANCE)
 
+  def test_parts_under_pmap_equal_the_whole(self):
+    self.assertLess(self.out['linear']['difference'], TOLERANCE)
+    self.assertTrue(self.out['linear']['donated'])
+
   @parameterized.parameters(
       ('mixed', ALL), ('text', ('understand',)), ('image', ('generate',)), ('edit', ('edit',)),
       ('thinking', ('plan', 'think_generate')))

@@ -1,4 +1,4 @@
-"""Two processes of four devices equal one of eight, and it reads their checkpoint."""
+"""Two processes of four devices equal one of eight, and it reads their checkpoint; shared rows."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 from absl.testing import absltest
+from absl.testing import parameterized
 import jax_settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,13 +24,13 @@ def free_port():
     return server.getsockname()[1]
 
 
-def start(folder, port, processes, process):
+def start(name, devices, *arguments):
+  """Starts a program of the tests on so many devices."""
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
   return subprocess.Popen(
-      [sys.executable, str(ROOT / 'tests' / 'multi_process_program.py'), str(folder),
-       f'localhost:{port}', str(processes), str(process)], cwd=ROOT,
+      [sys.executable, str(ROOT / 'tests' / name), *map(str, arguments)], cwd=ROOT,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path,
-           'XLA_FLAGS': f'{FLAGS}{8 // processes}'},
+           'XLA_FLAGS': f'{FLAGS}{devices}'},
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -51,12 +52,14 @@ class MultiProcessTest(absltest.TestCase):
     super().setUpClass()
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
-    folder, port = pathlib.Path(folder.name), free_port()
-    both = [start(folder, port, 2, process) for process in range(2)]
+    folder, address = pathlib.Path(folder.name), f'localhost:{free_port()}'
+    run = lambda count, process: start('multi_process_program.py', 8 // count, folder, address,
+                                       count, process)
+    both = [run(2, process) for process in range(2)]
     for process in both:
       cls.addClassCleanup(process.kill)
     cls.files = [finish(process) for process in both]
-    cls.out = finish(start(folder, port, 1, 0))
+    cls.out = finish(run(1, 0))
 
   def test_state_equals_that_of_one_process(self):
     self.assertGreater(self.out['moved'], 2e-4)
@@ -77,6 +80,39 @@ class MultiProcessTest(absltest.TestCase):
   def test_one_process_writes(self):
     self.assertEqual(self.files[0], self.files[1])
     self.assertIn('metrics.jsonl', self.files[0])
+
+
+class RowBlockTest(parameterized.TestCase):
+  """Two processes of two devices; `tensor` spans both on the mesh (1, 1, 4)."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    address = f'localhost:{free_port()}'
+    both = [start('row_block_program.py', 2, address, 2, process) for process in range(2)]
+    for process in both:
+      cls.addClassCleanup(process.kill)
+    cls.found = [finish(process) for process in both]
+
+  @parameterized.parameters(('tensor', 1), ('fsdp', 2), ('mixed', 2), ('data', 2))
+  def test_every_row_is_drawn_once(self, mesh, count):
+    parts = [found[mesh] for found in self.found]
+    self.assertEqual([part['block'] for part in parts],
+                     [[process % count, count] for process in range(2)])
+    rows = list(range(8))
+    for process, part in enumerate(parts):
+      self.assertEqual(part['drawn'], rows[process % count::count])
+      self.assertEqual(part['shape'], [8, 1])
+      self.assertEqual(part['local'], part['drawn'])
+      self.assertCountEqual(part['whole'], rows)
+      self.assertEqual(part['whole'], parts[0]['whole'])
+      for first, shard in part['shards'].items():
+        self.assertEqual(shard, part['whole'][int(first):int(first) + len(shard)])
+
+  def test_processes_that_share_rows_agree(self):
+    for process, found in enumerate(self.found):
+      self.assertEqual(found['tensor']['agreed'], [0] * 8)
+      self.assertEqual(found['fsdp']['agreed'], [process] * 4)
 
 
 if __name__ == '__main__':

@@ -1,56 +1,20 @@
 """Tests of lvrpo_jax.sharding; a mesh of one device and meshes that are only described."""
 
-import functools
 import re
 import types as python_types
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
-from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
 from configs import bagel_7b
-from configs import base
-from lvrpo_jax import job as job_lib
+from lvrpo_jax import pretrain
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
-from lvrpo_jax.models import released
-from lvrpo_jax.models import unified
-
-REPLICATED_KERNELS = {
-    'vae2llm/kernel', 'llm2vae/kernel',  # A few channels on one side.
-}
-"""Kernels that no rule of the table splits."""
-
-
-def described(data=1, fsdp=1, tensor=1):
-  """The part of a mesh that `partition` reads."""
-  return python_types.SimpleNamespace(shape=dict(data=data, fsdp=fsdp, tensor=tensor))
-
-
-def names(tree):
-  return {'/'.join(k.key for k in path): leaf.shape
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-@functools.cache
-def abstract_params():
-  config = base.get_config()
-  data = job_lib.load_symbol(config.data.source, 'data.source')(
-      seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
-      plan=0., describe=0., drop=0.)
-  policy = job_lib.small_policy(config, data)
-  return jax.eval_shape(lambda: unified.init(policy.config, jax.random.key(0)))
-
-
-def autoencoder_names():
-  """Names of the parameters of a released model's autoencoder."""
-  vae = released.autoencoder(bagel_7b.get_config().architecture.to_dict())
-  return names(jax.eval_shape(lambda: vae.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))[
-      'params']))
 
 
 class MeshTest(parameterized.TestCase):
@@ -71,69 +35,86 @@ class MeshTest(parameterized.TestCase):
       sharding.make_mesh((-1, -1, 1), jax.devices()[:1])
 
 
-class PartitionTest(parameterized.TestCase):
+def sliced(slices, count, platform='gpu'):
+  """Devices of several slices; those of TPUs lie in squares of four columns."""
+  return [python_types.SimpleNamespace(
+      id=number, slice_index=number // count, process_index=number // count, platform=platform,
+      device_kind=platform, core_on_chip=0, coords=(number % count // 4, number % 4, 0))
+          for number in range(slices * count)]
+
+
+class SlicesTest(parameterized.TestCase):
+
+  def make(self, shape, devices, slices=(-1, 1, 1)):
+    """The grid of devices that becomes the mesh; jax takes only real ones for a mesh."""
+    with mock.patch.object(sharding, 'Mesh') as mesh:
+      sharding.make_mesh(shape, devices, slices)
+    return mesh.call_args.args[0]
 
   @parameterized.parameters(
-      ('trunk/layers/und/q_proj/kernel', (2, 16, 8), P(None, 'fsdp', 'tensor')),
-      ('trunk/layers/gen/down_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('trunk/layers/und/o_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('vit/layers/fc2/kernel', (2, 9, 8), P(None, None, 'fsdp')),
-      ('vit/patch_embedding/kernel', (9, 8), P(None, 'fsdp')),
-      ('latent_pos_embed', (9, 8), P(None, 'fsdp')),
-      ('decoder/up_0/block_1/conv2/kernel', (3, 3, 4, 8), P(None, None, None, 'fsdp')),
-      ('embed_tokens', (16, 8), P('tensor', 'fsdp')),
-      ('lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
-      ('time_embedder/mlp_0/kernel', (16, 8), P('fsdp', None)),
-      ('connector_fc1/kernel', (16, 8), P('fsdp', None)),
-      ('trunk/layers/und/q_proj/bias', (2, 8), P(None, None)),
-      ('.params/lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
-      ('step', (), P()),
-  )
-  def test_table(self, name, shape, want):
-    self.assertEqual(sharding.partition(name, shape, described(fsdp=4, tensor=2)), want)
+      (4, 8, 'gpu', (-1, 1, 1), (4, 8, 1)), (8, 8, 'gpu', (-1, 1, 1), (8, 8, 1)),
+      (2, 16, 'tpu', (-1, 1, 1), (2, 16, 1)), (2, 64, 'tpu', (-1, 1, 1), (4, 32, 1)),
+      (4, 8, 'gpu', (1, -1, 1), (1, 32, 1)), (8, 8, 'gpu', (1, -1, 1), (2, 32, 1)),
+      (1, 8, 'gpu', (-1, 1, 1), (1, 8, 1)), (1, 64, 'tpu', (-1, 1, 1), (2, 32, 1)))
+  def test_the_largest_model_fits_slices(self, count, each, platform, slices, want):
+    """A size of 0 stays within a slice, unless the config puts slices along its axis."""
+    shape = tuple(bagel_7b.get_config().parallel.mesh)
+    grid = self.make(shape, sliced(count, each, platform), slices)
+    self.assertEqual(grid.shape, want)
+    self.assertLen({d.id for d in grid.flat}, count * each)
 
-  def test_what_rests_is_split_over_data_as_well(self):
-    mesh = described(data=2, fsdp=4, tensor=2)
-    kernel, want = 'lm_head/kernel', P(('data', 'fsdp'), 'tensor')
-    for part in ('.opt_state/[0]/.mu/', '.opt_state/[1]/.nu/', '.old/', '.reference/', '[0]/.mu/'):
-      self.assertEqual(sharding.partition(part + kernel, (16, 8), mesh), want)
-    for part in ('.params/', '.ema/', ''):
-      self.assertEqual(sharding.partition(part + kernel, (16, 8), mesh), P('fsdp', 'tensor'))
-    self.assertEqual(sharding.partition('.old/' + kernel, (12, 8), mesh), P('fsdp', 'tensor'))
-    self.assertEqual(sharding.partition('.old/' + kernel, (16, 8), described(fsdp=4, tensor=2)),
-                     P('fsdp', 'tensor'))
+  def test_slices_lie_along_the_axis_of_the_config(self):
+    for axis, slices in enumerate(((-1, 1, 1), (1, -1, 1), (1, 1, -1))):
+      grid = self.make((4, 4, 4), sliced(4, 16, 'tpu'), slices)
+      self.assertEqual(grid.shape, (4, 4, 4))
+      for number, part in enumerate(np.split(grid, 4, axis)):
+        self.assertEqual({d.slice_index for d in part.flat}, {number})
 
-  def test_axis_that_does_not_divide_is_named(self):
-    with self.assertRaises(ValueError) as caught:
-      sharding.partition('trunk/layers/und/q_proj/kernel', (2, 16, 9), described(tensor=4))
-    for part in ('trunk/layers/und/q_proj/kernel', '(2, 16, 9)', 'axis of 9', '4 devices',
-                 "'tensor'"):
-      self.assertIn(part, str(caught.exception))
-    with self.assertRaisesRegex(ValueError, "axis of 9 .* 2 devices of mesh axis 'fsdp'"):
-      sharding.partition('lm_head/kernel', (9, 8), described(fsdp=2))
+  def test_slices_that_do_not_divide(self):
+    with self.assertRaisesRegex(ValueError, r'parallel.slices is \(4, 1, 1\); allowed: divisors of '
+                                r'parallel.mesh = \(1, 32, 1\)'):
+      self.make((1, 32, 1), sliced(4, 8))
+    with self.assertRaisesRegex(ValueError, r'parallel.slices is \(3, 1, 1\), which does not '
+                                'multiply to the 4 slices'):
+      self.make((-1, 0, 1), sliced(4, 8), (3, 1, 1))
 
-  def test_table_covers_the_kernels(self):
-    shapes = names(abstract_params())
-    kernels = {name for name in shapes if name.endswith('kernel')}
-    self.assertGreater(len(kernels), 20)
-    bare = {name for name in kernels
-            if not any(sharding.partition(name, shapes[name], described()))}
-    self.assertEqual(bare, REPLICATED_KERNELS)
-    every = [*shapes, *autoencoder_names()]
-    for pattern, _ in sharding.TABLE:
-      self.assertTrue(any(re.search(pattern, name) for name in every), pattern)
 
-  def test_most_parameters_are_split(self):
-    shapes = names(abstract_params())
-    size = lambda chosen: sum(int(np.prod(shapes[name])) for name in chosen)
-    split = [name for name in shapes if any(sharding.partition(name, shapes[name], described()))]
-    self.assertGreater(size(split) / size(shapes), 0.85)
+class RowBlockTest(parameterized.TestCase):
 
-  def test_default_model_fits_small_meshes(self):
-    for sizes in (dict(fsdp=8), dict(fsdp=2, tensor=2), dict(tensor=2)):
-      for name, shape in names(abstract_params()).items():
-        sharding.partition(name, shape, described(**sizes))
+  def mesh(self, shape, processes):
+    """A described mesh whose devices belong to these processes, in order."""
+    devices = np.array([python_types.SimpleNamespace(process_index=p) for p in processes])
+    return python_types.SimpleNamespace(devices=devices.reshape(shape),
+                                        shape=dict(zip(sharding.AXES, shape)))
+
+  @parameterized.parameters(
+      ((1, 1, 4), (0, 0, 1, 1), [(0, 1), (0, 1)]),
+      ((2, 1, 2), (0, 0, 1, 1), [(0, 2), (1, 2)]),
+      ((2, 1, 2), (1, 1, 0, 0), [(1, 2), (0, 2)]),
+      ((2, 1, 2), (0, 1, 0, 1), [(0, 1), (0, 1)]),
+      ((2, 2, 2), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+      ((2, 1, 4), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]))
+  def test_blocks(self, shape, processes, want):
+    mesh = self.mesh(shape, processes)
+    for process, block in enumerate(want):
+      with mock.patch.multiple(jax, process_count=lambda: len(want),
+                               process_index=lambda process=process: process):
+        self.assertEqual(sharding.row_block(mesh), block)
+
+  @parameterized.parameters(((3, 1, 2), (0, 0, 0, 1, 1, 1)), ((3, 1, 1), (0, 0, 1)))
+  def test_rows_that_overlap(self, shape, processes):
+    message = re.escape(f'parallel.mesh is {shape} over 2 processes')
+    with mock.patch.multiple(jax, process_count=lambda: 2, process_index=lambda: 0):
+      with self.assertRaisesRegex(ValueError, f'{message}.*allowed: meshes on which any two'):
+        sharding.row_block(self.mesh(shape, processes))
+
+
+  def test_rows_that_processes_cannot_share_evenly(self):
+    """65 rows on 16 processes are no batch of 64."""
+    job = python_types.SimpleNamespace(mesh=self.mesh((16, 1, 1), range(16)))
+    with mock.patch.multiple(jax, process_count=lambda: 16, process_index=lambda: 3):
+      with self.assertRaisesRegex(ValueError, "^65 rows of task 'edit' .* 16 processes"):
+        pretrain.task_batches(job, None, {'generate': 64, 'edit': 65}, None)
 
 
 class TreeTest(absltest.TestCase):

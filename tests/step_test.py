@@ -1,5 +1,8 @@
 """Tests of lvrpo_jax.step, on a linear model."""
 
+import re
+import types as python_types
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -126,17 +129,38 @@ class StepTest(parameterized.TestCase):
     self.assertIsNot(state.old['kernel'], state.params['kernel'])
 
 
-class CompileTest(absltest.TestCase):
+def two_steps(count, runner='jit', **kwargs):
+  """State and metrics after two steps on the first `count` devices, and whether the states before
+  are gone."""
+  mesh = sharding.make_mesh((-1, 1, 1), jax.devices()[:count])
+  optimizer = optax.adam(0.01, eps=1e-3)
+  step = step_lib.compile_step(make_loss(), optimizer, mesh, ema_decay=0.5, runner=runner, **kwargs)
+  state, gone = step_lib.init(make_params(), optimizer, ema=True), []
+  for _ in range(2):
+    before = state
+    state, metrics = step(before, FROZEN, make_batch())
+    gone += [x.is_deleted() for x in jax.tree.leaves(before)]
+  return (state, metrics), all(gone)
 
-  def test_runners_agree(self):
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    optimizer = optax.adam(0.01, eps=1e-3)
-    out = []
-    for runner in ('jit', 'pmap'):
-      step = step_lib.compile_step(make_loss(), optimizer, mesh, ema_decay=0.5, runner=runner)
-      out.append(step(step_lib.init(make_params(), optimizer, ema=True), FROZEN, make_batch()))
-    close(out[0], out[1])
-    self.assertEqual(out[0][0].params['kernel'].shape, out[1][0].params['kernel'].shape)
+
+class CompileTest(parameterized.TestCase):
+
+  @parameterized.parameters(dict(), dict(micro_batches=2), dict(micro_batches=2, group_parts=2))
+  def test_runners_agree(self, **parts):
+    one, two = two_steps(1)[0], two_steps(1, 'pmap', **parts)[0]
+    close(one, two)
+    jax.tree.map(lambda a, b: self.assertEqual(a.shape, b.shape), one, two)
+
+  @parameterized.parameters('jit', 'pmap')
+  def test_state_is_donated(self, runner):
+    self.assertTrue(two_steps(1, runner)[1])
+
+  @parameterized.parameters((1, 4, 1), (2, 1, 2), (1, 2, 2))
+  def test_pmap_on_a_mesh_that_splits_parameters(self, *shape):
+    mesh = python_types.SimpleNamespace(shape=dict(zip(sharding.AXES, shape)))
+    message = re.escape(f"parallel.runner is 'pmap' and parallel.mesh is {shape}; allowed: 'jit'")
+    with self.assertRaisesRegex(ValueError, message):
+      step_lib.compile_step(make_loss(), optax.sgd(1.), mesh, runner='pmap')
 
   def test_unknown_runner(self):
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])

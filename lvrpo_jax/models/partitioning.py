@@ -18,8 +18,14 @@ Array = jax.Array
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-  """Lays out an activation by the logical names of its leading axes; the rest is not split."""
-  return nn.with_logical_constraint(x, names + (None,) * (x.ndim - len(names)))
+  """Lays out an activation by the logical names of its leading axes; the rest is not split.
+
+  Raises:
+    ValueError: an axis does not divide, see `parts_of`.
+  """
+  kept = [name if name and parts_of(name, size) > 1 else None
+          for name, size in zip(names, x.shape)]
+  return nn.with_logical_constraint(x, (*kept, *[None] * (x.ndim - len(names))))
 
 
 def resolve(name: str) -> Any:
@@ -38,15 +44,37 @@ def shards(name: str) -> int:
   return count
 
 
+def parts_of(name: str, size: int) -> int:
+  """Parts that an axis of this name and size is split into on the mesh of this trace.
+
+  An axis of 1 is not split: a single row, such as one prompt on several devices, has no parts, and
+  every device computes it.
+
+  Raises:
+    ValueError: the axis does not divide. XLA would pad it, or give all of it to every device, and
+      say nothing.
+  """
+  parts = 1 if size == 1 else shards(name)
+  if size % parts:
+    axes = resolve(name)
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    raise ValueError(f'an axis of {size} {name} does not divide over the {parts} devices of mesh '
+                     f'axes {axes!r} (the mesh is {mesh}); allowed: 1, and multiples of {parts}')
+  return parts
+
+
 def together(function: Callable[..., Any], *arrays: list[Array]) -> list[Any]:
   """`function(x, ...)` on the features of every entry (B, ..., D) of the lists, in one call.
 
   A weight is then gathered once and its gradient reduced once, however many entries there are. Rows
   are folded so that no token leaves its device.
+
+  Raises:
+    ValueError: the rows do not divide, see `parts_of`.
   """
   if len(arrays[0]) == 1:
     return [function(*(xs[0] for xs in arrays))]
-  parts = shards('rows')
+  parts = parts_of('rows', arrays[0][0].shape[0])
   fold = lambda x: constrain(x.reshape(parts, -1, x.shape[-1]), 'rows')
   folded = [[fold(x) for x in xs] for xs in arrays]
   bounds = [0]

@@ -1,0 +1,59 @@
+"""Rows and heads that do not divide over four devices are refused; see `rows_program`."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax_settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = f'{jax_settings.QUICK_COMPILE} --xla_force_host_platform_device_count=4'
+
+
+class RowsTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tests' / 'rows_program.py')], cwd=ROOT,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FLAGS, 'PYTHONPATH': path},
+        capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+      raise AssertionError(f'the program failed:\n{done.stderr[-4000:]}')
+    cls.out = json.loads(done.stdout.splitlines()[-1])
+
+  @parameterized.parameters(
+      ('rows_8', [2, 3]), ('rows_1', [1, 3]), ('heads_4', [1, 5, 2, 3]),
+      ('together_4', [1, 2, 3, 5]), ('together_1', [1, 2, 2, 5]))
+  def test_parts_of_a_device(self, case, want):
+    """A single row is whole everywhere."""
+    self.assertEqual(self.out[case], want)
+
+  @parameterized.parameters(
+      ('rows_6', 'an axis of 6 rows', '4 devices', "'data': 4"),
+      ('rows_6_fsdp', 'an axis of 6 rows', '4 devices', "'fsdp': 2"),
+      ('heads_3', 'an axis of 3 heads', '2 devices', "'tensor'"),
+      ('together_2', 'an axis of 2 rows', '4 devices', 'multiples of 4'),
+      ('step_6', 'edit/mask: 6 rows in 1 parts', '(4, 1, 1)', 'multiples of 4 rows'),
+      ('step_8_in_4', 'edit/mask: 8 rows in 4 parts', '(2, 2, 1)', 'parallel.micro_batches'),
+      ('step_8_in_8', 'edit/mask: 8 rows in 8 parts', '4 devices', 'multiples of 32 rows'),
+      ('step_8_in_3', 'edit/mask: 8 rows do not divide into 3 parts', 'parallel.micro_batches'),
+      ('step_8_groups', 'edit/mask: 8 rows in 4 parts', 'parallel.group_parts'))
+  def test_what_does_not_divide_is_named(self, case, *parts):
+    self.assertStartsWith(self.out[case], 'ValueError: ')
+    for part in parts:
+      self.assertIn(part, self.out[case])
+
+  def test_steps_agree(self):
+    self.assertAlmostEqual(self.out['step_8_parts'], self.out['step_8'], places=5)
+    self.assertAlmostEqual(self.out['step_8_pmap'], self.out['step_8'], places=5)
+
+
+if __name__ == '__main__':
+  absltest.main()
