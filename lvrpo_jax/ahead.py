@@ -219,6 +219,7 @@ def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = 
       'hbm_peak_bytes': int(peak), 'hbm_share': round(peak / chip.hbm, 3),
       'fits': bool(peak <= (1 - SPARE) * chip.hbm), 'flops': arithmetic,
       'collective_bytes': {k: int(v) for k, v in moved.items()},
+      'unknown_loops': len(hlo.unknown_loops(text)),
       'arithmetic_seconds': round(arithmetic / chip.flops, 3),
       'memory_seconds': round(traffic / chip.bandwidth, 3),
       'network_seconds': round(sum(moved.values()) / chip.network, 3)}

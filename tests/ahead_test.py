@@ -87,6 +87,7 @@ class ProgramsTest(absltest.TestCase):
     self.assertAlmostEqual(out['hbm_bytes']['resident'] / size, 5., delta=0.01)
     self.assertAlmostEqual(out['arithmetic_seconds'], out['flops'] / 1e9, delta=1e-3)
     self.assertEqual(sum(out['collective_bytes'].values()), 0)
+    self.assertEqual(out['unknown_loops'], 0)
     self.assertEqual(out['fits'], out['hbm_peak_bytes'] <= 0.85e6)
 
 
