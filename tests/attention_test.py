@@ -1,6 +1,7 @@
 """Tests of lvrpo_jax.models.attention and lvrpo_jax.models.layers."""
 
 import functools
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -235,9 +236,9 @@ class LayersTest(parameterized.TestCase):
     np.testing.assert_allclose(got[1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-6)
 
 
-def case(masked, seed=0):
+def case(masked, seed=0, L=72):
   """Queries and blocks (a context that rows share, and the rows themselves) of grouped heads."""
-  B, M, L, S, H, J, K = 2, 2, 72, 40, 4, 2, 16
+  B, M, S, H, J, K = 2, 2, 40, 4, 2, 16
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   valid = jnp.asarray(rng.random((B, S)) < 0.7).at[:, 0].set(True)
@@ -281,6 +282,22 @@ class ImplementationsTest(parameterized.TestCase):
     want = value_and_gradients(attention.attend_xla, q, blocks)
     got = value_and_gradients(attend, q, blocks)
     self.assertGreater(min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)), 0.1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
+
+  @parameterized.parameters('context', 'causal', 'alone', 'dense')
+  def test_cudnn_gets_even_lengths(self, masked):
+    """65 queries see 65 or 105 keys, which cuDNN refuses in training."""
+    plain = jax.nn.dot_product_attention
+
+    def refusing(q, k, v, **options):
+      self.assertEqual((q.shape[1] % 2, k.shape[1] % 2, v.shape[1] % 2), (0, 0, 0))
+      self.assertEqual(options['mask'].shape[2:], (q.shape[1], k.shape[1]))
+      return plain(q, k, v, **options)
+    q, blocks = case(masked, L=65)
+    want = value_and_gradients(attention.attend_xla, q, blocks)
+    with mock.patch.object(jax.nn, 'dot_product_attention', refusing):
+      got = value_and_gradients(
+          functools.partial(attention.attend_cudnn, implementation='xla'), q, blocks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
 
   @parameterized.parameters('splash', 'cudnn', 'xla')
