@@ -242,9 +242,11 @@ def case(masked, seed=0, L=72):
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   valid = jnp.asarray(rng.random((B, S)) < 0.7).at[:, 0].set(True)
+  own = jnp.asarray(np.random.default_rng(seed + 1).random((B, L)) < 0.7)
   mask = {
       'context': (attention.Mask(keys=valid), attention.Mask()),
       'causal': (attention.Mask(keys=valid), attention.Mask(causal=True)),
+      'causal_padded': (attention.Mask(keys=valid), attention.Mask(keys=own, causal=True)),
       'alone': (None, attention.Mask()),
       'dense': (None, attention.Mask(jnp.asarray(
           rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool))),
@@ -268,11 +270,23 @@ def value_and_gradients(attend, q, blocks):
   return out, grads
 
 
+class MaskTest(parameterized.TestCase):
+
+  def test_arrays(self):
+    keys = jnp.asarray([[True, False, True], [False, True, True]])
+    every, causal = np.ones((3, 3), bool), np.tri(3, dtype=bool)
+    for mask, want in ((attention.Mask(), [every]), (attention.Mask(causal=True), [causal]),
+                       (attention.Mask(keys=keys), [every & row for row in keys]),
+                       (attention.Mask(keys=keys, causal=True), [causal & row for row in keys])):
+      got = jnp.broadcast_to(mask.array(3, 3), (len(want), 1, 3, 3))
+      np.testing.assert_array_equal(got[:, 0], want)
+
+
 class ImplementationsTest(parameterized.TestCase):
   """The kernels of accelerators, interpreted, against the plain one."""
 
   @parameterized.product(
-      masked=('context', 'causal', 'alone', 'dense'), name=('splash', 'cudnn'))
+      masked=('context', 'causal', 'causal_padded', 'alone', 'dense'), name=('splash', 'cudnn'))
   def test_agrees_with_xla(self, masked, name):
     attend = {
         'splash': functools.partial(attention.attend_splash, interpret=True),

@@ -66,7 +66,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 
 @struct.dataclass
 class Mask:
-  """Which keys of a block the queries may see.
+  """Which keys of a block the queries may see: those that all parts allow, or a dense mask alone.
 
   Attributes:
     dense: bool, broadcasts against (B, M, L, S), or None: all that the rest allows.
@@ -81,10 +81,9 @@ class Mask:
     """The mask as one array that broadcasts against (B, M, L, S)."""
     if self.dense is not None:
       return self.dense
-    if self.keys is not None:
-      return self.keys[:, None, None]
-    ones = jnp.ones((length, keys), bool)
-    return (jnp.tril(ones) if self.causal else ones)[None, None]
+    ones = jnp.ones((length if self.causal else 1, keys), bool)
+    seen = (jnp.tril(ones) if self.causal else ones)[None, None]
+    return seen if self.keys is None else seen & self.keys[:, None, None]
 
 
 SHORT = 64
