@@ -90,25 +90,32 @@ def bytes_of(tree: Any) -> float:
 
 
 def devices(topology: str) -> list[Any]:
-  """The devices of a topology such as 'v5p:4x4x4'.
+  """The devices of a topology such as 'v5p:4x4x4', one a chip.
 
   Raises:
-    ValueError: no such topology, or libtpu is missing.
+    ValueError: no such topology, libtpu is missing, or it describes other devices than chips.
   """
   kind, _, shape = topology.partition(':')
-  cores = math.prod(int(side) for side in shape.split('x') if side.isdigit()) * (
-      2 if kind in ('v4', 'v5p') else 1)
+  chips = math.prod(int(side) for side in shape.split('x') if side.isdigit())
   # libtpu asks the cloud's metadata server where it runs unless it is told.
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{kind}-{cores}')
+  # These two are named by their cores, two a chip.
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE',
+                        f'{kind}-{chips * (2 if kind in ("v4", "v5p") else 1)}')
   # Nothing runs on a TPU here, so several compilations may go on at once.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  # Programs see a v4 chip as one device; libtpu describes its cores unless it is asked for that.
+  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
-    return list(topologies.get_topology_desc(topology, platform='tpu').devices)
+    found = list(topologies.get_topology_desc(topology, platform='tpu', **options).devices)
   except Exception as error:  # The plugin raises whatever it likes.
     raise ValueError(f'config.topology is {topology!r}, which cannot be described ({error}); '
                      "expected a name such as 'v5p:4x4x4', and libtpu installed") from error
+  if len(found) != chips:
+    raise ValueError(f'config.topology is {topology!r}, which libtpu describes as {len(found)} '
+                     f'devices; expected one for each of its {chips} chips')
+  return found
 
 
 def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> job_lib.Job:

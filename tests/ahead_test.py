@@ -3,9 +3,12 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import re
 import tempfile
+import types
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -120,6 +123,21 @@ class TopologyTest(parameterized.TestCase):
     config.topology = topology
     with self.assertRaisesRegex(ValueError, f"config.topology is '{topology}'; allowed: .*v5p"):
       ahead.run(config, pathlib.Path('unused'))
+
+
+  @parameterized.parameters(('v4:2x2x2', 'megacore', 'v4-16'), ('v5p:2x2x2', None, 'v5p-16'),
+                            ('v6e:2x4', None, 'v6e-8'))
+  def test_a_chip_is_a_device(self, topology, asked, accelerator):
+    described = lambda count: types.SimpleNamespace(devices=[object() for _ in range(count)])
+    with mock.patch.dict(os.environ), mock.patch.object(
+        ahead.topologies, 'get_topology_desc', return_value=described(8)) as describe:
+      os.environ.pop('TPU_ACCELERATOR_TYPE', None)
+      self.assertLen(ahead.devices(topology), 8)
+      self.assertEqual(os.environ['TPU_ACCELERATOR_TYPE'], accelerator)
+      self.assertEqual(describe.call_args.kwargs.get('chip_config_name'), asked)
+      describe.return_value = described(16)
+      with self.assertRaisesRegex(ValueError, f"'{topology}'.* 16 devices; .* 8 chips"):
+        ahead.devices(topology)
 
 
 class ReplicatedTest(absltest.TestCase):
