@@ -65,11 +65,22 @@ SPARE = 0.15
 """Share of a chip's memory that should stay free."""
 
 
+WHOLE = 2 ** 20
+"""Bytes that an array of a program's state may take on every chip."""
+
+
 class Traced(NamedTuple):
-  """A program with its abstract arguments: all that is needed to compile it."""
+  """A program with its abstract arguments: all that is needed to compile it.
+
+  Attributes:
+    held: parameters and states among the arguments, by name.
+    resident: bytes on a chip that stay while the program runs, though it does not read them.
+    loop: passes of a loop whose number the program does not tell.
+  """
   function: Any
   arguments: tuple[Any, ...]
   mesh: Mesh
+  held: dict[str, Any]
   resident: float
   loop: int
 
@@ -185,22 +196,30 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
                     job.rollout_dtype)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     asked = prompts(job, {t: n for t, n in sizes.items() if t in tasks}, rows)
-    return Traced(jax.jit(collector.sample), (mine, vae(mesh), asked, step), mesh, bytes_of(state),
-                  job.config.data.answer_words + 1)
+    held = {weights.BASE: mine, weights.VAE: vae(mesh)}
+    return Traced(jax.jit(collector.sample), (mine, vae(mesh), asked, step), mesh, held,
+                  bytes_of(state), job.config.data.answer_words + 1)
 
   def train() -> Traced:
     factors = {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(job.mesh, P()))
                for name in losses.FACTORS}
     frozen = {'vae': vae(job.mesh), 'factors': factors}
     arguments = state, frozen, batch(job, sharding.rows_sharding(job.mesh))
-    return Traced(sharding.traceable(update), arguments, job.mesh, 0., 1)
+    held = {'state': state, weights.VAE: frozen['vae']}
+    return Traced(sharding.traceable(update), arguments, job.mesh, held, 0., 1)
   return {'text': lambda: rollout((pipeline.UNDERSTAND,)),
           'image': lambda: rollout((pipeline.GENERATE, pipeline.EDIT)), 'step': train}
 
 
 def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = None
             ) -> dict[str, Any]:
-  """Compiles a program and counts what it takes, on one chip unless said otherwise."""
+  """Compiles a program and counts what it takes, on one chip unless said otherwise.
+
+  `flops` is the arithmetic of the whole program over the number of chips: what each does where none
+  is done twice. What is not split over all axes of the mesh, such as the vision tower over
+  `tensor`, every chip of the axis repeats, so chips do no less than that. Bytes are counted in the
+  program of one chip, repetitions included.
+  """
   chips = program.mesh.size
   with sharding.scope(program.mesh):
     traced = program.function.trace(*program.arguments)
@@ -226,7 +245,7 @@ def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = 
       'hbm_peak_bytes': int(peak), 'hbm_share': round(peak / chip.hbm, 3),
       'fits': bool(peak <= (1 - SPARE) * chip.hbm), 'flops': arithmetic,
       'collective_bytes': {k: int(v) for k, v in moved.items()},
-      'unknown_loops': len(hlo.unknown_loops(text)),
+      'unknown_loops': len(hlo.unknown_loops(text)), 'replicated': large_replicated(program.held),
       'arithmetic_seconds': round(arithmetic / chip.flops, 3),
       'memory_seconds': round(traffic / chip.bandwidth, 3),
       'network_seconds': round(sum(moved.values()) / chip.network, 3)}
@@ -243,9 +262,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise ValueError(f'config.topology is {config.topology!r}; allowed: {sorted(CHIPS)} with a '
                      "shape, such as 'v5p:4x4x4'")
   job = build(config, workdir)
-  replicated = large_replicated(job)
-  if replicated:
-    logging.warning('replicated parameters above 1 MB: %s', replicated)
   made = programs(job)
   workdir.mkdir(parents=True, exist_ok=True)
   for name in config.compile.programs:
@@ -267,14 +283,14 @@ def passes(job: job_lib.Job, measured: dict[str, Any]) -> float:
   return sum(measured['collective_bytes'].values()) / turns / (3 * 2 * float(count))
 
 
-def large_replicated(job: job_lib.Job, limit: float = 2 ** 20) -> list[tuple[str, int]]:
-  """Parameters above `limit` bytes that every device holds whole."""
-  out = []
-  for kind in (weights.BASE, weights.VAE):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights.template(job, kind)):
-      size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-      if job.mesh.size > 1 and leaf.sharding.is_fully_replicated and size > limit:
-        out.append((sharding.name(path), size))
+def large_replicated(tree: Any, limit: float = WHOLE) -> dict[str, int]:
+  """Bytes, by name, of the abstract arrays above `limit` that each of several devices holds whole.
+  """
+  out = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    if leaf.sharding.mesh.size > 1 and leaf.sharding.is_fully_replicated and size > limit:
+      out[sharding.name(path)] = size
   return out
 
 

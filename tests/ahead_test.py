@@ -1,6 +1,7 @@
 """Tests of lvrpo_jax.ahead: what it compiles is what a run calls. A pod's programs need libtpu."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax import numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from configs import tiny
@@ -140,15 +142,59 @@ class TopologyTest(parameterized.TestCase):
         ahead.devices(topology)
 
 
-class ReplicatedTest(absltest.TestCase):
+AXES = (AxisType.Auto,) * 3
 
-  def test_one_device_replicates_nothing(self):
-    self.assertEqual(ahead.large_replicated(make_job(), limit=0), [])
 
-  def test_bytes_follow_the_partition(self):
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    tree = {'a': jax.ShapeDtypeStruct((3, 5), jnp.bfloat16, sharding=sharding.rows_sharding(mesh))}
-    self.assertEqual(ahead.bytes_of(tree), 30.)
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device of which nothing is asked but where it stands in a mesh."""
+  id: int
+  platform: str = 'cpu'
+  device_kind: str = 'cpu'
+  process_index: int = 0
+
+
+class PartitionTest(parameterized.TestCase):
+  """Meshes of several devices that are only described."""
+
+  @parameterized.parameters(
+      ((2, 4, 1), P('fsdp', 'tensor'), 8. * 16 * 2 / 4), ((2, 2, 2), P('fsdp', 'tensor'), 64.),
+      ((8, 1, 1), P('fsdp', 'tensor'), 256.), ((2, 4, 1), P(('data', 'fsdp')), 32.))
+  def test_bytes_follow_the_partition(self, shape, spec, wanted):
+    mesh = AbstractMesh(shape, sharding.AXES, axis_types=AXES)
+    leaf = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    self.assertEqual(ahead.bytes_of({'a': leaf, 'b': [leaf]}), 2 * wanted)
+
+  def test_what_every_device_holds_whole(self):
+    def tree(*shape):
+      mesh = AbstractMesh(shape, sharding.AXES, axis_types=AXES)
+      leaf = lambda spec: jax.ShapeDtypeStruct((512, 1024), jnp.float32,
+                                               sharding=NamedSharding(mesh, spec))
+      small = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=NamedSharding(mesh, P()))
+      return {'a': {'fsdp': leaf(P('fsdp')), 'tensor': leaf(P(None, 'tensor'))},
+              'none': leaf(P()), 'small': small}
+    size = 2 ** 21
+    self.assertEqual(ahead.large_replicated(tree(2, 2, 2)), {'none': size})
+    self.assertEqual(ahead.large_replicated(tree(2, 1, 4)), {'none': size, 'a/fsdp': size})
+    self.assertEqual(ahead.large_replicated(tree(8, 1, 1)),
+                     {'none': size, 'a/fsdp': size, 'a/tensor': size})
+    self.assertEqual(ahead.large_replicated(tree(1, 1, 1)), {})
+    self.assertLen(ahead.large_replicated(tree(2, 2, 2), limit=0), 2)
+
+  def test_each_program_is_looked_at_on_its_own_mesh(self):
+    """With fsdp in the update, and none in rollouts."""
+    config = tiny.get_config()
+    config.align.update(understand=8, generate=8, edit=8)
+    config.parallel.update(mesh=(1, 4, 2), rollout_mesh=(4, 1, 2))
+    chips = [Chip(id=number) for number in range(8)]
+    with mock.patch.object(ahead, 'devices', return_value=chips):
+      programs = ahead.programs(ahead.build(config, pathlib.Path('unused')))
+    found = {name: set(ahead.large_replicated(make().held, limit=500))
+             for name, make in programs.items()}
+    self.assertContainsSubset({'base/connector_fc1/kernel', 'base/vit_pos_embed'}, found['text'])
+    self.assertEqual(found['text'], found['image'])
+    # The small autoencoder is split nowhere.
+    self.assertEqual({name.split('/')[0] for name in found['step']}, {weights.VAE})
 
 
 if __name__ == '__main__':
