@@ -65,11 +65,29 @@ SPARE = 0.15
 """Share of a chip's memory that should stay free."""
 
 
+WHOLE = 2 ** 20
+"""Bytes that an array of a program's state may take on every chip."""
+RATIO = 1.3
+"""What a micro-batch of an update may move, in units of three passes over the parameters in 16 bits.
+"""
+
+
+class Exceeded(Exception):
+  """A program takes more than it should; the message says which and of what."""
+
+
 class Traced(NamedTuple):
-  """A program with its abstract arguments: all that is needed to compile it."""
+  """A program with its abstract arguments: all that is needed to compile it.
+
+  Attributes:
+    held: parameters and states among the arguments, by name.
+    resident: bytes on a chip that stay while the program runs, though it does not read them.
+    loop: passes of a loop whose number the program does not tell.
+  """
   function: Any
   arguments: tuple[Any, ...]
   mesh: Mesh
+  held: dict[str, Any]
   resident: float
   loop: int
 
@@ -90,25 +108,32 @@ def bytes_of(tree: Any) -> float:
 
 
 def devices(topology: str) -> list[Any]:
-  """The devices of a topology such as 'v5p:4x4x4'.
+  """The devices of a topology such as 'v5p:4x4x4', one a chip.
 
   Raises:
-    ValueError: no such topology, or libtpu is missing.
+    ValueError: no such topology, libtpu is missing, or it describes other devices than chips.
   """
   kind, _, shape = topology.partition(':')
-  cores = math.prod(int(side) for side in shape.split('x') if side.isdigit()) * (
-      2 if kind in ('v4', 'v5p') else 1)
+  chips = math.prod(int(side) for side in shape.split('x') if side.isdigit())
   # libtpu asks the cloud's metadata server where it runs unless it is told.
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{kind}-{cores}')
+  # These two are named by their cores, two a chip.
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE',
+                        f'{kind}-{chips * (2 if kind in ("v4", "v5p") else 1)}')
   # Nothing runs on a TPU here, so several compilations may go on at once.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  # Programs see a v4 chip as one device; libtpu describes its cores unless it is asked for that.
+  options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
-    return list(topologies.get_topology_desc(topology, platform='tpu').devices)
+    found = list(topologies.get_topology_desc(topology, platform='tpu', **options).devices)
   except Exception as error:  # The plugin raises whatever it likes.
     raise ValueError(f'config.topology is {topology!r}, which cannot be described ({error}); '
                      "expected a name such as 'v5p:4x4x4', and libtpu installed") from error
+  if len(found) != chips:
+    raise ValueError(f'config.topology is {topology!r}, which libtpu describes as {len(found)} '
+                     f'devices; expected one for each of its {chips} chips')
+  return found
 
 
 def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> job_lib.Job:
@@ -179,7 +204,9 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     asked = prompts(job, {t: n for t, n in sizes.items() if t in tasks}, rows)
     scales = abstract(collector.eta_T, NamedSharding(mesh, P()))
-    return Traced(jax.jit(collector.sample), ((mine,), vae(mesh), asked, step, scales), mesh, bytes_of(state),
+    held = {weights.BASE: mine, weights.VAE: vae(mesh)}
+    arguments = (mine,), held[weights.VAE], asked, step, scales
+    return Traced(jax.jit(collector.sample), arguments, mesh, held, bytes_of(state),
                   job.config.data.answer_words + 1)
 
   def train() -> Traced:
@@ -187,14 +214,21 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
                for name in losses.FACTORS}
     frozen = {'vae': vae(job.mesh), 'factors': factors}
     arguments = state, frozen, batch(job, sharding.rows_sharding(job.mesh))
-    return Traced(sharding.traceable(update), arguments, job.mesh, 0., 1)
+    held = {'state': state, weights.VAE: frozen['vae']}
+    return Traced(sharding.traceable(update), arguments, job.mesh, held, 0., 1)
   return {'text': lambda: rollout((pipeline.UNDERSTAND,)),
           'image': lambda: rollout((pipeline.GENERATE, pipeline.EDIT)), 'step': train}
 
 
 def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = None
             ) -> dict[str, Any]:
-  """Compiles a program and counts what it takes, on one chip unless said otherwise."""
+  """Compiles a program and counts what it takes, on one chip unless said otherwise.
+
+  `flops` is the arithmetic of the whole program over the number of chips: what each does where none
+  is done twice. What is not split over all axes of the mesh, such as the vision tower over
+  `tensor`, every chip of the axis repeats, so chips do no less than that. Bytes are counted in the
+  program of one chip, repetitions included.
+  """
   chips = program.mesh.size
   with sharding.scope(program.mesh):
     traced = program.function.trace(*program.arguments)
@@ -220,6 +254,7 @@ def measure(name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = 
       'hbm_peak_bytes': int(peak), 'hbm_share': round(peak / chip.hbm, 3),
       'fits': bool(peak <= (1 - SPARE) * chip.hbm), 'flops': arithmetic,
       'collective_bytes': {k: int(v) for k, v in moved.items()},
+      'unknown_loops': len(hlo.unknown_loops(text)), 'replicated': large_replicated(program.held),
       'arithmetic_seconds': round(arithmetic / chip.flops, 3),
       'memory_seconds': round(traffic / chip.bandwidth, 3),
       'network_seconds': round(sum(moved.values()) / chip.network, 3)}
@@ -230,16 +265,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   Raises:
     ValueError: the topology is unknown, or sizes do not divide over it.
+    Exceeded: after all programs, that one is above a limit.
   """
   kind = config.topology.split(':')[0]
   if kind not in CHIPS:
     raise ValueError(f'config.topology is {config.topology!r}; allowed: {sorted(CHIPS)} with a '
                      "shape, such as 'v5p:4x4x4'")
   job = build(config, workdir)
-  replicated = large_replicated(job)
-  if replicated:
-    logging.warning('replicated parameters above 1 MB: %s', replicated)
-  made = programs(job)
+  made, faults = programs(job), []
   workdir.mkdir(parents=True, exist_ok=True)
   for name in config.compile.programs:
     logging.info('compiling %s for %d chips', name, job.mesh.size)
@@ -247,9 +280,28 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
            **measure(name, made[name](), CHIPS[kind], workdir / 'hlo')}
     if name == 'step':
       out['collective_ratio'] = round(passes(job, out), 3)
+      out['objective'] = job.config.align.objective
+    faults += exceeded(out)
     print(json.dumps(out), flush=True)
     with (workdir / 'compile.jsonl').open('a') as file:
       file.write(json.dumps(out) + '\n')
+  if faults:
+    raise Exceeded('; '.join(faults))
+
+
+def exceeded(measured: dict[str, Any]) -> list[str]:
+  """What of a program's measures is above its limit."""
+  out, name = [], measured['program']
+  if not measured['fits']:
+    out.append(f'{name}: fits is false, hbm_share is {measured["hbm_share"]}; allowed: at most '
+               f'{1 - SPARE}')
+  if measured.get('collective_ratio', 0.) > RATIO:
+    out.append(f'{name}: collective_ratio is {measured["collective_ratio"]}; allowed: at most '
+               f'{RATIO}')
+  if measured['replicated']:
+    out.append(f'{name}: replicated, above {WHOLE} bytes, are '
+               f'{", ".join(sorted(measured["replicated"]))}; allowed: none')
+  return out
 
 
 def passes(job: job_lib.Job, measured: dict[str, Any]) -> float:
@@ -260,14 +312,14 @@ def passes(job: job_lib.Job, measured: dict[str, Any]) -> float:
   return sum(measured['collective_bytes'].values()) / turns / (3 * 2 * float(count))
 
 
-def large_replicated(job: job_lib.Job, limit: float = 2 ** 20) -> list[tuple[str, int]]:
-  """Parameters above `limit` bytes that every device holds whole."""
-  out = []
-  for kind in (weights.BASE, weights.VAE):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights.template(job, kind)):
-      size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-      if job.mesh.size > 1 and leaf.sharding.is_fully_replicated and size > limit:
-        out.append((sharding.name(path), size))
+def large_replicated(tree: Any, limit: float = WHOLE) -> dict[str, int]:
+  """Bytes, by name, of the abstract arrays above `limit` that each of several devices holds whole.
+  """
+  out = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    if leaf.sharding.mesh.size > 1 and leaf.sharding.is_fully_replicated and size > limit:
+      out[sharding.name(path)] = size
   return out
 
 

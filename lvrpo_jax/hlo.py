@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 WIDTHS = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2,
           'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
@@ -26,6 +27,7 @@ _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(r'replica_groups=\{\{([\d,]+)\}')
 _IOTA = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_INTEGER = re.compile(r'[su]\d+\[\]')
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 
 
@@ -40,6 +42,27 @@ class Instruction:
 
 Program = dict[str, list[Instruction]]
 """Instructions of every computation."""
+
+
+class Affine(NamedTuple):
+  """An integer: an element of a loop's state (None: nothing) plus a constant."""
+  element: int | None
+  added: int
+
+
+class Computation:
+  """A computation by the names of its instructions.
+
+  Attributes:
+    given: what is known of its parameters, by number; that of a loop is the state, a tuple.
+  """
+
+  def __init__(self, body: list[Instruction], program: Program,
+               given: dict[int, Affine | None]):
+    self.body = {i.name: i for i in body}
+    self.root = next((i for i in body if i.line.lstrip().startswith('ROOT ')), None)
+    self.program = program
+    self.given = given
 
 
 def size(shape: str) -> float:
@@ -74,48 +97,139 @@ def computations(text: str) -> tuple[str, Program]:
   return entry, out
 
 
+def _arguments(i: Instruction) -> str:
+  return i.line.split(f' {i.opcode}(', 1)[1].split('), ')[0]
+
+
+def _names(i: Instruction) -> list[str]:
+  """Names of the operands."""
+  return re.findall(r'%([\w.\-]+)', _arguments(i))
+
+
 def calls(i: Instruction) -> list[str]:
   """Names of the computations that an instruction runs."""
   lists = ''.join(found + ',' for found in _LISTED.findall(i.line))
   return _CALLED.findall(i.line) + re.findall(r'[\w.\-]+', lists)
 
 
+def _scalar(name: str, within: Computation) -> Affine | None:
+  """An integer of a computation as an element of the loop's state plus a constant, if it is one."""
+  i = within.body.get(name)
+  if i is None or not _INTEGER.match(i.shape):
+    return None
+  if i.opcode == 'constant':
+    return Affine(None, int(re.search(r'constant\((-?\d+)\)', i.line)[1]))
+  if i.opcode == 'parameter':
+    return within.given.get(int(re.search(r'parameter\((\d+)\)', i.line)[1]))
+  if i.opcode == 'get-tuple-element':
+    source = within.body.get(_names(i)[0])
+    state = source is not None and source.opcode == 'parameter'
+    return Affine(int(re.search(r'\), index=(\d+)', i.line)[1]), 0) if state else None
+  if i.opcode == 'fusion':
+    inside = _inside(i, within)
+    return _scalar(inside.root.name, inside)
+  if i.opcode in ('copy', 'bitcast', 'convert'):
+    return _scalar(_names(i)[0], within)
+  if i.opcode not in ('add', 'subtract'):
+    return None
+  one, two = (_scalar(operand, within) for operand in _names(i))
+  if one is None or two is None:
+    return None
+  if i.opcode == 'subtract':
+    return Affine(one.element, one.added - two.added) if two.element is None else None
+  if None not in (one.element, two.element):
+    return None
+  return Affine(one.element if two.element is None else two.element, one.added + two.added)
+
+
+def _inside(i: Instruction, within: Computation) -> Computation:
+  """What a fusion of a computation runs."""
+  values = enumerate(_scalar(operand, within) for operand in _names(i))
+  return Computation(within.program.get(calls(i)[0], []), within.program, dict(values))
+
+
+def _bounds(within: Computation) -> Iterator[tuple[int, int, str]]:
+  """Elements of the state that a condition compares with a constant: element, constant, how."""
+  for i in within.body.values():
+    if i.opcode == 'fusion':
+      yield from _bounds(_inside(i, within))
+    if i.opcode != 'compare':
+      continue
+    one, two = (_scalar(operand, within) for operand in _names(i))
+    direction = re.search(r'direction=(\w+)', i.line)[1]
+    if one and two and one.element is None:
+      one, two, direction = two, one, direction.translate(str.maketrans('LG', 'GL'))
+    if one and two and one.element is not None and two.element is None:
+      yield one.element, two.added - one.added, direction
+
+
+def passes(i: Instruction, outer: list[Instruction], program: Program) -> float | None:
+  """How often a loop runs, at most where it can end early; None where its text does not say.
+
+  Args:
+    outer: the computation that holds the loop.
+  """
+  known = _TRIPS.search(i.line)
+  if known:
+    return float(known[1])
+  # XLA:TPU does not say; a counted loop compares its counter with a constant. Where the text hides
+  # what a counter starts from or adds, that is 0 and 1.
+  condition, body = (Computation(program.get(re.search(rf'{part}=%?([\w.\-]+)', i.line)[1], []),
+                                 program, {}) for part in ('condition', 'body'))
+  around = Computation(outer, program, {})
+  given, out = around.body.get(_names(i)[0]), []
+  for element, limit, direction in _bounds(condition):
+    start = _element(given, element, around)
+    after = _element(body.root, element, body) or Affine(element, 1)
+    first = start.added if start and start.element is None else 0
+    step = after.added if after.element == element else 0
+    limit += {'LE': 1, 'GE': -1}.get(direction, 0)
+    up, down = direction in ('LT', 'LE', 'NE'), direction in ('GT', 'GE', 'NE')
+    if up and step > 0 or down and step < 0:
+      out.append(max(math.ceil((limit - first) / step), 0))
+  return float(min(out)) if out else None
+
+
+def _element(made: Instruction | None, number: int, within: Computation) -> Affine | None:
+  """An element of a tuple that a computation makes."""
+  if made is None or made.opcode != 'tuple':
+    return None
+  return _scalar(_names(made)[number], within)
+
+
+def unknown_loops(text: str) -> list[str]:
+  """Names of the loops whose number of passes a program does not tell."""
+  _, program = computations(text)
+  return [i.name for body in program.values() for i in body
+          if i.opcode == 'while' and passes(i, body, program) is None]
+
+
 def trips(text: str, unknown: int = 1) -> dict[str, float]:
   """How often every computation runs.
 
   Args:
-    unknown: passes of a loop whose number the compiler does not know.
+    unknown: passes of a loop whose number the program does not tell, see `unknown_loops`.
   """
   entry, program = computations(text)
   out: dict[str, float] = collections.defaultdict(float)
 
-  def passes(i: Instruction) -> float:
-    known = _TRIPS.search(i.line)
-    if known:
-      return float(known[1])
-    # XLA:TPU does not say; a counted loop compares its counter with the one constant there.
-    condition = re.search(r'condition=%?([\w.\-]+)', i.line)[1]
-    bounds = [int(found[1]) for other in program.get(condition, ())
-              if (found := re.search(r'= s32\[\]\S* constant\((\d+)\)', other.line))]
-    return float(max(bounds, default=unknown))
-
   def visit(name: str, count: float):
     out[name] += count
-    for i in program.get(name, ()):
-      factor = passes(i) if i.opcode == 'while' else 1.
+    body = program.get(name, [])
+    for i in body:
+      factor = 1.
+      if i.opcode == 'while':
+        found = passes(i, body, program)
+        factor = float(unknown) if found is None else found
       for called in calls(i):
         visit(called, count * factor)
   visit(entry, 1.)
   return out
 
 
-def _arguments(i: Instruction) -> str:
-  return i.line.split(f' {i.opcode}(', 1)[1].split('), ')[0]
-
-
 def operands(i: Instruction, shapes: dict[str, str]) -> Iterator[str]:
   """Shapes of the operands of an instruction, given those of its computation by name."""
-  for name in re.findall(r'%([\w.\-]+)', _arguments(i)):
+  for name in _names(i):
     if name in shapes:
       yield shapes[name]
 
@@ -219,8 +333,7 @@ def _read(name: str, number: int, program: Program) -> float:
     return 0.
   whole, total = size(source.shape), 0.
   for user in inside:
-    shapes = [found for found in re.findall(r'%([\w.\-]+)', _arguments(user))]
-    for place in (n for n, found in enumerate(shapes) if found == source.name):
+    for place in (n for n, found in enumerate(_names(user)) if found == source.name):
       if user.opcode in SLICES and place == 0:
         total += size(user.shape)
       elif user.opcode == 'fusion':

@@ -1,16 +1,21 @@
-"""Tests of lvrpo_jax.ahead: what it compiles is what a run calls. A pod's programs need libtpu."""
+"""Tests of lvrpo_jax.ahead: what it compiles is what a run calls. See also `ahead_tpu_test`."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import tempfile
+import types
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 from jax import numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from configs import tiny
@@ -87,6 +92,7 @@ class ProgramsTest(absltest.TestCase):
     self.assertAlmostEqual(out['hbm_bytes']['resident'] / size, 5., delta=0.01)
     self.assertAlmostEqual(out['arithmetic_seconds'], out['flops'] / 1e9, delta=1e-3)
     self.assertEqual(sum(out['collective_bytes'].values()), 0)
+    self.assertEqual(out['unknown_loops'], 0)
     self.assertEqual(out['fits'], out['hbm_peak_bytes'] <= 0.85e6)
 
 
@@ -121,15 +127,113 @@ class TopologyTest(parameterized.TestCase):
       ahead.run(config, pathlib.Path('unused'))
 
 
-class ReplicatedTest(absltest.TestCase):
+  @parameterized.parameters(('v4:2x2x2', 'megacore', 'v4-16'), ('v5p:2x2x2', None, 'v5p-16'),
+                            ('v6e:2x4', None, 'v6e-8'))
+  def test_a_chip_is_a_device(self, topology, asked, accelerator):
+    described = lambda count: types.SimpleNamespace(devices=[object() for _ in range(count)])
+    with mock.patch.dict(os.environ), mock.patch.object(
+        ahead.topologies, 'get_topology_desc', return_value=described(8)) as describe:
+      os.environ.pop('TPU_ACCELERATOR_TYPE', None)
+      self.assertLen(ahead.devices(topology), 8)
+      self.assertEqual(os.environ['TPU_ACCELERATOR_TYPE'], accelerator)
+      self.assertEqual(describe.call_args.kwargs.get('chip_config_name'), asked)
+      describe.return_value = described(16)
+      with self.assertRaisesRegex(ValueError, f"'{topology}'.* 16 devices; .* 8 chips"):
+        ahead.devices(topology)
 
-  def test_one_device_replicates_nothing(self):
-    self.assertEqual(ahead.large_replicated(make_job(), limit=0), [])
 
-  def test_bytes_follow_the_partition(self):
-    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-    tree = {'a': jax.ShapeDtypeStruct((3, 5), jnp.bfloat16, sharding=sharding.rows_sharding(mesh))}
-    self.assertEqual(ahead.bytes_of(tree), 30.)
+MEASURED = {'program': 'step', 'fits': True, 'hbm_share': 0.2, 'replicated': {},
+            'collective_bytes': {'all-gather': 0}}
+
+
+class LimitsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('fits', {'fits': False, 'hbm_share': 0.9}, r'fits is false, hbm_share is 0\.9; .* 0\.85'),
+      ('ratio', {'collective_ratio': 1.31}, r'collective_ratio is 1\.31; .* 1\.3$'),
+      ('replicated', {'replicated': {'vae/b': 2 ** 21, 'base/a': 2 ** 22}}, 'are base/a, vae/b;'))
+  def test_each_is_named(self, _, measures, message):
+    fault, = ahead.exceeded({**MEASURED, **measures})
+    self.assertRegex(fault, f'^step: .*{message}')
+
+  def test_what_stays_below_is_fine(self):
+    self.assertEqual(ahead.exceeded({**MEASURED, 'collective_ratio': 1.3}), [])
+    self.assertEqual(ahead.exceeded({**MEASURED, 'program': 'text'}), [])
+
+  def test_all_programs_are_measured_before_the_end(self):
+    config = tiny.get_config()
+    config.topology = 'v5p:2x2x1'
+    bytes_of_ten_passes = 10 * 2 * sum(
+        x.size for x in jax.tree.leaves(weights.template(make_job(), weights.BASE)))
+    measures = {'text': {'fits': False, 'hbm_share': 1.5}, 'image': {},
+                'step': {'collective_bytes': {'all-gather': bytes_of_ten_passes}}}
+    printed, workdir = io.StringIO(), pathlib.Path(self.create_tempdir().full_path)
+    with mock.patch.multiple(
+        ahead, build=lambda *_: make_job(), programs=lambda _: dict.fromkeys(measures, dict),
+        measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]}):
+      with contextlib.redirect_stdout(printed), self.assertRaises(ahead.Exceeded) as caught:
+        ahead.run(config, workdir)
+    self.assertRegex(str(caught.exception), '^text: fits .*; step: collective_ratio is 3.333; ')
+    lines = [json.loads(line) for line in printed.getvalue().splitlines()]
+    self.assertEqual([line['program'] for line in lines], ['text', 'image', 'step'])
+    self.assertEqual(lines[2]['objective'], config.align.objective)
+    self.assertNotIn('objective', lines[0])
+    self.assertEqual((workdir / 'compile.jsonl').read_text(), printed.getvalue())
+
+
+AXES = (AxisType.Auto,) * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device of which nothing is asked but where it stands in a mesh."""
+  id: int
+  platform: str = 'cpu'
+  device_kind: str = 'cpu'
+  process_index: int = 0
+
+
+class PartitionTest(parameterized.TestCase):
+  """Meshes of several devices that are only described."""
+
+  @parameterized.parameters(
+      ((2, 4, 1), P('fsdp', 'tensor'), 8. * 16 * 2 / 4), ((2, 2, 2), P('fsdp', 'tensor'), 64.),
+      ((8, 1, 1), P('fsdp', 'tensor'), 256.), ((2, 4, 1), P(('data', 'fsdp')), 32.))
+  def test_bytes_follow_the_partition(self, shape, spec, wanted):
+    mesh = AbstractMesh(shape, sharding.AXES, axis_types=AXES)
+    leaf = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    self.assertEqual(ahead.bytes_of({'a': leaf, 'b': [leaf]}), 2 * wanted)
+
+  def test_what_every_device_holds_whole(self):
+    def tree(*shape):
+      mesh = AbstractMesh(shape, sharding.AXES, axis_types=AXES)
+      leaf = lambda spec: jax.ShapeDtypeStruct((512, 1024), jnp.float32,
+                                               sharding=NamedSharding(mesh, spec))
+      small = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=NamedSharding(mesh, P()))
+      return {'a': {'fsdp': leaf(P('fsdp')), 'tensor': leaf(P(None, 'tensor'))},
+              'none': leaf(P()), 'small': small}
+    size = 2 ** 21
+    self.assertEqual(ahead.large_replicated(tree(2, 2, 2)), {'none': size})
+    self.assertEqual(ahead.large_replicated(tree(2, 1, 4)), {'none': size, 'a/fsdp': size})
+    self.assertEqual(ahead.large_replicated(tree(8, 1, 1)),
+                     {'none': size, 'a/fsdp': size, 'a/tensor': size})
+    self.assertEqual(ahead.large_replicated(tree(1, 1, 1)), {})
+    self.assertLen(ahead.large_replicated(tree(2, 2, 2), limit=0), 2)
+
+  def test_each_program_is_looked_at_on_its_own_mesh(self):
+    """With fsdp in the update, and none in rollouts."""
+    config = tiny.get_config()
+    config.align.update(understand=8, generate=8, edit=8)
+    config.parallel.update(mesh=(1, 4, 2), rollout_mesh=(4, 1, 2))
+    chips = [Chip(id=number) for number in range(8)]
+    with mock.patch.object(ahead, 'devices', return_value=chips):
+      programs = ahead.programs(ahead.build(config, pathlib.Path('unused')))
+    found = {name: set(ahead.large_replicated(make().held, limit=500))
+             for name, make in programs.items()}
+    self.assertContainsSubset({'base/connector_fc1/kernel', 'base/vit_pos_embed'}, found['text'])
+    self.assertEqual(found['text'], found['image'])
+    # The small autoencoder is split nowhere.
+    self.assertEqual({name.split('/')[0] for name in found['step']}, {weights.VAE})
 
 
 if __name__ == '__main__':

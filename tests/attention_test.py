@@ -1,6 +1,7 @@
 """Tests of lvrpo_jax.models.attention and lvrpo_jax.models.layers."""
 
 import functools
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -11,6 +12,7 @@ import numpy as np
 from lvrpo_jax import types
 from lvrpo_jax.models import attention
 from lvrpo_jax.models import layers
+from lvrpo_jax.models import splash
 
 CAUSAL, FULL, NOISE = types.CAUSAL, types.FULL, types.NOISE
 
@@ -235,15 +237,18 @@ class LayersTest(parameterized.TestCase):
     np.testing.assert_allclose(got[1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-6)
 
 
-def case(masked, seed=0):
+def case(masked, seed=0, dtype='float32', sizes=(2, 2, 4, 2), L=72, S=40):
   """Queries and blocks (a context that rows share, and the rows themselves) of grouped heads."""
-  B, M, L, S, H, J, K = 2, 2, 72, 40, 4, 2, 16
+  (B, M, H, J), K = sizes, 16
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
   valid = jnp.asarray(rng.random((B, S)) < 0.7).at[:, 0].set(True)
+  own = jnp.asarray(np.random.default_rng(seed + 1).random((B, L)) < 0.7)
   mask = {
       'context': (attention.Mask(keys=valid), attention.Mask()),
       'causal': (attention.Mask(keys=valid), attention.Mask(causal=True)),
+      'causal_padded': (attention.Mask(keys=valid), attention.Mask(keys=own, causal=True)),
+      'causal_offset': (attention.Mask(), attention.Mask(causal=True)),
       'alone': (None, attention.Mask()),
       'dense': (None, attention.Mask(jnp.asarray(
           rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool))),
@@ -267,11 +272,23 @@ def value_and_gradients(attend, q, blocks):
   return out, grads
 
 
+class MaskTest(parameterized.TestCase):
+
+  def test_arrays(self):
+    keys = jnp.asarray([[True, False, True], [False, True, True]])
+    every, causal = np.ones((3, 3), bool), np.tri(3, dtype=bool)
+    for mask, want in ((attention.Mask(), [every]), (attention.Mask(causal=True), [causal]),
+                       (attention.Mask(keys=keys), [every & row for row in keys]),
+                       (attention.Mask(keys=keys, causal=True), [causal & row for row in keys])):
+      got = jnp.broadcast_to(mask.array(3, 3), (len(want), 1, 3, 3))
+      np.testing.assert_array_equal(got[:, 0], want)
+
+
 class ImplementationsTest(parameterized.TestCase):
   """The kernels of accelerators, interpreted, against the plain one."""
 
   @parameterized.product(
-      masked=('context', 'causal', 'alone', 'dense'), name=('splash', 'cudnn'))
+      masked=('context', 'causal', 'causal_padded', 'alone', 'dense'), name=('splash', 'cudnn'))
   def test_agrees_with_xla(self, masked, name):
     attend = {
         'splash': functools.partial(attention.attend_splash, interpret=True),
@@ -283,12 +300,60 @@ class ImplementationsTest(parameterized.TestCase):
     self.assertGreater(min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)), 0.1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
 
+  @parameterized.parameters(
+      ('causal_offset', 'float32', 520, 600), ('causal_padded', 'bfloat16', 520, 600),
+      ('context', 'float32', 200, 600), ('dense', 'float32', 520, 40))
+  def test_splash_of_several_blocks(self, masked, dtype, L, S):
+    """Above 512 tokens blocks hold 512; a causal diagonal then starts inside of one."""
+    self.assertEqual(splash.block(L), 512 if L > 512 else 128)
+    self.assertGreater(L, splash.block(L))
+    self.assertGreater(L + S, 512)
+    q, blocks = case(masked, dtype=dtype, sizes=(1, 1, 2, 1), L=L, S=S)
+    wide = lambda tree: jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+    want = value_and_gradients(attention.attend_xla, wide(q), wide(blocks))
+    got = value_and_gradients(functools.partial(attention.attend_splash, interpret=True), q, blocks)
+    self.assertEqual({x.dtype.name for x in jax.tree.leaves(got)}, {dtype})
+    self.assertGreater(min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)), 0.1)
+    # Of 16 bits: eight significant ones, for numbers of up to 1.
+    tolerance = 2e-5 if dtype == 'float32' else 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+                 wide(got), want)
+
+  @parameterized.parameters('context', 'causal', 'alone', 'dense')
+  def test_cudnn_gets_even_lengths(self, masked):
+    """65 queries see 65 or 105 keys, which cuDNN refuses in training."""
+    plain = jax.nn.dot_product_attention
+
+    def refusing(q, k, v, **options):
+      self.assertEqual((q.shape[1] % 2, k.shape[1] % 2, v.shape[1] % 2), (0, 0, 0))
+      self.assertEqual(options['mask'].shape[2:], (q.shape[1], k.shape[1]))
+      return plain(q, k, v, **options)
+    q, blocks = case(masked, L=65)
+    want = value_and_gradients(attention.attend_xla, q, blocks)
+    with mock.patch.object(jax.nn, 'dot_product_attention', refusing):
+      got = value_and_gradients(
+          functools.partial(attention.attend_cudnn, implementation='xla'), q, blocks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
+
   @parameterized.parameters('splash', 'cudnn', 'xla')
   def test_short_queries_take_the_plain_one(self, name):
     q, blocks = case('context')
     self.assertEqual(attention.choose(name, q, blocks), name)
     self.assertEqual(attention.choose(name, q[:, :, :1], blocks), 'xla')
     self.assertEqual(attention.choose('auto', q, blocks), 'xla')
+
+  @parameterized.parameters(
+      ('tpu', 'float32', 'splash'), ('tpu', 'bfloat16', 'splash'), ('gpu', 'bfloat16', 'cudnn'),
+      ('gpu', 'float16', 'cudnn'), ('gpu', 'float32', 'xla'), ('cpu', 'bfloat16', 'xla'))
+  def test_auto_is_the_kernel_of_the_platform(self, backend, dtype, wanted):
+    q, blocks = case('context', dtype=dtype)
+    with mock.patch.object(jax, 'default_backend', return_value=backend):
+      self.assertEqual(attention.choose('auto', q, blocks), wanted)
+      self.assertEqual(attention.choose('auto', q[:, :, :1], blocks), 'xla')
+      of_rows = attention.Mask(jnp.ones((1, 2, 1, 1), bool))
+      masked = [*blocks[:1], blocks[1]._replace(mask=of_rows)]
+      self.assertEqual(attention.choose('auto', q, masked), 'xla')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ comparison of zeros.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -28,6 +29,7 @@ from lvrpo_jax import step as step_lib
 from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
+from lvrpo_jax.models import attention
 from lvrpo_jax.models import unified
 
 ROWS, GROUP = 8, 2
@@ -218,6 +220,37 @@ def rollouts(job, params, vae_params, prompts):
                             for x in images.values()))}
 
 
+def kernels():
+  """Splash attention, interpreted, on a mesh that splits rows and heads, against the plain one."""
+  B, M, L, S, H, J, K = 4, 1, 72, 40, 4, 2, 16
+  rng = np.random.default_rng(2)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  arrays = normal(B, M, L, H, K), [(normal(B, S, J, K), normal(B, S, J, K)),
+                                   (normal(B, M, L, J, K), normal(B, M, L, J, K))]
+  keys = jnp.asarray(rng.random((B, S)) < 0.7)
+  dense = jnp.asarray(rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool)
+  factor = normal(B, M, L, H, K)
+
+  def run(attend, masks, arrays):
+    def total(arrays):
+      q, kv = arrays
+      out = attend(q, [attention.Block(k, v, mask) for (k, v), mask in zip(kv, masks)])
+      return jnp.sum(factor * out), out
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+
+  mesh, found = sharding.make_mesh((2, 2, 2)), {}
+  for name, mask in (('causal', attention.Mask(causal=True)), ('dense', attention.Mask(dense))):
+    masks = attention.Mask(keys=keys), mask
+    (_, out), gradients = run(attention.attend_xla, masks, arrays)
+    with sharding.scope(mesh):
+      (_, got), others = run(functools.partial(attention.attend_splash, interpret=True), masks,
+                             sharding.shard_rows(arrays, mesh))
+    assert got.sharding.spec[0] and got.sharding.spec[3] == 'tensor', got.sharding
+    found[name] = dict(output=difference(out, got), gradients=difference(gradients, others),
+                       largest=largest((out, gradients)))
+  return {'kernels': found}
+
+
 def main():
   assert len(jax.devices()) == 8, jax.devices()
   job = job_lib.build(make_config(), pathlib.Path('unused'))
@@ -229,7 +262,7 @@ def main():
              'align': make_experience(job, prompts)}
   out = {**updates(job, params, vae_params, batches),
          **parts(job, params, vae_params, batches['align']), **linear(),
-         **rollouts(job, params, vae_params, prompts)}
+         **rollouts(job, params, vae_params, prompts), **kernels()}
   print(json.dumps(out))
 
 

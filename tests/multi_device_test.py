@@ -75,6 +75,13 @@ class MultiDeviceTest(parameterized.TestCase):
     self.assertLess(got['latents'], 1e-4)  # Rounding grows along a trajectory.
     self.assertLessEqual(got['pixels'], 1)
 
+  @parameterized.parameters('causal', 'dense')
+  def test_splash_attention_on_a_mesh_equals_plain_attention(self, masked):
+    got = self.out['kernels'][masked]
+    self.assertLess(got['output'], TOLERANCE)
+    self.assertLess(got['gradients'], TOLERANCE)
+    self.assertGreater(got['largest'], 1.)
+
   def test_samples_differ(self):
     self.assertGreater(self.out['samples']['distinct_texts'], 4)
     self.assertGreater(self.out['samples']['deviation'], 0.01)

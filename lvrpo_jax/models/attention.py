@@ -66,7 +66,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 
 @struct.dataclass
 class Mask:
-  """Which keys of a block the queries may see.
+  """Which keys of a block the queries may see: those that all parts allow, or a dense mask alone.
 
   Attributes:
     dense: bool, broadcasts against (B, M, L, S), or None: all that the rest allows.
@@ -81,10 +81,9 @@ class Mask:
     """The mask as one array that broadcasts against (B, M, L, S)."""
     if self.dense is not None:
       return self.dense
-    if self.keys is not None:
-      return self.keys[:, None, None]
-    ones = jnp.ones((length, keys), bool)
-    return (jnp.tril(ones) if self.causal else ones)[None, None]
+    ones = jnp.ones((length if self.causal else 1, keys), bool)
+    seen = (jnp.tril(ones) if self.causal else ones)[None, None]
+    return seen if self.keys is None else seen & self.keys[:, None, None]
 
 
 SHORT = 64
@@ -170,14 +169,19 @@ def joined_mask(blocks: list[Block], rows: int, length: int) -> Array:
 
 
 def attend_cudnn(q_BMLHK: Array, blocks: list[Block], implementation: str = 'cudnn') -> Array:
-  """Fused attention of `jax.nn.dot_product_attention`; the mask is an array."""
+  """Fused attention of `jax.nn.dot_product_attention`; the mask is an array.
+
+  cuDNN has no gradients under a mask of odd lengths, so queries and keys are padded to even ones.
+  """
   B, M, L, H, K = q_BMLHK.shape
-  flat = lambda x: x.reshape(B * M, *x.shape[2:])
-  mask = jnp.repeat(joined_mask(blocks, B, L)[:, None], M, axis=0)
+  flat = lambda x: splash.pad(x.reshape(B * M, *x.shape[2:]), 1, multiple=2)
+  mask = splash.pad(splash.pad(joined_mask(blocks, B, L), 1, multiple=2), 2, multiple=2)
+  # A padded query sees the first key, so that nothing divides by zero.
+  mask = jnp.repeat(mask.at[:, L:, 0].set(True)[:, None], M, axis=0)
   k, v = joined(blocks, (B, M))
   out = jax.nn.dot_product_attention(flat(q_BMLHK), flat(k), flat(v), mask=mask, scale=K ** -0.5,
                                      implementation=implementation)
-  return out.reshape(B, M, L, H, K)
+  return out[:, :L].reshape(B, M, L, H, K)
 
 
 def attend_splash(q_BMLHK: Array, blocks: list[Block], interpret: bool = False) -> Array:
