@@ -357,7 +357,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
-      stopped = stop.asked(number)
+      stopped = stop.asked()
       if number % a.save_every == 0 or number == a.steps or stopped:
         save(number, {task: iterator.get_state() for task, iterator in data.items()})
         saved = number

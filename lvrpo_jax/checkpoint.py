@@ -8,6 +8,7 @@ inside the state, so nothing else has to be kept.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pathlib
@@ -23,6 +24,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 
+class _Manager(ocp.CheckpointManager):
+  """Leaves preemption to `StopSignal`: orbax would count steps where that counts its calls."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 class Checkpoints:
   """Asynchronous checkpoints of a stage: a state (arrays) and a record (JSON)."""
 
@@ -34,7 +43,7 @@ class Checkpoints:
       policies.append(preservation_policy.BestN(
           get_metric_fn=lambda metrics: metrics['score'], n=best,
           keep_checkpoints_without_metrics=False))
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
         self._folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True,
             best_fn=(lambda metrics: metrics['score']) if best else None,
@@ -111,8 +120,12 @@ class Preempted(Exception):
 class StopSignal:
   """Inside its `with`, SIGTERM asks for a save instead of ending the process at once.
 
-  Several processes agree on the step through JAX's coordination service, which listens itself.
+  Several processes agree through JAX's coordination service, which listens itself, also outside. It
+  stops all of them at one number, the largest that any has reached as the signal comes and one more,
+  so the numbers have to be those of the calls: steps of a stage begin anywhere.
   """
+  _calls = itertools.count(1)  # Of this process.
+  _agreed = False
 
   def __init__(self):
     self._asked = False
@@ -120,7 +133,8 @@ class StopSignal:
 
   def __enter__(self) -> StopSignal:
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._ask)
+      # None of a handler that is not Python's, such as the one of JAX's coordination service.
+      self._before = signal.signal(signal.SIGTERM, self._ask) or signal.SIG_DFL
     return self
 
   def __exit__(self, *exception_info: object):
@@ -131,11 +145,13 @@ class StopSignal:
     del number, frame
     self._asked = True
 
-  def asked(self, step: int) -> bool:
-    """Whether to save and stop after this step; every process calls it for every step."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+  def asked(self) -> bool:
+    """Whether to save and stop; every one of several processes calls it at the same places."""
+    if jax.process_count() == 1:
+      return self._asked
+    if not StopSignal._agreed:  # The service says so once.
+      StopSignal._agreed = multihost_utils.reached_preemption_sync_point(next(StopSignal._calls))
+    return StopSignal._agreed
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):

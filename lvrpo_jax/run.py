@@ -31,7 +31,13 @@ class Clock:
     self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
   def __call__(self, stage: str, work: Callable[[], Any]) -> Any:
-    """Runs a stage and adds its time."""
+    """Runs a stage and adds its time.
+
+    Raises:
+      checkpoint.Preempted: several processes were asked to stop; one by itself just ends.
+    """
+    if checkpoint.StopSignal().asked():
+      raise checkpoint.Preempted(f'stopped before the stage {stage}')
     logging.info('stage %s', stage)
     start = time.monotonic()
     out = work()

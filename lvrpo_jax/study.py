@@ -223,7 +223,7 @@ def execute(runs: Sequence[Run], workers: Sequence[Worker]) -> Iterator[Run]:
             prepare(ready[0], pretrained[ready[0].seed])
             worker.start(ready[0])
             _announce(ready[0], total, len(waiting), time.monotonic() - start, len(workers))
-        if stop.asked(0):
+        if stop.asked():
           raise checkpoint.Preempted('study stopped; its runs have ended')
         time.sleep(POLL)
     finally:

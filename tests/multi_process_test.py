@@ -1,4 +1,4 @@
-"""Two processes of four devices equal one of eight, and it reads their checkpoint."""
+"""Two processes of four devices equal one of eight, which reads their checkpoint; two stop as one."""
 
 import json
 import os
@@ -23,13 +23,12 @@ def free_port():
     return server.getsockname()[1]
 
 
-def start(folder, port, processes, process):
+def start(program, devices, *arguments):
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
   return subprocess.Popen(
-      [sys.executable, str(ROOT / 'tests' / 'multi_process_program.py'), str(folder),
-       f'localhost:{port}', str(processes), str(process)], cwd=ROOT,
+      [sys.executable, str(ROOT / 'tests' / program), *map(str, arguments)], cwd=ROOT,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path,
-           'XLA_FLAGS': f'{FLAGS}{8 // processes}'},
+           'XLA_FLAGS': f'{FLAGS}{devices}'},
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -51,12 +50,13 @@ class MultiProcessTest(absltest.TestCase):
     super().setUpClass()
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
-    folder, port = pathlib.Path(folder.name), free_port()
-    both = [start(folder, port, 2, process) for process in range(2)]
+    run = lambda processes, process, address=f'localhost:{free_port()}': start(
+        'multi_process_program.py', 8 // processes, folder.name, address, processes, process)
+    both = [run(2, process) for process in range(2)]
     for process in both:
       cls.addClassCleanup(process.kill)
     cls.files = [finish(process) for process in both]
-    cls.out = finish(start(folder, port, 1, 0))
+    cls.out = finish(run(1, 0))
 
   def test_state_equals_that_of_one_process(self):
     self.assertGreater(self.out['moved'], 2e-4)
@@ -77,6 +77,24 @@ class MultiProcessTest(absltest.TestCase):
   def test_one_process_writes(self):
     self.assertEqual(self.files[0], self.files[1])
     self.assertIn('metrics.jsonl', self.files[0])
+
+
+class StopTest(absltest.TestCase):
+
+  def stopped(self, folder, call):
+    """What two processes print of which one is asked to stop."""
+    address = f'localhost:{free_port()}'
+    both = [start('stop_program.py', 1, folder, address, process, call) for process in range(2)]
+    for process in both:
+      self.addCleanup(process.kill)
+    mine, other = map(finish, both)
+    self.assertEqual(mine, other)
+    return mine
+
+  def test_all_stop_after_the_same_step_also_where_a_resume_has_just_begun(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.assertEqual(self.stopped(folder, 4), dict(start=500, last=504, refused=True))
+    self.assertEqual(self.stopped(folder, 1), dict(start=504, last=505, refused=True))
 
 
 if __name__ == '__main__':
