@@ -114,15 +114,15 @@ class Checkpoints:
 
 
 class Preempted(Exception):
-  """A stage was asked to stop and has saved."""
+  """A stage was asked to stop; it saves on the way out."""
 
 
 class StopSignal:
   """Inside its `with`, SIGTERM asks for a save instead of ending the process at once.
 
-  Several processes agree through JAX's coordination service, which listens itself, also outside. It
-  stops all of them at one number, the largest that any has reached as the signal comes and one more,
-  so the numbers have to be those of the calls: steps of a stage begin anywhere.
+  Several processes agree through JAX's coordination service, which listens itself, also outside.
+  It stops all of them at one number, the largest that any has reached as the signal comes and one
+  more, so the numbers have to be those of the calls: steps of a stage begin anywhere.
   """
   _calls = itertools.count(1)  # Of this process.
   _agreed = False
@@ -133,7 +133,7 @@ class StopSignal:
 
   def __enter__(self) -> StopSignal:
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      # None of a handler that is not Python's, such as the one of JAX's coordination service.
+      # It is None of a handler that is not Python's, such as that of JAX's coordination service.
       self._before = signal.signal(signal.SIGTERM, self._ask) or signal.SIG_DFL
     return self
 
@@ -152,6 +152,15 @@ class StopSignal:
     if not StopSignal._agreed:  # The service says so once.
       StopSignal._agreed = multihost_utils.reached_preemption_sync_point(next(StopSignal._calls))
     return StopSignal._agreed
+
+  def check(self):
+    """Asks.
+
+    Raises:
+      Preempted: `asked`.
+    """
+    if self.asked():
+      raise Preempted('asked to stop')
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):

@@ -1,4 +1,4 @@
-"""Two processes of four devices equal one of eight, which reads their checkpoint; two stop as one."""
+"""Two processes of four devices equal one of eight, which reads their state; both stop at once."""
 
 import json
 import os

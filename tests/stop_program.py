@@ -3,8 +3,8 @@
     python tests/stop_program.py FOLDER ADDRESS PROCESS CALL
 
 The first process gets SIGTERM right before the `CALL`-th time it would ask whether to stop. Prints
-one JSON object: the step that was restored, the one after which it stopped (null: never), and whether
-the next stage was refused.
+one JSON object: the step that was restored, the one after which it stopped (null: never), and
+whether the next stage was refused.
 """
 
 import json
