@@ -14,12 +14,15 @@ import math
 import pathlib
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -62,12 +65,9 @@ class Checkpoints:
   def record(self) -> dict[str, Any] | None:
     """The newest record alone; None where there is none that can be read."""
     step = self.latest()
-    if step is None:
-      return None
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-          'record']
-    except (OSError, ValueError, KeyError):
+      return None if step is None else _read_record(self._folder / str(step))
+    except (OSError, ValueError):
       return None
 
   def best(self) -> int | None:
@@ -78,26 +78,56 @@ class Checkpoints:
     return max(scores)[1] if scores else None
 
   def restore(self, target: Any, newest: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-    """The newest complete (state, record), of at most step `newest`, laid out like `target`; or
-    None.
+    """The newest complete (state, record), of at most step `newest`, laid out like `target`; None
+    where nothing has been saved.
 
     A checkpoint that cannot be read is set aside as `<step>.unreadable<n>`, with a warning, and
     the one before is used; the same step can then be saved again.
+
+    Raises:
+      ValueError: a checkpoint holds other arrays than `target`, or none can be read. Everything
+        stays where it is.
     """
-    steps = [s for s in self._manager.all_steps() if newest is None or s <= newest]
-    for step in sorted(steps, reverse=True):
-      try:
-        out = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))
-      except Exception as error:  # Orbax raises bare Exception where the data of an array is lost.
-        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
-          raise
-        logging.warning('checkpoint of step %d cannot be read (%s); trying the one before', step,
-                        str(error).split('\n', 1)[0])
-        self._set_aside(step)
-        continue
-      return out['state'], out['record']
+    self._manager.wait_until_finished()
+    steps = agreed([s for s in sorted(self._manager.all_steps(), reverse=True)
+                    if newest is None or s <= newest])
+    unreadable = []
+    for step in steps:
+      out, error = self._read(step, target)
+      if error is None:
+        for other in unreadable:
+          self._set_aside(other)
+        return out
+      logging.warning('checkpoint of step %d cannot be read (%s)', step, error)
+      unreadable.append(step)
+    if steps:
+      raise ValueError(f'none of the checkpoints in {self._folder} can be read; bring one back '
+                       'from a copy, or delete the folder to begin this stage anew')
     return None
+
+  def _read(self, step: int, target: Any) -> tuple[Any, str | None]:
+    """(state, record) of a step, and why some process cannot read it.
+
+    Orbax's manager ends a restore with a barrier, at which processes that can read would wait for
+    one that cannot; its handlers do not.
+    """
+    folder, out, error = self._folder / str(step), None, None
+    try:
+      state = ocp.StandardCheckpointHandler().restore(
+          epath.Path(folder / 'state'), args=ocp.args.StandardRestore(target))
+      out = state, _read_record(folder)
+    except Exception as e:  # Orbax raises a bare Exception where the data of an array is lost.
+      if type(e) is not Exception and not isinstance(e, (OSError, ValueError, KeyError)):
+        raise
+      error = str(e).split('\n', 1)[0]
+    if not any_process(error is not None):
+      return out, None
+    different = differences(folder / 'state', target)
+    if any_process(bool(different)):
+      shown = different[:10] + [f'and {len(different) - 10} more'] * (len(different) > 10)
+      raise ValueError(f'{folder} holds other arrays than this program; use another --workdir, or '
+                       'the code and the config that wrote it:\n  ' + '\n  '.join(shown))
+    return None, error or 'another process cannot'
 
   def _set_aside(self, step: int):
     """Renames a checkpoint, because orbax saves no step up to the newest that it finds."""
@@ -111,6 +141,40 @@ class Checkpoints:
     """Waits until everything is written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _read_record(folder: pathlib.Path) -> dict[str, Any]:
+  return ocp.JsonCheckpointHandler().restore(epath.Path(folder / 'record'))
+
+
+def differences(folder: pathlib.Path, target: Any) -> list[str]:
+  """What the arrays in a folder are called and shaped other than in `target`; [] where the folder
+  cannot tell."""
+  def shapes(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  try:
+    there = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree)
+  except (OSError, ValueError, KeyError):
+    return []
+  here = shapes(target)
+  return [f'{name}: {there.get(name, "absent")} there, {here.get(name, "absent")} here'
+          for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+
+
+def agreed(values: Sequence[int]) -> list[int]:
+  """The integers that process 0 holds, in every process: what it sees of a folder goes for all."""
+  if jax.process_count() == 1:
+    return list(values)
+  tell = multihost_utils.broadcast_one_to_all
+  count = int(tell(np.int32(len(values))))
+  # Others may see more or fewer, but have to bring as many.
+  return tell(np.resize(np.array([*values, 0], np.int32), count)).tolist()
+
+
+def any_process(value: bool) -> bool:
+  """Whether it is so in any process."""
+  return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 class Preempted(Exception):

@@ -126,7 +126,7 @@ def newest(job: job_lib.Job) -> tuple[types.Params, types.Params]:
   """
   released = bool(job.config.checkpoint)
   if (job.workdir / 'config.json').exists():
-    # Before any checkpoint is opened: one of other shapes would count as unreadable.
+    # Before any checkpoint is opened: keys of the config say more than names of arrays.
     checkpoint.compare_config(job.workdir, job.config, SHAPED_BY)
   params, vae_params = stored(job, ALIGNED), stored(job, VAE)
   logging.info('policy: %s', f'aligned, from {job.workdir}' if params else

@@ -134,7 +134,36 @@ class CheckpointsTest(parameterized.TestCase):
     self.save(1, 2)
     for step in (1, 2):
       self.damage(step, 'state/_METADATA', True)
-    self.assertIsNone(self.restore())
+    for _ in range(2):  # To begin anew is not for the next start to decide.
+      with self.assertRaisesRegex(ValueError, f'none .* in {self.folder} can be read.*delete the'):
+        self.restore()
+      self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
+
+  @parameterized.named_parameters(
+      ('fewer', lambda s: s.replace(ema=None), [r'ema/bias: \(3,\) there, absent here']),
+      ('more', lambda s: s.replace(old=s.params),
+       [r'old/bias: absent there, \(3,\) here', r'old/layer/kernel: absent there']),
+      ('shape', lambda s: s.replace(params=jax.tree.map(lambda x: x[:2], s.params)),
+       [r'params/bias: \(3,\) there, \(2,\) here', r'params/layer/kernel: \(30, 20\) there']))
+  def test_other_arrays_are_named_and_nothing_is_set_aside(self, change, messages):
+    self.save(1, 2)
+    with self.assertRaisesRegex(ValueError, f'{self.folder}/2 .*\n.*' + '.*\n.*'.join(messages)):
+      self.restore(change(make_state(0)))
+    self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
+    self.assertEqual(self.restore()[1], {'iteration': 2})
+
+  def test_many_other_arrays_are_counted(self):
+    self.save(1)
+    state = make_state(0).replace(params={str(i): jnp.zeros(1) for i in range(20)})
+    with self.assertRaisesRegex(ValueError, r'params/17: absent there.*\n  and 12 more$'):
+      self.restore(state)
+
+  def test_nothing_is_set_aside_before_one_is_read(self):
+    self.save(1, 2)
+    self.damage(2, 'state/_METADATA', True)
+    with self.assertRaisesRegex(ValueError, '/1 holds other arrays'):
+      self.restore(make_state(0).replace(ema=None))
+    self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
 
 
 class ConfigTest(absltest.TestCase):

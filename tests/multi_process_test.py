@@ -79,12 +79,13 @@ class MultiProcessTest(absltest.TestCase):
     self.assertIn('metrics.jsonl', self.files[0])
 
 
-class StopTest(absltest.TestCase):
+class CheckpointsTest(absltest.TestCase):
 
-  def stopped(self, folder, call):
-    """What two processes print of which one is asked to stop."""
+  def run_both(self, folder, *arguments):
+    """What both of two processes print."""
     address = f'localhost:{free_port()}'
-    both = [start('stop_program.py', 1, folder, address, process, call) for process in range(2)]
+    both = [start('two_processes_program.py', 1, folder, address, process, *arguments)
+            for process in range(2)]
     for process in both:
       self.addCleanup(process.kill)
     mine, other = map(finish, both)
@@ -93,8 +94,15 @@ class StopTest(absltest.TestCase):
 
   def test_all_stop_after_the_same_step_also_where_a_resume_has_just_begun(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
-    self.assertEqual(self.stopped(folder, 4), dict(start=500, last=504, refused=True))
-    self.assertEqual(self.stopped(folder, 1), dict(start=504, last=505, refused=True))
+    self.assertEqual(self.run_both(folder, 'stop', 4), dict(start=500, last=504, refused=True))
+    self.assertEqual(self.run_both(folder, 'stop', 1), dict(start=504, last=505, refused=True))
+
+  def test_what_one_cannot_read_is_set_aside_by_all(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    out = self.run_both(folder, 'restore')
+    self.assertEqual(out['record'], {'iteration': 1})
+    self.assertEqual(out['found'], ['1', '2.unreadable0', '3.unreadable0'])
+    self.assertRegex(out['problem'], f'none .* in {folder}/checkpoints can be read')
 
 
 if __name__ == '__main__':
