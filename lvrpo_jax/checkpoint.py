@@ -26,6 +26,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from configs import base
+
+FREE = ('parallel.', 'workers', 'log_every', 'report', 'topology', 'compile.', 'sample.',
+        'convert.')
+"""Keys of the config, by how they begin, that may differ between two starts of a run: how the work
+is split over devices and processes, which changes the rounding of sums and no more; what is shown
+of it; and what other programs read."""
+
 
 class _Manager(ocp.CheckpointManager):
   """Leaves preemption to `StopSignal`: orbax would count steps where that counts its calls."""
@@ -228,7 +236,10 @@ class StopSignal:
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
-  """Writes `config.json`, or compares with the one that is there.
+  """Writes `config.json`; one that is there is compared first.
+
+  It then holds what this start goes on with: a default that a key had when the run began to have it
+  binds later versions of the code, too.
 
   Raises:
     ValueError: the workdir holds a run of another config; the message lists the differing keys.
@@ -236,7 +247,7 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
   path = workdir / 'config.json'
   if path.exists():
     compare_config(workdir, config)
-  elif jax.process_index() == 0:
+  if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, json.loads(config.to_json()))
   if jax.process_count() > 1:
@@ -247,17 +258,26 @@ def compare_config(workdir: pathlib.Path, config: ml_collections.ConfigDict,
                    parts: tuple[str, ...] = ()):
   """Compares with the `config.json` of a workdir; with `parts`, only keys that start with one.
 
+  Keys of `FREE` may differ. One that the file does not have yet may be at its default, with a
+  warning.
+
   Raises:
     ValueError: the message lists the differing keys.
   """
-  mine = flatten(json.loads(config.to_json()))
+  mine, default = (flatten(json.loads(c.to_json())) for c in (config, base.get_config()))
   theirs = flatten(json.loads((workdir / 'config.json').read_text()))
+  keys = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)
+          and not key.startswith(FREE) and (not parts or key.startswith(parts))]
+  young = [key for key in keys if key not in theirs and key in default
+           and mine[key] == default[key]]
   different = [f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
-               for key in sorted(mine.keys() | theirs.keys())
-               if mine.get(key) != theirs.get(key) and (not parts or key.startswith(parts))]
+               for key in keys if key not in young]
   if different:
     raise ValueError(f'{workdir} holds a run of another config; use another --workdir, or the '
                      'same values:\n  ' + '\n  '.join(different))
+  if young:
+    logging.warning('%s is older than some keys of the config; it goes on with the defaults %s',
+                    workdir, ', '.join(f'{key} = {mine[key]!r}' for key in young))
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

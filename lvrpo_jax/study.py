@@ -320,7 +320,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   """
   runs = plan(config, workdir)
   folder = workdir / config.study
-  checkpoint.check_config(folder, changed(config, {'workers': 1}))  # Another number may go on.
+  checkpoint.check_config(folder, config)
   workers = [Worker(cores, folder / 'compiled') for cores in shares(config.workers)]
   critic = Critic(runs[0].config, folder / 'critic')
   read = lambda: [measured(r, critic, folder / 'measured') for r in runs if complete(r)]
