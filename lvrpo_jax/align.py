@@ -328,9 +328,10 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   data = prompt_batches(job)
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
   start, restored, watch = 0, store.restore(aligner.state), panel.Watch()
+  scores = []  # Since the last checkpoint that was due: one more in between ranks nothing.
   if restored:
     aligner.state, record = restored
-    start = record['iteration']
+    start, scores = record['iteration'], record.get('scores', [])  # Older ones lack them.
     aligner.factors, watch = record['factors'], panel.Watch(record['watch'])
     for task, iterator in data.items():
       iterator.set_state(record['data'][task])
@@ -338,7 +339,6 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   keys = tuple(f'accuracy/{task}/correct' for task in data)
   with (checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
-    scores = []  # Since the last checkpoint.
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
@@ -351,12 +351,14 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
                               {t: job.place(d[1]) for t, d in drawn.items()})
     states = lambda: {task: iterator.get_state() for task, iterator in data.items()}
 
-    def save(number, at):
+    def save(number, at, due):
       late.flush()
+      mean = float(np.mean(scores)) if due and scores else math.nan
+      if due:
+        scores.clear()
       store.save(number, aligner.state, {
-          'iteration': number, 'data': at, 'factors': aligner.factors, 'watch': watch.state},
-                 score=np.mean(scores) if scores else math.nan)
-      scores.clear()
+          'iteration': number, 'data': at, 'factors': aligner.factors, 'watch': watch.state,
+          'scores': [*scores]}, mean)
     saved = start
     for number in range(start + 1, a.steps + 1):
       at = states()
@@ -365,7 +367,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
       except (checkpoint.Preempted, remote.JudgeUnavailable) as error:
         # The state is that of the iteration before; this one will be drawn again.
         if number - 1 > saved:
-          save(number - 1, at)
+          save(number - 1, at, due=False)
         store.close()
         if isinstance(error, remote.JudgeUnavailable):
           raise
@@ -376,7 +378,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
       if number % a.save_every == 0 or number == a.steps:
-        save(number, states())
+        save(number, states(), due=True)
         saved = number
     late.flush()
     if stop.asked():
