@@ -180,6 +180,11 @@ def agreed(values: Sequence[int]) -> list[int]:
   return tell(np.resize(np.array([*values, 0], np.int32), count)).tolist()
 
 
+def exists(path: pathlib.Path) -> bool:
+  """Whether process 0 sees it: work that is left out, or begun, is left out by all or by none."""
+  return bool(agreed([path.exists()])[0])
+
+
 def any_process(value: bool) -> bool:
   """Whether it is so in any process."""
   return bool(np.any(multihost_utils.process_allgather(np.array(value))))

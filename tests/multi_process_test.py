@@ -32,10 +32,10 @@ def start(program, devices, *arguments):
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process):
+def finish(process, timeout=600):
   """The JSON object that a program has printed."""
   try:
-    out, errors = process.communicate(timeout=600)
+    out, errors = process.communicate(timeout=timeout)
   finally:
     process.kill()
   if process.returncode:
@@ -88,7 +88,8 @@ class CheckpointsTest(absltest.TestCase):
             for process in range(2)]
     for process in both:
       self.addCleanup(process.kill)
-    mine, other = map(finish, both)
+    # Seconds are enough: processes that disagree wait for each other.
+    mine, other = (finish(process, timeout=200) for process in both)
     self.assertEqual(mine, other)
     return mine
 
@@ -103,6 +104,10 @@ class CheckpointsTest(absltest.TestCase):
     self.assertEqual(out['record'], {'iteration': 1})
     self.assertEqual(out['found'], ['1', '2.unreadable0', '3.unreadable0'])
     self.assertRegex(out['problem'], f'none .* in {folder}/checkpoints can be read')
+
+  def test_one_sees_for_all_what_is_there(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.assertEqual(self.run_both(folder, 'kept'), dict(values=[1., 1.], made=[1.]))
 
 
 if __name__ == '__main__':

@@ -14,11 +14,13 @@ from unittest import mock
 import jax
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lvrpo_jax import checkpoint
 from lvrpo_jax import run
 from lvrpo_jax import sharding
+from lvrpo_jax import weights
 
 FIRST = 500
 STEPS = 8
@@ -101,10 +103,33 @@ def restore(folder):
   return dict(record=record, found=found, problem=problem)
 
 
+def kept(folder):
+  """Values that both keep under a name: the first, then others in their place where the second
+  process does not see the folder yet, or sees one that is none to the first process."""
+  out, see, made = [], pathlib.Path.exists, []
+
+  def keep(value):
+    def make():
+      made.append(value)
+      return {'x': value + jnp.zeros(4)}
+    params = weights.kept(folder, 'kept', make_state(), make)
+    out.append(float(np.asarray(params['x'].addressable_data(0))[0]))
+
+  def blind(first, second):
+    return mock.patch.object(
+        pathlib.Path, 'exists', lambda path, **k: (second if jax.process_index() else first)
+        if path.name == 'kept' else see(path, **k))
+  with blind(False, True):
+    keep(1.)
+  with blind(True, False):
+    keep(2.)
+  return dict(values=out, made=made)
+
+
 def main():
   folder, address, process, task, *arguments = sys.argv[1:]
   jax.distributed.initialize(address, 2, int(process))
-  out = {'stop': stop, 'restore': restore}[task](pathlib.Path(folder), *arguments)
+  out = {'stop': stop, 'restore': restore, 'kept': kept}[task](pathlib.Path(folder), *arguments)
   print(json.dumps(out))
 
 
