@@ -256,12 +256,15 @@ class Aligner:
         self.factors[f'{kind}_penalty'] = out[f'factor/{kind}_penalty'] = factor
     return out
 
-  def iterate(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None
+  def iterate(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None,
+              check: Callable[[], None] = lambda: None
               ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """One whole iteration; returns its metrics and pictures. `draw` gives fresh prompts of some
-    tasks, where `align.refill` asks for them."""
+    tasks, where `align.refill` asks for them. `check` may raise: it is called as long as nothing
+    has changed, with the rewards at hand and the update to come."""
     a = self.job.config.align
     batch, metrics, pictures = self.collect(tasks, iteration, draw)
+    check()
     metrics.update(self.gaps(batch))
     texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
     if texts:
@@ -318,17 +321,36 @@ def check(job: job_lib.Job):
                                      a.lora.rank, a.lora.target, jax.random.key(0)))
 
 
+def seen_in(pictures: dict[str, np.ndarray], watch: panel.Watch, number: int) -> dict[str, float]:
+  """How an iteration's pictures look and how many alarms there were, with warnings of new ones."""
+  drawn = next((pictures[task] for task in (pipeline.GENERATE, pipeline.THINK)
+                if task in pictures), None)
+  if drawn is None:
+    return {}
+  seen = sharding.process_mean(panel.appearance(drawn))
+  for sentence in watch(seen):
+    logging.warning('iteration %d: %s; the reward may be gamed', number, sentence)
+  return {**{f'pictures/{name}': value for name, value in seen.items()},
+          'alarms': float(len(watch.state['raised']))}
+
+
 def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         siglip_params: types.Params, writer: metrics_lib.MetricWriter) -> types.Params:
-  """Aligns from the pretrained parameters or from the last checkpoint."""
+  """Aligns from the pretrained parameters or from the last checkpoint.
+
+  Raises:
+    checkpoint.Preempted: asked to stop; the last whole iteration is saved.
+    remote.JudgeUnavailable: the same holds.
+  """
   a = job.config.align
   aligner = Aligner(job, params, vae_params, siglip_params)
   data = prompt_batches(job)
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
   start, restored, watch = 0, store.restore(aligner.state), panel.Watch()
+  scores = []  # Since the last checkpoint that was due: one more in between ranks nothing.
   if restored:
     aligner.state, record = restored
-    start = record['iteration']
+    start, scores = record['iteration'], record.get('scores', [])  # Older ones lack them.
     aligner.factors, watch = record['factors'], panel.Watch(record['watch'])
     for task, iterator in data.items():
       iterator.set_state(record['data'][task])
@@ -336,54 +358,51 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   keys = tuple(f'accuracy/{task}/correct' for task in data)
   with (contextlib.closing(aligner.collector), checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
-    scores = []  # Since the last checkpoint.
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
       scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
     def draw(names):
+      stop.check()  # Before every round of sampling.
       drawn = {task: next(data[task]) for task in names}
       return experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
                               {t: job.place(d[1]) for t, d in drawn.items()})
+    states = lambda: {task: iterator.get_state() for task, iterator in data.items()}
 
-    def save(number, states):
+    def save(number, at, due):
       late.flush()
+      mean = float(np.mean(scores)) if due and scores else math.nan
+      if due:
+        scores.clear()
       store.save(number, aligner.state, {
-          'iteration': number, 'data': states, 'factors': aligner.factors, 'watch': watch.state},
-                 score=np.mean(scores) if scores else math.nan)
-      scores.clear()
+          'iteration': number, 'data': at, 'factors': aligner.factors, 'watch': watch.state,
+          'scores': [*scores]}, mean)
     saved = start
     for number in range(start + 1, a.steps + 1):
-      states = {task: iterator.get_state() for task, iterator in data.items()}
+      at = states()
       try:
-        metrics, pictures = aligner.iterate(draw(data), number, draw)
-      except remote.JudgeUnavailable:
-        if number - 1 > saved:  # The state is that of the iteration before.
-          save(number - 1, states)
+        metrics, pictures = aligner.iterate(draw(data), number, draw, stop.check)
+      except (checkpoint.Preempted, remote.JudgeUnavailable) as error:
+        # The state is that of the iteration before; this one will be drawn again.
+        if number - 1 > saved:
+          save(number - 1, at, due=False)
         store.close()
-        raise
-      drawn = next((pictures[task] for task in (pipeline.GENERATE, pipeline.THINK)
-                    if task in pictures), None)
-      if drawn is not None:
-        seen = sharding.process_mean(panel.appearance(drawn))
-        raised = watch(seen)
-        metrics.update({f'pictures/{name}': value for name, value in seen.items()},
-                       alarms=float(len(watch.state['raised'])))
-        for sentence in raised:
-          logging.warning('iteration %d: %s; the reward may be gamed', number, sentence)
-      late.push(number, metrics)
+        if isinstance(error, remote.JudgeUnavailable):
+          raise
+        raise checkpoint.Preempted(f'align stopped after iteration {number - 1} of {a.steps}'
+                                   ) from error
+      late.push(number, {**metrics, **seen_in(pictures, watch, number)})
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
-      stopped = stop.asked(number)
-      if number % a.save_every == 0 or number == a.steps or stopped:
-        save(number, {task: iterator.get_state() for task, iterator in data.items()})
+      if number % a.save_every == 0 or number == a.steps:
+        save(number, states(), due=True)
         saved = number
-      if stopped:
-        store.close()
-        raise checkpoint.Preempted(f'align stopped after iteration {number} of {a.steps}')
     late.flush()
+    if stop.asked():
+      store.close()
+      raise checkpoint.Preempted(f'align stopped after iteration {a.steps} of {a.steps}')
   best = store.best() if a.finish == 'best' else None
   if best is not None:
     logging.info('the policy of iteration %d has the best score', best)

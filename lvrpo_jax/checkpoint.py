@@ -8,19 +8,39 @@ inside the state, so nothing else has to be kept.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pathlib
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from configs import base
+
+FREE = ('parallel.', 'workers', 'log_every', 'report', 'topology', 'compile.', 'sample.',
+        'convert.')
+"""Keys of the config, by how they begin, that may differ between two starts of a run: how the work
+is split over devices and processes, which changes the rounding of sums and no more; what is shown
+of it; and what other programs read."""
+
+
+class _Manager(ocp.CheckpointManager):
+  """Leaves preemption to `StopSignal`: orbax would count steps where that counts its calls."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 class Checkpoints:
@@ -34,7 +54,7 @@ class Checkpoints:
       policies.append(preservation_policy.BestN(
           get_metric_fn=lambda metrics: metrics['score'], n=best,
           keep_checkpoints_without_metrics=False))
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
         self._folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True,
             best_fn=(lambda metrics: metrics['score']) if best else None,
@@ -53,12 +73,9 @@ class Checkpoints:
   def record(self) -> dict[str, Any] | None:
     """The newest record alone; None where there is none that can be read."""
     step = self.latest()
-    if step is None:
-      return None
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-          'record']
-    except (OSError, ValueError, KeyError):
+      return None if step is None else _read_record(self._folder / str(step))
+    except (OSError, ValueError):
       return None
 
   def best(self) -> int | None:
@@ -69,26 +86,56 @@ class Checkpoints:
     return max(scores)[1] if scores else None
 
   def restore(self, target: Any, newest: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-    """The newest complete (state, record), of at most step `newest`, laid out like `target`; or
-    None.
+    """The newest complete (state, record), of at most step `newest`, laid out like `target`; None
+    where nothing has been saved.
 
     A checkpoint that cannot be read is set aside as `<step>.unreadable<n>`, with a warning, and
     the one before is used; the same step can then be saved again.
+
+    Raises:
+      ValueError: a checkpoint holds other arrays than `target`, or none can be read. Everything
+        stays where it is.
     """
-    steps = [s for s in self._manager.all_steps() if newest is None or s <= newest]
-    for step in sorted(steps, reverse=True):
-      try:
-        out = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))
-      except Exception as error:  # Orbax raises bare Exception where the data of an array is lost.
-        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
-          raise
-        logging.warning('checkpoint of step %d cannot be read (%s); trying the one before', step,
-                        str(error).split('\n', 1)[0])
-        self._set_aside(step)
-        continue
-      return out['state'], out['record']
+    self._manager.wait_until_finished()
+    steps = agreed([s for s in sorted(self._manager.all_steps(), reverse=True)
+                    if newest is None or s <= newest])
+    unreadable = []
+    for step in steps:
+      out, error = self._read(step, target)
+      if error is None:
+        for other in unreadable:
+          self._set_aside(other)
+        return out
+      logging.warning('checkpoint of step %d cannot be read (%s)', step, error)
+      unreadable.append(step)
+    if steps:
+      raise ValueError(f'none of the checkpoints in {self._folder} can be read; bring one back '
+                       'from a copy, or delete the folder to begin this stage anew')
     return None
+
+  def _read(self, step: int, target: Any) -> tuple[Any, str | None]:
+    """(state, record) of a step, and why some process cannot read it.
+
+    Orbax's manager ends a restore with a barrier, at which processes that can read would wait for
+    one that cannot; its handlers do not.
+    """
+    folder, out, error = self._folder / str(step), None, None
+    try:
+      state = ocp.StandardCheckpointHandler().restore(
+          epath.Path(folder / 'state'), args=ocp.args.StandardRestore(target))
+      out = state, _read_record(folder)
+    except Exception as e:  # Orbax raises a bare Exception where the data of an array is lost.
+      if type(e) is not Exception and not isinstance(e, (OSError, ValueError, KeyError)):
+        raise
+      error = str(e).split('\n', 1)[0]
+    if not any_process(error is not None):
+      return out, None
+    different = differences(folder / 'state', target)
+    if any_process(bool(different)):
+      shown = different[:10] + [f'and {len(different) - 10} more'] * (len(different) > 10)
+      raise ValueError(f'{folder} holds other arrays than this program; use another --workdir, or '
+                       'the code and the config that wrote it:\n  ' + '\n  '.join(shown))
+    return None, error or 'another process cannot'
 
   def _set_aside(self, step: int):
     """Renames a checkpoint, because orbax saves no step up to the newest that it finds."""
@@ -104,15 +151,58 @@ class Checkpoints:
     self._manager.close()
 
 
+def _read_record(folder: pathlib.Path) -> dict[str, Any]:
+  return ocp.JsonCheckpointHandler().restore(epath.Path(folder / 'record'))
+
+
+def differences(folder: pathlib.Path, target: Any) -> list[str]:
+  """What the arrays in a folder are called and shaped other than in `target`; [] where the folder
+  cannot tell."""
+  def shapes(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  try:
+    there = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree)
+  except (OSError, ValueError, KeyError):
+    return []
+  here = shapes(target)
+  return [f'{name}: {there.get(name, "absent")} there, {here.get(name, "absent")} here'
+          for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+
+
+def agreed(values: Sequence[int]) -> list[int]:
+  """The integers that process 0 holds, in every process: what it sees of a folder goes for all."""
+  if jax.process_count() == 1:
+    return list(values)
+  tell = multihost_utils.broadcast_one_to_all
+  count = int(tell(np.int32(len(values))))
+  # Others may see more or fewer, but have to bring as many.
+  return tell(np.resize(np.array([*values, 0], np.int32), count)).tolist()
+
+
+def exists(path: pathlib.Path) -> bool:
+  """Whether process 0 sees it: work that is left out, or begun, is left out by all or by none."""
+  return bool(agreed([path.exists()])[0])
+
+
+def any_process(value: bool) -> bool:
+  """Whether it is so in any process."""
+  return bool(np.any(multihost_utils.process_allgather(np.array(value))))
+
+
 class Preempted(Exception):
-  """A stage was asked to stop and has saved."""
+  """A stage was asked to stop; it saves on the way out."""
 
 
 class StopSignal:
   """Inside its `with`, SIGTERM asks for a save instead of ending the process at once.
 
-  Several processes agree on the step through JAX's coordination service, which listens itself.
+  Several processes agree through JAX's coordination service, which listens itself, also outside.
+  It stops all of them at one number, the largest that any has reached as the signal comes and one
+  more, so the numbers have to be those of the calls: steps of a stage begin anywhere.
   """
+  _calls = itertools.count(1)  # Of this process.
+  _agreed = False
 
   def __init__(self):
     self._asked = False
@@ -120,7 +210,8 @@ class StopSignal:
 
   def __enter__(self) -> StopSignal:
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._ask)
+      # It is None of a handler that is not Python's, such as that of JAX's coordination service.
+      self._before = signal.signal(signal.SIGTERM, self._ask) or signal.SIG_DFL
     return self
 
   def __exit__(self, *exception_info: object):
@@ -131,15 +222,29 @@ class StopSignal:
     del number, frame
     self._asked = True
 
-  def asked(self, step: int) -> bool:
-    """Whether to save and stop after this step; every process calls it for every step."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+  def asked(self) -> bool:
+    """Whether to save and stop; every one of several processes calls it at the same places."""
+    if jax.process_count() == 1:
+      return self._asked
+    if not StopSignal._agreed:  # The service says so once.
+      StopSignal._agreed = multihost_utils.reached_preemption_sync_point(next(StopSignal._calls))
+    return StopSignal._agreed
+
+  def check(self):
+    """Asks.
+
+    Raises:
+      Preempted: `asked`.
+    """
+    if self.asked():
+      raise Preempted('asked to stop')
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
-  """Writes `config.json`, or compares with the one that is there.
+  """Writes `config.json`; one that is there is compared first.
+
+  It then holds what this start goes on with: a default that a key had when the run began to have it
+  binds later versions of the code, too.
 
   Raises:
     ValueError: the workdir holds a run of another config; the message lists the differing keys.
@@ -147,7 +252,7 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
   path = workdir / 'config.json'
   if path.exists():
     compare_config(workdir, config)
-  elif jax.process_index() == 0:
+  if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, json.loads(config.to_json()))
   if jax.process_count() > 1:
@@ -158,17 +263,26 @@ def compare_config(workdir: pathlib.Path, config: ml_collections.ConfigDict,
                    parts: tuple[str, ...] = ()):
   """Compares with the `config.json` of a workdir; with `parts`, only keys that start with one.
 
+  Keys of `FREE` may differ. One that the file does not have yet may be at its default, with a
+  warning.
+
   Raises:
     ValueError: the message lists the differing keys.
   """
-  mine = flatten(json.loads(config.to_json()))
+  mine, default = (flatten(json.loads(c.to_json())) for c in (config, base.get_config()))
   theirs = flatten(json.loads((workdir / 'config.json').read_text()))
+  keys = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)
+          and not key.startswith(FREE) and (not parts or key.startswith(parts))]
+  young = [key for key in keys if key not in theirs and key in default
+           and mine[key] == default[key]]
   different = [f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
-               for key in sorted(mine.keys() | theirs.keys())
-               if mine.get(key) != theirs.get(key) and (not parts or key.startswith(parts))]
+               for key in keys if key not in young]
   if different:
     raise ValueError(f'{workdir} holds a run of another config; use another --workdir, or the '
                      'same values:\n  ' + '\n  '.join(different))
+  if young:
+    logging.warning('%s is older than some keys of the config; it goes on with the defaults %s',
+                    workdir, ', '.join(f'{key} = {mine[key]!r}' for key in young))
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from lvrpo_jax import checkpoint
 from lvrpo_jax import flow
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import ops
@@ -142,7 +143,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
   `predictions.jsonl` is written last and in one piece: where it exists, the folder is complete.
   """
   path = folder / 'predictions.jsonl'
-  if path.exists():
+  if checkpoint.exists(path):
     return [json.loads(line) for line in path.read_text().split('\n') if line]
   c = job.config.evaluate
   count = lambda task, split: c.unseen if split == 'unseen' else c[task]

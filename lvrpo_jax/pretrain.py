@@ -179,7 +179,7 @@ def run(job: job_lib.Job, vae_params: types.Params, writer: metrics_lib.MetricWr
       batch = {task: job.place(next(iterator)) for task, iterator in data.items()}
       state, metrics = step(state, frozen, batch)
       late.push(number, metrics)
-      stopped = stop.asked(number)
+      stopped = stop.asked()
       if number % c.save_every == 0 or number == steps or stopped:
         late.flush()
         store.save(number, state, {'data': {t: i.get_state() for t, i in data.items()}})

@@ -31,7 +31,13 @@ class Clock:
     self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
   def __call__(self, stage: str, work: Callable[[], Any]) -> Any:
-    """Runs a stage and adds its time."""
+    """Runs a stage and adds its time.
+
+    Raises:
+      checkpoint.Preempted: several processes were asked to stop; one by itself just ends.
+    """
+    if checkpoint.StopSignal().asked():
+      raise checkpoint.Preempted(f'stopped before the stage {stage}')
     logging.info('stage %s', stage)
     start = time.monotonic()
     out = work()
@@ -70,7 +76,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   measure = lambda name, p: evaluate.run(job, p, vae_params, tools, workdir / 'eval' / name)
   before = clock('evaluate_before', lambda: measure('before', params))
   path = workdir / 'scores.json'  # Written after the guided baseline, so it holds all of that.
-  guided = json.loads(path.read_text())['guidance'] if path.exists() else clock(
+  guided = json.loads(path.read_text())['guidance'] if checkpoint.exists(path) else clock(
       'evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
   found = write_scores(workdir, config, clock, guided, before, None)
   if config.program == 'pretrain':

@@ -223,7 +223,7 @@ def execute(runs: Sequence[Run], workers: Sequence[Worker]) -> Iterator[Run]:
             prepare(ready[0], pretrained[ready[0].seed])
             worker.start(ready[0])
             _announce(ready[0], total, len(waiting), time.monotonic() - start, len(workers))
-        if stop.asked(0):
+        if stop.asked():
           raise checkpoint.Preempted('study stopped; its runs have ended')
         time.sleep(POLL)
     finally:
@@ -320,7 +320,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   """
   runs = plan(config, workdir)
   folder = workdir / config.study
-  checkpoint.check_config(folder, changed(config, {'workers': 1}))  # Another number may go on.
+  checkpoint.check_config(folder, config)
   workers = [Worker(cores, folder / 'compiled') for cores in shares(config.workers)]
   critic = Critic(runs[0].config, folder / 'critic')
   read = lambda: [measured(r, critic, folder / 'measured') for r in runs if complete(r)]

@@ -53,7 +53,7 @@ def kept(workdir: pathlib.Path, name: str, like: types.Params,
          make: Callable[[], types.Params], record: dict[str, Any] | None = None) -> types.Params:
   """Parameters that are made once and then read back."""
   folder = workdir / 'checkpoints' / name
-  if folder.is_dir():
+  if checkpoint.exists(folder):
     restored = _restored(folder, like)
     if restored is not None:
       return restored
@@ -79,7 +79,7 @@ def stored(job: job_lib.Job, name: str) -> types.Params | None:
     ValueError: they were imported from another model than that of `config.checkpoint`.
   """
   folder = job.workdir / 'checkpoints' / name
-  if not folder.is_dir():
+  if not checkpoint.exists(folder):
     return None
   if job.config.checkpoint and name in (BASE, VAE):
     _check_source(job, name, folder)
@@ -126,7 +126,7 @@ def newest(job: job_lib.Job) -> tuple[types.Params, types.Params]:
   """
   released = bool(job.config.checkpoint)
   if (job.workdir / 'config.json').exists():
-    # Before any checkpoint is opened: one of other shapes would count as unreadable.
+    # Before any checkpoint is opened: keys of the config say more than names of arrays.
     checkpoint.compare_config(job.workdir, job.config, SHAPED_BY)
   params, vae_params = stored(job, ALIGNED), stored(job, VAE)
   logging.info('policy: %s', f'aligned, from {job.workdir}' if params else

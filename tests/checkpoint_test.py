@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from configs import base
 from lvrpo_jax import checkpoint
 from lvrpo_jax import step as step_lib
 from lvrpo_jax.data import pipeline
@@ -134,7 +135,36 @@ class CheckpointsTest(parameterized.TestCase):
     self.save(1, 2)
     for step in (1, 2):
       self.damage(step, 'state/_METADATA', True)
-    self.assertIsNone(self.restore())
+    for _ in range(2):  # To begin anew is not for the next start to decide.
+      with self.assertRaisesRegex(ValueError, f'none .* in {self.folder} can be read.*delete the'):
+        self.restore()
+      self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
+
+  @parameterized.named_parameters(
+      ('fewer', lambda s: s.replace(ema=None), [r'ema/bias: \(3,\) there, absent here']),
+      ('more', lambda s: s.replace(old=s.params),
+       [r'old/bias: absent there, \(3,\) here', r'old/layer/kernel: absent there']),
+      ('shape', lambda s: s.replace(params=jax.tree.map(lambda x: x[:2], s.params)),
+       [r'params/bias: \(3,\) there, \(2,\) here', r'params/layer/kernel: \(30, 20\) there']))
+  def test_other_arrays_are_named_and_nothing_is_set_aside(self, change, messages):
+    self.save(1, 2)
+    with self.assertRaisesRegex(ValueError, f'{self.folder}/2 .*\n.*' + '.*\n.*'.join(messages)):
+      self.restore(change(make_state(0)))
+    self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
+    self.assertEqual(self.restore()[1], {'iteration': 2})
+
+  def test_many_other_arrays_are_counted(self):
+    self.save(1)
+    state = make_state(0).replace(params={str(i): jnp.zeros(1) for i in range(20)})
+    with self.assertRaisesRegex(ValueError, r'params/17: absent there.*\n  and 12 more$'):
+      self.restore(state)
+
+  def test_nothing_is_set_aside_before_one_is_read(self):
+    self.save(1, 2)
+    self.damage(2, 'state/_METADATA', True)
+    with self.assertRaisesRegex(ValueError, '/1 holds other arrays'):
+      self.restore(make_state(0).replace(ema=None))
+    self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
 
 
 class ConfigTest(absltest.TestCase):
@@ -161,6 +191,43 @@ class ConfigTest(absltest.TestCase):
                  "rate: 0.1 there, 'absent' here", "new: 'absent' there, True here"):
       self.assertIn(part, message)
     self.assertNotIn('mesh', message)
+
+  def test_keys_that_change_no_result_may_differ(self):
+    config = base.get_config()
+    workdir = self.workdir / 'base'
+    checkpoint.check_config(workdir, config)
+    config.parallel.update(mesh=(2, 4, 1), rollout_mesh=(8, 1, 1), micro_batches=2, group_parts=4,
+                           joint=True)
+    config.update(log_every=60, report=False, workers=2, topology='v5p:4x4x4')
+    config.sample.prompt, config.convert.shards, config.compile.image_size = 'a dog', 3, 64
+    checkpoint.check_config(workdir, config)
+    found = json.loads((workdir / 'config.json').read_text())
+    self.assertEqual((found['parallel']['mesh'], found['workers']), ([2, 4, 1], 2))
+    config.sampling.steps += 1
+    with self.assertRaisesRegex(ValueError, r'same values:\n  sampling.steps: 10 there, 11 here$'):
+      checkpoint.check_config(workdir, config)
+    self.assertEqual(json.loads((workdir / 'config.json').read_text()), found)
+
+  def test_an_older_workdir_goes_on_with_the_defaults_of_new_keys(self):
+    path = self.workdir / 'config.json'
+    config = base.get_config()
+    old = json.loads(config.to_json())
+    del old['align']['refill'], old['vae']
+    path.write_text(json.dumps(old))
+    config.align.refill = 1
+    with self.assertRaisesRegex(ValueError, "values:\n  align.refill: 'absent' there, 1 here$"):
+      checkpoint.check_config(self.workdir, config)
+    config.align.refill = 0
+    with self.assertLogs(level='WARNING') as logs:
+      checkpoint.check_config(self.workdir, config)
+    self.assertIn('defaults align.refill = 0, vae.channels = 40, vae.images = 3000', logs.output[0])
+    with self.assertNoLogs(level='WARNING'):  # They are written down.
+      checkpoint.check_config(self.workdir, config)
+    del old['align']['keep_best']
+    old['align']['gone'] = 1
+    path.write_text(json.dumps(old))
+    with self.assertRaisesRegex(ValueError, "values:\n  align.gone: 1 there, 'absent' here$"):
+      checkpoint.check_config(self.workdir, config)
 
   def test_written_file_replaces_the_old_one(self):
     path = self.workdir / 'x.json'

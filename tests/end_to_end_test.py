@@ -153,8 +153,8 @@ class EndToEndTest(absltest.TestCase):
     wanted = final_state(self.whole)
     workdir = self.base / 'killed'
     self.kill_while_saving(workdir, 'pretrain', '2')
-    # Asked to stop in the first iteration, which is then saved; killed between two saves later.
-    for call, number, code in ((1, signal.SIGTERM, 128 + signal.SIGTERM),
+    # Asked to stop in the second iteration, so the first is saved; killed between two saves later.
+    for call, number, code in ((2, signal.SIGTERM, 128 + signal.SIGTERM),
                                (2, signal.SIGKILL, -signal.SIGKILL)):
       request = self.base / 'signal'
       request.write_text(f'{call} {int(number)}')

@@ -1,4 +1,4 @@
-"""Two processes of four devices equal one of eight, and it reads their checkpoint; shared rows."""
+"""Two processes equal one, read each other's checkpoints, share rows, and stop at once."""
 
 import json
 import os
@@ -34,10 +34,10 @@ def start(name, devices, *arguments):
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process):
+def finish(process, timeout=600):
   """The JSON object that a program has printed."""
   try:
-    out, errors = process.communicate(timeout=600)
+    out, errors = process.communicate(timeout=timeout)
   finally:
     process.kill()
   if process.returncode:
@@ -113,6 +113,37 @@ class RowBlockTest(parameterized.TestCase):
     for process, found in enumerate(self.found):
       self.assertEqual(found['tensor']['agreed'], [0] * 8)
       self.assertEqual(found['fsdp']['agreed'], [process] * 4)
+
+
+class CheckpointsTest(absltest.TestCase):
+
+  def run_both(self, folder, *arguments):
+    """What both of two processes print."""
+    address = f'localhost:{free_port()}'
+    both = [start('two_processes_program.py', 1, folder, address, process, *arguments)
+            for process in range(2)]
+    for process in both:
+      self.addCleanup(process.kill)
+    # Seconds are enough: processes that disagree wait for each other.
+    mine, other = (finish(process, timeout=200) for process in both)
+    self.assertEqual(mine, other)
+    return mine
+
+  def test_all_stop_after_the_same_step_also_where_a_resume_has_just_begun(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.assertEqual(self.run_both(folder, 'stop', 4), dict(start=500, last=504, refused=True))
+    self.assertEqual(self.run_both(folder, 'stop', 1), dict(start=504, last=505, refused=True))
+
+  def test_what_one_cannot_read_is_set_aside_by_all(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    out = self.run_both(folder, 'restore')
+    self.assertEqual(out['record'], {'iteration': 1})
+    self.assertEqual(out['found'], ['1', '2.unreadable0', '3.unreadable0'])
+    self.assertRegex(out['problem'], f'none .* in {folder}/checkpoints can be read')
+
+  def test_one_sees_for_all_what_is_there(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.assertEqual(self.run_both(folder, 'kept'), dict(values=[1., 1.], made=[1.]))
 
 
 if __name__ == '__main__':

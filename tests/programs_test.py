@@ -101,7 +101,6 @@ class ProgramsTest(parameterized.TestCase):
     again = self.sampled(self.base / 'elsewhere', checkpoint=exported)
     for before, after in zip(aligned, again, strict=True):
       np.testing.assert_array_equal(before, after)
-    # Read with other sizes, the checkpoints would count as unreadable.
     self.assertEqual(released_folder.vocabulary(exported), released_folder.rows(exported))
     # Weights that were imported from elsewhere are not taken for those of the folder.
     imported = self.base / 'imported'

@@ -1,0 +1,111 @@
+"""Tests of the loop of lvrpo_jax.align, with iterations that cost nothing: what it saves, when."""
+
+import json
+import os
+import pathlib
+import signal
+import types as python_types
+from unittest import mock
+
+from absl.testing import absltest
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from configs import tiny
+from lvrpo_jax import align
+from lvrpo_jax import checkpoint
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import metrics as metrics_lib
+from lvrpo_jax import types
+
+STEPS = 8
+CORRECT = (.9, .1, .1, .9, .6, .6, .2, .2)
+"""By iteration: of pairs the third is best, of iterations the first and the fourth."""
+
+
+class Light:
+  """Stands for `align.Aligner`: its one parameter depends on all prompts and on their order.
+
+  Attributes:
+    interrupt: iteration between whose rewards and update the process is asked to stop.
+  """
+  interrupt = 0
+
+  def __init__(self, job, *params):
+    del job, params
+    self.state = types.TrainState(jnp.int32(0), {'x': jnp.zeros(())}, {'count': jnp.int32(0)})
+    self.collector = python_types.SimpleNamespace(close=lambda: None)
+    self.factors = {}
+
+  @property
+  def params(self):
+    return self.state.params
+
+  def iterate(self, tasks, iteration, draw, check):
+    del draw
+    seen = sum(float(np.sum(p.index_B % 100)) for p in tasks.prompts.values())
+    if iteration == self.interrupt:
+      os.kill(os.getpid(), signal.SIGTERM)
+    check()
+    self.state = self.state.replace(
+        step=self.state.step + 1, params={'x': self.state.params['x'] * .9 + seen})
+    return {'accuracy/generate/correct': CORRECT[iteration - 1]}, {}
+
+
+class RunTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.base = pathlib.Path(self.create_tempdir().full_path)
+    self.enterContext(mock.patch.object(align, 'Aligner', Light))
+
+  def run_job(self, name, interrupt=0, **settings):
+    """What a run in the folder `name` returns."""
+    config = tiny.get_config()
+    config.align.update(dict(steps=STEPS, save_every=4), **settings)
+    job = job_lib.build(config, self.base / name)
+    writer = metrics_lib.MetricWriter(job.workdir)
+    with mock.patch.object(Light, 'interrupt', interrupt):
+      out = align.run(job, {}, {}, {}, writer)
+    writer.close()
+    return jax.device_get(out)
+
+  def steps(self, name):
+    return {int(p.name) for p in (self.base / name / 'checkpoints' / 'align').iterdir()}
+
+  def lines(self, name):
+    """The lines of `metrics.jsonl`, without times."""
+    text = (self.base / name / 'metrics.jsonl').read_text()
+    return [{k: v for k, v in json.loads(line).items() if k != 'seconds'}
+            for line in text.splitlines()]
+
+  def test_asked_to_stop_before_an_update_it_saves_the_iteration_before(self):
+    whole = self.run_job('whole')
+    with self.assertRaisesRegex(checkpoint.Preempted, 'after iteration 2 of 8'):
+      self.run_job('stopped', interrupt=3)
+    self.assertEqual(self.steps('stopped'), {2})
+    # Nothing is left to save right after a save.
+    with self.assertRaisesRegex(checkpoint.Preempted, 'after iteration 4 of 8'):
+      self.run_job('stopped', interrupt=5)
+    self.assertEqual(self.steps('stopped'), {2, 4})
+    self.assertEqual(self.run_job('stopped'), whole)
+    self.assertEqual(self.lines('stopped'), self.lines('whole'))
+
+  def test_the_best_is_what_it_would_have_been_without_a_stop(self):
+    best = dict(finish='best', save_every=2)
+    whole = self.run_job('whole', **best)
+    self.assertEqual(whole, self.run_job('short', steps=6, save_every=2))
+    for interrupt in (2, 4):
+      with self.assertRaises(checkpoint.Preempted):
+        self.run_job('stopped', interrupt, **best)
+    self.assertEqual(self.run_job('stopped', **best), whole)
+
+  def test_asked_to_stop_before_the_first_update_it_has_nothing_to_save(self):
+    with self.assertRaisesRegex(checkpoint.Preempted, 'after iteration 0 of 8'):
+      self.run_job('stopped', interrupt=1)
+    self.assertEmpty(self.steps('stopped'))
+
+
+if __name__ == '__main__':
+  absltest.main()
