@@ -54,5 +54,5 @@ def get_config() -> config_dict.ConfigDict:
   config.align.update(
       learning_rate=1e-5, steps=1000, steps_per_image=15, save_every=50, generate=64, understand=64,
       edit=64, draws=1,
-      diagnose_every=0)  # It copies the state, which fills a chip that the update nearly fills.
+      gold_every=50, diagnose_every=0)  # It copies the state, which fills a chip that the update nearly fills.
   return config

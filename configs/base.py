@@ -211,6 +211,11 @@ def get_config() -> config_dict.ConfigDict:
   config.align.clip_norm = 1.
   # Iterations between gradients by task, for which the state is copied; 0 never
   config.align.diagnose_every = 10
+  # Iterations between scores on held-out captions by the detector that reports, so many of every
+  # kind; alarms compare them with the reward. 0 never
+  config.align.gold_every = 10
+  config.align.gold = 10
+  config.align.stop_on_alarm = False  # ends the alignment at the first alarm
   config.align.save_every = 25  # iterations
   config.align.keep_best = 1  # checkpoints of the best score, kept besides the newest two
   # Metric that ranks checkpoints, its mean since the one before; '': what is correct, all tasks

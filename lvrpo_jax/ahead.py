@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import ml_collections
 import numpy as np
 
-from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import experience
 from lvrpo_jax import flops as flops_lib
 from lvrpo_jax import hlo
@@ -189,8 +189,8 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
   """The programs by name: text and image rollouts, and the update."""
   sizes = pretrain.sizes(job.config.align)
   params = weights.template(job, weights.BASE)
-  optimizer, update = align.update(job)
-  state = jax.eval_shape(lambda p: align.initial(job, p, optimizer), params)
+  optimizer, update = aligner_lib.update(job)
+  state = jax.eval_shape(lambda p: aligner_lib.initial(job, p, optimizer), params)
   state = abstract(state, sharding.tree_shardings(state, job.mesh))
   vae = lambda mesh: abstract(weights.template(job, weights.VAE), sharding.tree_shardings(
       weights.template(job, weights.VAE), mesh))

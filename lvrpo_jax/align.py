@@ -1,292 +1,32 @@
-"""LVRPO: rollout -> reward -> advantage -> step. The only arrow back is `state.params`."""
+"""LVRPO: iterations of an `aligner.Aligner`, with checkpoints, logs and alarms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 import contextlib
-import functools
 import math
 from typing import Any
 
 from absl import logging
 import jax
-from jax import numpy as jnp
 import numpy as np
-import optax
 
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import checkpoint
-from lvrpo_jax import diagnostics
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import lora
-from lvrpo_jax import losses
 from lvrpo_jax import metrics as metrics_lib
-from lvrpo_jax import ops
-from lvrpo_jax import optim
 from lvrpo_jax import panel
 from lvrpo_jax import pretrain
-from lvrpo_jax import refill
 from lvrpo_jax import sharding
-from lvrpo_jax import step as step_lib
-from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
-from lvrpo_jax.objectives import flow as flow_objectives
-from lvrpo_jax.objectives import penalty
 from lvrpo_jax.rewards import remote
 
-B1 = .9
-"""Decay of Adam's momentum."""
 PICTURES_EVERY = 25
 """Iterations between picture grids in TensorBoard."""
-
-
-def alignment_loss(job: job_lib.Job) -> step_lib.Loss:
-  """The loss of the update, from the config; with adapters, as a function of these alone."""
-  a = job.config.align
-  loss = losses.alignment(job.policy, losses.Alignment(
-      weights={task: a.weights[task] for task in pretrain.sizes(a)}, objective=a.objective,
-      sampler=a.sampler, nft_beta=a.nft_beta, nft_scale=a.nft_scale, image_clip=a.image_clip,
-      velocity_penalty=a.velocity_penalty, text_low=a.text_low, text_high=a.text_high,
-      text_objective=a.text_objective, text_penalty=a.text_penalty, text_kl=a.text_kl,
-      image_kl=a.image_kl))
-  if not a.lora.rank:
-    return loss
-
-  def sums(adapters, state, frozen, batch):
-    params = lora.merge(frozen['base'], adapters, a.lora.alpha / a.lora.rank)
-    return loss.sums(params, state, frozen, batch)
-  return loss._replace(sums=sums)
-
-
-def update(job: job_lib.Job) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-  """The optimizer, and the compiled step."""
-  a, parallel = job.config.align, job.config.parallel
-  optimizer = optim.build(
-      'adamw', optim.schedule('constant', a.learning_rate, a.steps * a.updates, 10), B1, .98, 1e-8,
-      0., a.clip_norm, rules=((diagnostics.EXPERTS['understanding'], a.understand_rate),))
-  return optimizer, step_lib.compile_step(
-      alignment_loss(job), optimizer, job.mesh, micro_batches=parallel.micro_batches,
-      group_parts=job.group_parts, runner=parallel.runner)
-
-
-def initial(job: job_lib.Job, trained: types.Params, optimizer: optax.GradientTransformation
-            ) -> types.TrainState:
-  """The state before the first update. The reference, which nothing changes, is kept as passes read
-  it; with adapters it is the weights below them."""
-  a = job.config.align
-  state = step_lib.init(trained, optimizer, old=a.objective in losses.FORWARD)
-  return state if a.lora.rank else state.replace(reference=job.rounded(trained))
-
-
-Draw = Callable[[Iterable[str]], experience.Tasks]
-
-
-class Aligner:
-  """One iteration of alignment, and the state it carries."""
-
-  def __init__(self, job: job_lib.Job, params: types.Params, vae_params: types.Params,
-               siglip_params: types.Params):
-    self.job, a = job, job.config.align
-    self.collector = experience.Collector(job)
-    optimizer, self.step = update(job)
-    self._replay = job.compile(functools.partial(losses.replay, job.policy))
-    self._velocities = job.compile(functools.partial(losses.velocities, job.policy))
-    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler),
-                              static_argnames='group')
-    self._halves = jax.jit(functools.partial(thinking.halves, bos=job.policy.bos))
-    self._text_gap = jax.jit(losses.text_gap)
-    self._points = jax.jit(self._points_fn)
-    self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
-    self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
-    self.factors = dict.fromkeys(losses.FACTORS, 1.)
-    self.full = lambda trained: trained
-    trained = params
-    if a.lora.rank:
-      self.frozen['base'] = sharding.shard_state(params, job.mesh)
-      trained = lora.init(params, a.lora.rank, a.lora.target, jax.random.key(job.config.seed + 2))
-      merge = jax.jit(functools.partial(lora.merge, scale=a.lora.alpha / a.lora.rank))
-      self.full = lambda adapters: merge(self.frozen['base'], adapters)
-    self.state = sharding.shard_state(
-        initial(job, sharding.shard_state(trained, job.mesh), optimizer), job.mesh)
-    self._mix = jax.jit(
-        lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new),
-        out_shardings=jax.tree.map(lambda x: x.sharding, self.state.old))
-    self._siglip = sharding.shard_state(siglip_params, job.mesh)
-    self._words = job_lib.word_table(job, siglip_params)
-
-  @property
-  def reference(self) -> types.Params:
-    """The frozen policy: the state's copy, or the weights under the adapters."""
-    return self.frozen['base'] if self.state.reference is None else self.state.reference
-
-  @property
-  def judges(self) -> experience.Judges:
-    """What scores, as long as no step has taken the state away."""
-    return experience.Judges(self.reference, self._siglip, self._words)
-
-  @property
-  def params(self) -> types.Params:
-    """The policy as it is now, adapters merged."""
-    return self.full(self.state.params)
-
-  @property
-  def sampling(self) -> tuple[types.Params, ...]:
-    """The policy that samples, or those of texts and of images where they differ.
-
-    DiffusionNFT (arXiv 2509.16117, alg. 1) draws with the old policy, around which its positive and
-    negative velocities lie. Ratios of texts are to the policy as it is.
-    """
-    if self.job.config.align.objective != 'nft':
-      return (self.params,)
-    return self.params, self.full(self.state.old)
-
-  def _points_fn(self, step, index_B, latents_BGNC):
-    """Fresh noise on final latents: where a forward-process objective asks for velocities."""
-    a, group = self.job.config.align, latents_BGNC.shape[1]
-    root = jax.random.fold_in(jax.random.key(self.job.config.seed + 1), step)
-    key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(index_B)
-    key_BM = jax.vmap(lambda k: ops.fold_rows(k, (group * a.draws,)))(key_B)
-    points = losses.noise_points(key_BM, jnp.tile(latents_BGNC, (1, a.draws, 1, 1)),
-                                 self.job.config.pretrain.shift)
-    return points.x_t, points.t
-
-  def collect(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None
-              ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
-    """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
-    c, rounds = self.collector, self.job.config.align.refill
-    found, metrics = self._sample(tasks, iteration)
-    if rounds:
-      found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, lambda names: (
-          self._sample(draw(names), iteration)[0]))
-      metrics.update(filled)
-    batch = {}
-    for task, s in found.items():
-      advantage = c.advantages[task](s.rewards)
-      credit = dict(advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
-      batch.update(self._halves(s.experience, **credit) if task == pipeline.THINK else
-                   {task: s.experience.replace(**credit)})
-      metrics.update(experience.reward_metrics(task, s.rewards, s.facts, advantage))
-    return self.job.place_rows(batch), metrics, {
-        task: sharding.local_rows(s.pixels) for task, s in found.items() if s.pixels is not None}
-
-  def _sample(self, tasks: experience.Tasks, iteration: int
-              ) -> tuple[dict[str, refill.Sampled], dict[str, Any]]:
-    """One round: what was sampled for every task, with its rewards, and metrics."""
-    c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
-    texts, images, pixels = c.rollout(self.sampling, vae_params, tasks, iteration)
-    asked = c.ask(tasks, texts, pixels, iteration)
-    replayed = c.replayed(iteration)
-    out, metrics = {}, {'window': replayed[0]}
-    for task, rollout in images.items():
-      rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
-                                       iteration, asked)
-      steps = experience.transitions(rollout, replayed, c.grid, c.eta_T)
-      image = types.ImageExperience(tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC,
-                                    steps.time_BM, None, None, None, None)
-      if task == pipeline.THINK:
-        image = thinking.Thought(experience.said(tasks.prompts[task], texts[pipeline.PLAN]), image)
-      out[task] = refill.Sampled(image, place(rewards), place(facts), pixels[task])
-    if pipeline.UNDERSTAND in texts:
-      answers = texts[pipeline.UNDERSTAND]
-      rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params, asked)
-      out[pipeline.UNDERSTAND] = refill.Sampled(
-          experience.said(tasks.prompts[pipeline.UNDERSTAND], answers), place(rewards),
-          place(facts), None)
-    if texts:
-      metrics['gap/decode'] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
-    metrics.update({f'judge/{task}/{name}': value for task, future in asked.items()
-                    for name, value in future.result().stats.items()})
-    return out, metrics
-
-  def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """Velocities of any policy at the points of a batch."""
-    images = {t: b for t, b in batch.items() if t not in pipeline.TEXTS}
-    if not images:
-      return {}
-    return self._velocities(params, self.frozen, {t: b.prompts for t, b in images.items()},
-                            {t: b.x_BMNC for t, b in images.items()},
-                            {t: b.time_BM for t, b in images.items()})
-
-  def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """Largest |log-ratio| between rollout and replay of every task, before any update."""
-    texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
-    writer, drawer = self.sampling[0], self.sampling[-1]
-    logp = self._replay(writer, self.frozen, texts)[1] if texts else {}
-    out = {}
-    for task, v in self.velocities(drawer, batch).items():
-      steps = self._image_gap(v, batch[task].transitions, group=batch[task].valid_BG.shape[1])
-      out[f'gap/{task}'] = jnp.max(steps)
-      out.update({f'gap/{task}/step{k}': steps[k] for k in range(len(steps))})
-    for task, x in logp.items():
-      out[f'gap/{task}'], out[f'gap/{task}/mean'] = self._text_gap(x, batch[task])
-    return out
-
-  def with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
-    """Adds what the reference and the old policy say at the points of the next update."""
-    batch = dict(batch)
-    forward = self.job.config.align.objective in losses.FORWARD
-    for task, b in batch.items():
-      if task not in pipeline.TEXTS and forward:
-        x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
-        batch[task] = b.replace(x_BMNC=x, time_BM=t)
-    reference = self.velocities(self.reference, batch)
-    old = self.velocities(self.full(self.state.old), batch) if forward else reference
-    return {task: b if task in pipeline.TEXTS else
-            b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
-            for task, b in batch.items()}
-
-  def _frozen(self) -> dict[str, Any]:
-    """What the step reads besides the state."""
-    return {**self.frozen, 'factors': {k: np.float32(v) for k, v in self.factors.items()}}
-
-  def _adapt(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Moves the factors of the penalties towards their targets; returns the new ones."""
-    a = self.job.config.align
-    drift = 'velocity_mse' if a.image_kl == 'velocity' else 'kl'
-    out = {}
-    for kind, target, names in (
-        ('answers', a.text_target, [f'{task}/kl_{a.text_kl}' for task in pipeline.TEXTS]),
-        ('images', a.image_target, [f'{task}/{drift}' for task in pipeline.TASKS])):
-      found = [metrics[name] for name in names if name in metrics]
-      if target and found:
-        factor = penalty.adapted(self.factors[f'{kind}_penalty'],
-                                 sum(map(float, found)) / len(found), target, a.adapt)
-        self.factors[f'{kind}_penalty'] = out[f'factor/{kind}_penalty'] = factor
-    return out
-
-  def iterate(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None,
-              check: Callable[[], None] = lambda: None
-              ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One whole iteration; returns its metrics and pictures. `draw` gives fresh prompts of some
-    tasks, where `align.refill` asks for them. `check` may raise: it is called as long as nothing
-    has changed, with the rewards at hand and the update to come."""
-    a = self.job.config.align
-    batch, metrics, pictures = self.collect(tasks, iteration, draw)
-    check()
-    metrics.update(self.gaps(batch))
-    texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
-    if texts:
-      _, logp = self._replay(self.reference, self.frozen, texts)
-      batch.update({task: b.replace(reference_BGT=logp[task]) for task, b in texts.items()})
-    if a.diagnose_every and (iteration - 1) % a.diagnose_every == 0:  # The first compiles it.
-      metrics.update(diagnostics.probe(self.step, self.state, self._frozen(),
-                                       self.with_reference(batch), B1, a.clip_norm))
-    updates = []
-    for _ in range(a.updates):
-      self.state, update = self.step(self.state, self._frozen(), self.with_reference(batch))
-      updates.append(update)
-    update = self._mean(updates)
-    metrics.update(update, **self._adapt(update))
-    if a.objective in losses.FORWARD:
-      # Importance ratios are to the policy that sampled: a plain copy.
-      decay = flow_objectives.old_policy_decay(iteration, a.old_flat, a.old_rise, a.old_hold
-                                               ) if a.objective == 'nft' else 0.
-      self.state = self.state.replace(
-          old=self._mix(self.state.old, self.state.params, jnp.float32(decay)))
-      metrics['old_decay'] = decay
-    return metrics, pictures
 
 
 def score(scalars: dict[str, float], key: str) -> float:
@@ -321,29 +61,45 @@ def check(job: job_lib.Job):
                                      a.lora.rank, a.lora.target, jax.random.key(0)))
 
 
-def seen_in(pictures: dict[str, np.ndarray], watch: panel.Watch, number: int) -> dict[str, float]:
-  """How an iteration's pictures look and how many alarms there were, with warnings of new ones."""
-  drawn = next((pictures[task] for task in (pipeline.GENERATE, pipeline.THINK)
-                if task in pictures), None)
-  if drawn is None:
+Gold = Callable[[types.Params], dict[str, float]]
+"""Scores of a policy on held-out captions, by another detector than the one that pays."""
+
+
+def watched(watch: panel.Watch, aligner: aligner_lib.Aligner, number: int, metrics: dict[str, Any],
+            pictures: dict[str, np.ndarray], gold: Gold | None) -> dict[str, float]:
+  """How an iteration's pictures look, what held-out captions score, and how many alarms there
+  were, with warnings of new ones."""
+  task = next((t for t in (pipeline.GENERATE, pipeline.THINK) if t in pictures), None)
+  if task is None:
     return {}
-  seen = sharding.process_mean(panel.appearance(drawn))
-  for sentence in watch(seen):
+  seen = sharding.process_mean(panel.appearance(pictures[task]))
+  raised, out = watch(seen), {f'pictures/{name}': value for name, value in seen.items()}
+  every = aligner.job.config.align.gold_every
+  if gold and every and number % every == 0:
+    held_out = gold(aligner.params)
+    reward = sum(weight * float(metrics[f'reward/{task}/{name}'])
+                 for name, weight in aligner.collector.weights(task).items())
+    raised += watch.gold(reward, held_out)
+    out.update({f'held_out/{name}': value for name, value in held_out.items()})
+  for sentence in raised:
     logging.warning('iteration %d: %s; the reward may be gamed', number, sentence)
-  return {**{f'pictures/{name}': value for name, value in seen.items()},
-          'alarms': float(len(watch.state['raised']))}
+  return {**out, 'alarms': float(len(watch.state['raised']))}
 
 
 def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
-        siglip_params: types.Params, writer: metrics_lib.MetricWriter) -> types.Params:
+        siglip_params: types.Params, writer: metrics_lib.MetricWriter, gold: Gold | None = None
+        ) -> types.Params:
   """Aligns from the pretrained parameters or from the last checkpoint.
+
+  Args:
+    gold: asked every `align.gold_every` iterations.
 
   Raises:
     checkpoint.Preempted: asked to stop; the last whole iteration is saved.
     remote.JudgeUnavailable: the same holds.
   """
   a = job.config.align
-  aligner = Aligner(job, params, vae_params, siglip_params)
+  aligner = aligner_lib.Aligner(job, params, vae_params, siglip_params)
   data = prompt_batches(job)
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
   start, restored, watch = 0, store.restore(aligner.state), panel.Watch()
@@ -380,6 +136,10 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
           'scores': [*scores]}, mean)
     saved = start
     for number in range(start + 1, a.steps + 1):
+      if a.stop_on_alarm and watch.state['raised']:
+        logging.warning('alignment ends after iteration %d of %d: %s', number - 1, a.steps,
+                        ', '.join(watch.state['raised']))
+        break
       at = states()
       try:
         metrics, pictures = aligner.iterate(draw(data), number, draw, stop.check)
@@ -392,11 +152,12 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
           raise
         raise checkpoint.Preempted(f'align stopped after iteration {number - 1} of {a.steps}'
                                    ) from error
-      late.push(number, {**metrics, **seen_in(pictures, watch, number)})
+      late.push(number, {**metrics, **watched(watch, aligner, number, metrics, pictures, gold)})
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
-      if number % a.save_every == 0 or number == a.steps:
+      ends = number == a.steps or (a.stop_on_alarm and watch.state['raised'])
+      if number % a.save_every == 0 or ends:
         save(number, states(), due=True)
         saved = number
     late.flush()

@@ -7,7 +7,6 @@ head's fused projection holds three of our parameters.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 import re

@@ -86,7 +86,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     params = clock('control', lambda: pretrain.run(job, vae_params, writer, 'control', params,
                                                    siglip_params))
   else:
-    params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer))
+    gold = lambda p: evaluate.gold(job, p, vae_params, tools, config.align.gold)
+    params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer, gold))
     weights.kept(workdir, weights.ALIGNED, params, lambda: params)
   after = clock('evaluate_after', lambda: measure('after', params))
   writer.close()

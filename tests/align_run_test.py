@@ -14,6 +14,7 @@ import numpy as np
 
 from configs import tiny
 from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import checkpoint
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
@@ -25,7 +26,7 @@ CORRECT = (.9, .1, .1, .9, .6, .6, .2, .2)
 
 
 class Light:
-  """Stands for `align.Aligner`: its one parameter depends on all prompts and on their order.
+  """Stands for `aligner.Aligner`: its one parameter depends on all prompts and on their order.
 
   Attributes:
     interrupt: iteration between whose rewards and update the process is asked to stop.
@@ -53,21 +54,36 @@ class Light:
     return {'accuracy/generate/correct': CORRECT[iteration - 1]}, {}
 
 
+class Gamed(Light):
+  """Its reward rises all the time."""
+
+  def __init__(self, job, *params):
+    super().__init__(job, *params)
+    self.job = job
+    self.collector.weights = lambda task: {'rules': 1., 'semantic': .5}
+
+  def iterate(self, tasks, iteration, draw, check):
+    metrics, _ = super().iterate(tasks, iteration, draw, check)
+    picture = np.random.default_rng(0).integers(0, 255, (2, 2, 32, 32, 3), np.uint8)
+    return {**metrics, 'reward/generate/rules': .1 * iteration, 'reward/generate/semantic': .2,
+            }, {'generate': picture}
+
+
 class RunTest(absltest.TestCase):
 
   def setUp(self):
     super().setUp()
     self.base = pathlib.Path(self.create_tempdir().full_path)
-    self.enterContext(mock.patch.object(align, 'Aligner', Light))
+    self.enterContext(mock.patch.object(aligner_lib, 'Aligner', Light))
 
-  def run_job(self, name, interrupt=0, **settings):
+  def run_job(self, name, interrupt=0, gold=None, **settings):
     """What a run in the folder `name` returns."""
     config = tiny.get_config()
     config.align.update(dict(steps=STEPS, save_every=4), **settings)
     job = job_lib.build(config, self.base / name)
     writer = metrics_lib.MetricWriter(job.workdir)
     with mock.patch.object(Light, 'interrupt', interrupt):
-      out = align.run(job, {}, {}, {}, writer)
+      out = align.run(job, {}, {}, {}, writer, gold)
     writer.close()
     return jax.device_get(out)
 
@@ -100,6 +116,30 @@ class RunTest(absltest.TestCase):
       with self.assertRaises(checkpoint.Preempted):
         self.run_job('stopped', interrupt, **best)
     self.assertEqual(self.run_job('stopped', **best), whole)
+
+  def test_a_reward_that_rises_while_held_out_scores_fall_ends_the_run_if_asked(self):
+    self.enterContext(mock.patch.object(aligner_lib, 'Aligner', Gamed))
+    asked = []
+    def gold(params):
+      asked.append(float(params['x']))
+      return {'gold': 1. - .25 * len(asked), 'diversity': 1.}
+    with self.assertLogs(level='WARNING') as said:
+      self.run_job('watched', gold=gold, gold_every=2)
+    self.assertLen(asked, 4)
+    self.assertLen([line for line in said.output if 'held-out gold fell from 0.75 to 0.5 while the '
+                    'training reward rose from 0.3 to 0.5' in line], 1)
+    lines = [line for line in self.lines('watched') if line['stage'] == 'align']
+    self.assertEqual([line.get('held_out/gold') for line in lines[:4]], [None, .75, None, .5])
+    self.assertEqual([line['alarms'] for line in lines], [0.] * 3 + [1.] * 5)
+
+    asked.clear()
+    ended = self.run_job('ended', gold=gold, gold_every=2, stop_on_alarm=True, save_every=3)
+    self.assertLen([line for line in self.lines('ended') if line['stage'] == 'align'], 4)
+    self.assertIn(4, self.steps('ended'))
+    # Started again it does not go on.
+    self.assertEqual(self.run_job('ended', gold=gold, gold_every=2, stop_on_alarm=True,
+                                  save_every=3), ended)
+    self.assertLen(asked, 2)
 
   def test_asked_to_stop_before_the_first_update_it_has_nothing_to_save(self):
     with self.assertRaisesRegex(checkpoint.Preempted, 'after iteration 0 of 8'):

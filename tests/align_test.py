@@ -12,6 +12,7 @@ import numpy as np
 
 from configs import tiny
 from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
@@ -42,8 +43,8 @@ class InitialTest(absltest.TestCase):
     params = pretrain.initial(job)
     params['llm2vae']['kernel'] = .1 * jax.random.normal(
         jax.random.key(5), params['llm2vae']['kernel'].shape)
-    optimizer, _ = align.update(job)
-    state = align.initial(job, params, optimizer)
+    optimizer, _ = aligner_lib.update(job)
+    state = aligner_lib.initial(job, params, optimizer)
     kernel = lambda tree: tree['trunk']['layers']['gen']['q_proj']['kernel']
     self.assertEqual(kernel(state.reference).dtype, jnp.bfloat16)
     self.assertEqual(kernel(state.params).dtype, jnp.float32)
@@ -59,8 +60,8 @@ class InitialTest(absltest.TestCase):
     config = tiny.get_config()
     config.align.lora.rank = 2
     job = job_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
-    optimizer, _ = align.update(job)
-    self.assertIsNone(align.initial(job, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
+    optimizer, _ = aligner_lib.update(job)
+    self.assertIsNone(aligner_lib.initial(job, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
 
 
 def random_like(shapes, seed=0):
@@ -82,7 +83,7 @@ class IterationTest(parameterized.TestCase):
     side = job.data.image_size
     judge = random_like(jax.eval_shape(lambda: job.judge.init(
         jax.random.key(2), jnp.zeros((1, side, side, 3)), job.captions(['']))['params']), 1)
-    aligner = align.Aligner(job, params, pretrain.fit_autoencoder(job), judge)
+    aligner = aligner_lib.Aligner(job, params, pretrain.fit_autoencoder(job), judge)
     drawn = {task: next(rows) for task, rows in align.prompt_batches(job).items()}
     tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
                              {t: job.place(d[1]) for t, d in drawn.items()})
@@ -154,7 +155,7 @@ class IterationTest(parameterized.TestCase):
                                 {'understand': batch['understand']})
       batch['understand'] = batch['understand'].replace(reference_BGT=logp['understand'])
       off = {**aligner.frozen, 'factors': {**aligner.factors, 'answers': 0.}}
-      loss = align.alignment_loss(aligner.job)
+      loss = aligner_lib.alignment_loss(aligner.job)
       weights = loss.weights(batch)
       def objective(params):
         sums = loss.sums(params, aligner.state, off, batch)[0]

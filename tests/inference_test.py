@@ -5,7 +5,6 @@ import tempfile
 
 from absl.testing import absltest
 from absl.testing import parameterized
-from jax import numpy as jnp
 import jax
 import numpy as np
 import released_folder

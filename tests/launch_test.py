@@ -1,7 +1,6 @@
 """The launch scripts: what they would run, and how the queue of TPUs outlives preemptions."""
 
 import json
-import os
 import pathlib
 import shlex
 import shutil

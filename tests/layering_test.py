@@ -18,7 +18,7 @@ LAYERS = (
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
     ('losses', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'judging', 'experience', 'thinking',
-     'refill', 'evaluate', 'pretrain', 'align', 'run', 'inference', 'weights', 'sample', 'ahead',
+     'refill', 'evaluate', 'pretrain', 'aligner', 'align', 'run', 'inference', 'weights', 'sample', 'ahead',
      'study', 'study_tables'),
     ('main', 'report', 'summary'),
 )

@@ -18,7 +18,7 @@ import optax
 import step_test
 
 from configs import tiny
-from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
@@ -152,7 +152,7 @@ def updates(job, params, vae_params, batches):
   p = job.config.pretrain
   loss = together({
       'pretrain': losses.pretraining(job.policy, p.weights, p.draws, p.shift, job.config.seed),
-      'align': align.alignment_loss(job)})
+      'align': aligner_lib.alignment_loss(job)})
   batches = {name: dict(batches, align=only(batches['align'], tasks))
              for name, tasks in BATCHES.items()}
   one = run_updates(loss, params, vae_params, batches, (1, 1, 1), 'jit', 1)
@@ -172,9 +172,9 @@ def updates(job, params, vae_params, batches):
 def parts(job, params, vae_params, batch):
   """The alignment loss in parts of rows and groups, each in one pass, on a mesh."""
   batch = {'all': batch}
-  one = run_updates(align.alignment_loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
+  one = run_updates(aligner_lib.alignment_loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
   joint = dataclasses.replace(job, policy=dataclasses.replace(job.policy, joint=True))
-  got = run_updates(align.alignment_loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4,
+  got = run_updates(aligner_lib.alignment_loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4,
                     micro_batches=2, group_parts=GROUP)
   return {'parts': dict(params=difference(got['all'][0], one['all'][0]),
                         gradients=difference(got['all'][1], one['all'][1]))}

@@ -18,6 +18,7 @@ import numpy as np
 
 from configs import tiny
 from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import checkpoint
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
@@ -63,7 +64,7 @@ def lines(folder):
 
 def restored(job):
   """The checkpoint of a workdir, laid out for the devices of this process."""
-  aligner = align.Aligner(job, *make_parameters(job))
+  aligner = aligner_lib.Aligner(job, *make_parameters(job))
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align')
   state, record = store.restore(aligner.state)
   store.close()

@@ -14,6 +14,7 @@ import numpy as np
 from configs import tiny
 from launch import judge_server
 from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import config as config_lib
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
@@ -89,14 +90,14 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
     job = job_lib.build(config, self.folder / name)
     job.workdir.mkdir(exist_ok=True)
     writer, seen = metrics_lib.MetricWriter(job.workdir, 0), []
-    collect = align.Aligner.collect
+    collect = aligner_lib.Aligner.collect
 
     def spy(aligner, *args):
       out = collect(aligner, *args)
       seen.append(jax.tree.map(np.asarray, (out[0], out[2])))
       return out
     try:
-      with mock.patch.object(align.Aligner, 'collect', spy):
+      with mock.patch.object(aligner_lib.Aligner, 'collect', spy):
         params = align.run(job, *parameters(), writer)
     finally:
       writer.close()

@@ -10,6 +10,7 @@ import numpy as np
 
 from configs import tiny
 from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import evaluate
 from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
@@ -157,7 +158,7 @@ class ThinkingTest(absltest.TestCase):
     job = build(folder, **changes)
     # The update takes the state away, and with it what it was made of.
     mine = jax.tree.map(jnp.copy, (self.params, self.vae, self.judge))
-    aligner = align.Aligner(job, *mine)
+    aligner = aligner_lib.Aligner(job, *mine)
     drawn = {task: next(data) for task, data in align.prompt_batches(job).items()}
     tasks = experience.Tasks({t: d[0] for t, d in drawn.items()},
                              {t: job.place(d[1]) for t, d in drawn.items()})
