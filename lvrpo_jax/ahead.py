@@ -64,9 +64,15 @@ CHIPS = {
 SPARE = 0.15
 """Share of a chip's memory that should stay free."""
 
-
 WHOLE = 2 ** 20
 """Bytes that an array of a program's state may take on every chip."""
+
+RATIO = 1.3
+"""What a micro-batch of an update may move, in the unit of `passes`."""
+
+
+class Exceeded(Exception):
+  """A program takes more than it should; the message says which and of what."""
 
 
 class Traced(NamedTuple):
@@ -256,13 +262,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   Raises:
     ValueError: the topology is unknown, or sizes do not divide over it.
+    Exceeded: after all programs, that one is above a limit.
   """
   kind = config.topology.split(':')[0]
   if kind not in CHIPS:
     raise ValueError(f'config.topology is {config.topology!r}; allowed: {sorted(CHIPS)} with a '
                      "shape, such as 'v5p:4x4x4'")
   job = build(config, workdir)
-  made = programs(job)
+  made, faults = programs(job), []
   workdir.mkdir(parents=True, exist_ok=True)
   for name in config.compile.programs:
     logging.info('compiling %s for %d chips', name, job.mesh.size)
@@ -270,9 +277,28 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
            **measure(name, made[name](), CHIPS[kind], workdir / 'hlo')}
     if name == 'step':
       out['collective_ratio'] = round(passes(job, out), 3)
+      out['objective'] = job.config.align.objective
+    faults += exceeded(out)
     print(json.dumps(out), flush=True)
     with (workdir / 'compile.jsonl').open('a') as file:
       file.write(json.dumps(out) + '\n')
+  if faults:
+    raise Exceeded('; '.join(faults))
+
+
+def exceeded(measured: dict[str, Any]) -> list[str]:
+  """What of a program's measures is above its limit."""
+  out, name = [], measured['program']
+  if not measured['fits']:
+    out.append(f'{name}: fits is false, hbm_share is {measured["hbm_share"]}; allowed: at most '
+               f'{1 - SPARE}')
+  if measured.get('collective_ratio', 0.) > RATIO:
+    out.append(f'{name}: collective_ratio is {measured["collective_ratio"]}; allowed: at most '
+               f'{RATIO}')
+  if measured['replicated']:
+    out.append(f'{name}: replicated, above {WHOLE} bytes, are '
+               f'{", ".join(sorted(measured["replicated"]))}; allowed: none')
+  return out
 
 
 def passes(job: job_lib.Job, measured: dict[str, Any]) -> float:

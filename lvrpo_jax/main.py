@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -112,13 +113,8 @@ PROGRAMS = {'run': run.run, 'pretrain': run.run, 'control': run.run, 'study': st
 """What `config.program` names; each takes (config, workdir)."""
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments {argv[1:]}')
-  logging.set_verbosity(logging.INFO)
-  config = CONFIG.value
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
-  workdir = pathlib.Path(WORKDIR.value or f'runs/{name}')
+def execute(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Any:
+  """Runs the program of a config; one that stops early ends the process, its status says why."""
   try:
     config_lib.validate(config)
     prepare(workdir)
@@ -126,7 +122,10 @@ def main(argv: list[str]) -> None:
       start_processes()
     elif 'JAX_PLATFORMS' not in os.environ:
       jax.config.update('jax_platforms', 'cpu')  # libtpu without a TPU looks for one.
-    scores = PROGRAMS[config.program](config, workdir)
+    return PROGRAMS[config.program](config, workdir)
+  except ahead.Exceeded as error:
+    logging.error('%s', error)
+    sys.exit(1)
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))
     sys.exit(2)
@@ -136,6 +135,16 @@ def main(argv: list[str]) -> None:
   except checkpoint.Preempted as stopped:
     logging.warning('%s and saved; the same command goes on from there', stopped)
     sys.exit(128 + signal.SIGTERM)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  logging.set_verbosity(logging.INFO)
+  config = CONFIG.value
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+  workdir = pathlib.Path(WORKDIR.value or f'runs/{name}')
+  scores = execute(config, workdir)
   if config.program not in ('run', 'control') or jax.process_index():
     return
   for score, test in scores.get('paired', {}).items():

@@ -142,6 +142,45 @@ class TopologyTest(parameterized.TestCase):
         ahead.devices(topology)
 
 
+MEASURED = {'program': 'step', 'fits': True, 'hbm_share': 0.2, 'replicated': {},
+            'collective_bytes': {'all-gather': 0}}
+
+
+class LimitsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('fits', {'fits': False, 'hbm_share': 0.9}, r'fits is false, hbm_share is 0\.9; .* 0\.85'),
+      ('ratio', {'collective_ratio': 1.31}, r'collective_ratio is 1\.31; .* 1\.3$'),
+      ('replicated', {'replicated': {'vae/b': 2 ** 21, 'base/a': 2 ** 22}}, 'are base/a, vae/b;'))
+  def test_each_is_named(self, _, measures, message):
+    fault, = ahead.exceeded({**MEASURED, **measures})
+    self.assertRegex(fault, f'^step: .*{message}')
+
+  def test_what_stays_below_is_fine(self):
+    self.assertEqual(ahead.exceeded({**MEASURED, 'collective_ratio': 1.3}), [])
+    self.assertEqual(ahead.exceeded({**MEASURED, 'program': 'text'}), [])
+
+  def test_all_programs_are_measured_before_the_end(self):
+    config = tiny.get_config()
+    config.topology = 'v5p:2x2x1'
+    bytes_of_ten_passes = 10 * 2 * sum(
+        x.size for x in jax.tree.leaves(weights.template(make_job(), weights.BASE)))
+    measures = {'text': {'fits': False, 'hbm_share': 1.5}, 'image': {},
+                'step': {'collective_bytes': {'all-gather': bytes_of_ten_passes}}}
+    printed, workdir = io.StringIO(), pathlib.Path(self.create_tempdir().full_path)
+    with mock.patch.multiple(
+        ahead, build=lambda *_: make_job(), programs=lambda _: dict.fromkeys(measures, dict),
+        measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]}):
+      with contextlib.redirect_stdout(printed), self.assertRaises(ahead.Exceeded) as caught:
+        ahead.run(config, workdir)
+    self.assertRegex(str(caught.exception), '^text: fits .*; step: collective_ratio is 3.333; ')
+    lines = [json.loads(line) for line in printed.getvalue().splitlines()]
+    self.assertEqual([line['program'] for line in lines], ['text', 'image', 'step'])
+    self.assertEqual(lines[2]['objective'], config.align.objective)
+    self.assertNotIn('objective', lines[0])
+    self.assertEqual((workdir / 'compile.jsonl').read_text(), printed.getvalue())
+
+
 AXES = (AxisType.Auto,) * 3
 
 
