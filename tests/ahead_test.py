@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.ahead: what it compiles is what a run calls. A pod's programs need libtpu."""
+"""Tests of lvrpo_jax.ahead: what it compiles is what a run calls. See also `ahead_tpu_test`."""
 
 import contextlib
 import dataclasses
