@@ -120,7 +120,7 @@ def execute(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Any:
     prepare(workdir)
     if config.program not in ('compile', 'describe'):
       start_processes()
-    elif 'JAX_PLATFORMS' not in os.environ:
+    elif config.topology and 'JAX_PLATFORMS' not in os.environ:
       jax.config.update('jax_platforms', 'cpu')  # libtpu without a TPU looks for one.
     return PROGRAMS[config.program](config, workdir)
   except ahead.Exceeded as error:
