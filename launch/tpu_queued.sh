@@ -13,6 +13,7 @@
 #                   that its workers mount, such as Filestore or a bucket through Cloud Storage FUSE
 # MAX_RESTARTS      how often another slice is requested (20)
 # POLL              seconds between two looks at the state (30)
+# MAX_SILENT        looks in a row without an answer after which the script ends (20)
 # SETTLE            seconds to wait, after a job failed, for its slice to show as preempted (120)
 #
 # A job that fails on a slice that stays ends the script with its status. The slice is left then, as
@@ -24,7 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${TPU_NAME:?name of the slice}" "${ZONE:?its zone}" "${PROJECT:?Google Cloud project}"
 : "${REPO:?git URL of this repository}" "${WORKDIR:?folder of the run that outlives the slice}"
 : "${ACCELERATOR_TYPE:?such as v5litepod-64}" "${RUNTIME_VERSION:?such as v2-alpha-tpuv5-lite}"
-: "${REQUEST:=$TPU_NAME}" "${MAX_RESTARTS:=20}" "${POLL:=30}" "${SETTLE:=120}"
+: "${REQUEST:=$TPU_NAME}" "${MAX_RESTARTS:=20}" "${POLL:=30}" "${MAX_SILENT:=20}" "${SETTLE:=120}"
 
 need gcloud 'See https://cloud.google.com/sdk/docs/install'
 queue() {
@@ -35,11 +36,19 @@ queue() {
 # Prints the state; nothing where there is no resource, or no answer.
 state() { queue describe --format='value(state.state)' 2>/dev/null || true; }
 
-# Waits until the slice is there; fails where this request will not bring it.
+# Waits until the slice is there; fails where this request will not bring it. Ends the script where
+# nothing can be heard of it: another request would be as silent, and this one may still bring it.
 wait_for_slice() {
-  local now
+  local now silent=0
   while now=$(state) && [[ $now != ACTIVE ]]; do
     echo "$(date +%T) $REQUEST: ${now:-no answer}" >&2
+    if [[ $now ]]; then
+      silent=0
+    elif ((++silent >= MAX_SILENT)); then
+      queue describe >&2 || true  # Says why.
+      echo "$REQUEST: given up, its state was asked $silent times in a row without an answer" >&2
+      exit 1
+    fi
     case $now in FAILED | SUSPENDING | SUSPENDED | DELETING) return 1 ;; esac
     sleep "$POLL"
   done

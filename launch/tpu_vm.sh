@@ -8,7 +8,8 @@
 # RUNTIME_VERSION   image; for JAX v2-alpha-tpuv6e (v6e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv5-lite
 #                   (v5e) or tpu-ubuntu2204-base (v4 and older)
 # REPO, REF         git URL of this repository, and what to check out (its default branch)
-# CONFIG, WORKDIR   configuration file, and folder of the run (runs/<config name>, on the VM)
+# CONFIG, WORKDIR   configuration file, and folder of the run (runs/<config name>, on the VM), which
+#                   for several hosts has to lie on a disk that all of them mount
 #
 # The VM stays; `gcloud compute tpus tpu-vm delete` ends it.
 set -euo pipefail
@@ -21,6 +22,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${CONFIG:=configs/bagel_7b.py}"
 : "${WORKDIR:=runs/$(basename "$CONFIG" .py)}"
 export CONFIG WORKDIR
+
+# A host has at most 8 chips, or 8 cores where a type counts cores.
+if [[ $ACCELERATOR_TYPE =~ -([0-9]+)$ ]] && ((BASH_REMATCH[1] > 8)) && [[ $WORKDIR != /* ]]; then
+  echo "$0: WORKDIR: $WORKDIR would be another folder on every host of a $ACCELERATOR_TYPE; name" \
+    "one on a disk that all of them mount, such as /mnt/shared/run-1" >&2
+  exit 1
+fi
 
 need gcloud 'See https://cloud.google.com/sdk/docs/install'
 vm() {

@@ -231,6 +231,17 @@ class LaunchTest(parameterized.TestCase):
     self.assertLen(self.calls('create'), creations)
     self.assertLen(self.starts(), 1)
 
+  @parameterized.parameters(
+      ('v5litepod-16', '', False), ('v5p-64', 'runs/a', False), ('v6e-256', '~/a', False),
+      ('v5litepod-16', '/mnt/a', True), ('v5litepod-8', '', True), ('v6e-4', 'runs/a', True))
+  def test_hosts_of_a_slice_share_their_workdir(self, accelerator, workdir, good):
+    out = self.launch('tpu_vm', '--dry-run', **REQUIRED['tpu_vm'] | {
+        'ACCELERATOR_TYPE': accelerator, 'WORKDIR': workdir})
+    self.assertEqual(out.returncode, 0 if good else 1, out.stderr)
+    if not good:
+      self.assertRegex(out.stderr, f'WORKDIR: .* every host of a {accelerator}; name one on a disk')
+      self.assertEmpty(out.stdout)
+
   @parameterized.named_parameters(
       ('saved', 143, ['SUSPENDED']),
       ('saved_before_the_state_shows_it', 143, ['ACTIVE', 'ACTIVE', 'SUSPENDING', 'SUSPENDED']),
@@ -266,6 +277,18 @@ class LaunchTest(parameterized.TestCase):
     self.assertEqual(out.returncode, 0, out.stderr)
     self.assertLen(self.calls('create'), 3)
     self.assertLen(self.starts(), 1)
+
+  def test_silence_ends(self):
+    """After three looks in a row, one before the request, and one that shows the error."""
+    self.cloud(jobs=[], coming=[['PROVISIONING', '', '', 'PROVISIONING', '']])
+    out = self.queued(MAX_SILENT='3')
+    self.assertEqual(out.returncode, 1)
+    self.assertIn('tpu: given up, its state was asked 3 times in a row without an answer',
+                  out.stderr)
+    self.assertLen(self.calls('describe'), 1 + 4 + 3 + 1)
+    self.assertLen(self.calls('create'), 1)
+    self.assertEmpty(self.calls('delete'))
+    self.assertEmpty(self.starts())
 
   def test_existing_slice_is_used(self):
     self.cloud(jobs=[[0, []]], states=['ACTIVE'])
