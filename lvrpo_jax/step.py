@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import optax
 
 from lvrpo_jax import ops
@@ -126,12 +127,19 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
   if mesh.shape['fsdp'] * mesh.shape['tensor'] > 1:
     # Every device holds the whole state, which would be gathered for each step.
     raise ValueError("parallel.runner is 'pmap' and parallel.mesh is "
-                     f"{tuple(mesh.shape.values())}; allowed: 'jit', or a mesh with devices along data alone")
+                     f"{tuple(mesh.shape.values())}; allowed: 'jit', or a mesh with devices along "
+                     'data alone')
   pure = make_step(loss, optimizer, ema_decay, micro_batches, group_parts, axis='devices')
   mapped = jax.pmap(pure, 'devices', in_axes=(None, None, 0), out_axes=None, donate_argnums=0,
                     devices=mesh.devices.reshape(-1).tolist())
   count = mesh.devices.size
+  line = Mesh(mesh.devices.reshape(-1), ('devices',))
+  # What rests is split over data, and rows lie on the axes of the mesh; pmap moves neither.
+  whole, parts = NamedSharding(line, P()), NamedSharding(line, P('devices'))
+  split = lambda x: isinstance(x, jax.Array) and not x.is_fully_replicated
 
   def run(state, frozen, batch):
-    return mapped(state, frozen, sharding.split_rows(batch, count))
+    state, frozen = jax.tree.map(
+        lambda x: jax.device_put(x, whole) if split(x) else x, (state, frozen))
+    return mapped(state, frozen, jax.device_put(sharding.split_rows(batch, count), parts))
   return run

@@ -48,6 +48,24 @@ def stepped(mesh, rows, micro_batches=1, group_parts=1, runner='jit'):
   return float(metrics['loss'])
 
 
+def resting(runner):
+  """Parameters after two steps of a state and a batch that lie on the mesh as those of a run do."""
+  mesh = sharding.make_mesh((4, 1, 1))
+  loss = step_lib.Loss(
+      lambda batch: {'fit': jnp.float32(8)},
+      lambda params, state, frozen, batch: (
+          {'fit': jnp.sum(jnp.square(batch @ params['lm_head']['kernel']))}, {}), {'fit': 1.})
+  optimizer = optax.adam(0.1)
+  step = step_lib.compile_step(loss, optimizer, mesh, runner=runner)
+  params = {'lm_head': {'kernel': jnp.arange(8.).reshape(4, 2)}}
+  state = sharding.shard_state(step_lib.init(params, optimizer), mesh)
+  assert not state.opt_state[0].mu['lm_head']['kernel'].is_fully_replicated
+  batch = sharding.shard_rows(np.arange(32.).reshape(8, 4).astype(np.float32), mesh)
+  for _ in range(2):
+    state, _ = step(state, {}, batch)
+  return np.asarray(state.params['lm_head']['kernel']).ravel().tolist()
+
+
 def main():
   assert len(jax.devices()) == 4, jax.devices()
   rows, mixed, heads = (sharding.make_mesh(shape) for shape in ((4, 1, 1), (2, 2, 1), (2, 1, 2)))
@@ -64,6 +82,7 @@ def main():
       'step_8': lambda: stepped(rows, 8),
       'step_8_parts': lambda: stepped(rows, 8, 2),
       'step_8_pmap': lambda: stepped(rows, 8, 2, runner='pmap'),
+      **{f'resting_{runner}': lambda runner=runner: resting(runner) for runner in ('jit', 'pmap')},
       'step_6': lambda: stepped(rows, 6),
       'step_8_in_4': lambda: stepped(mixed, 8, 4),
       'step_8_in_8': lambda: stepped(mixed, 8, 8),

@@ -54,6 +54,12 @@ class RowsTest(parameterized.TestCase):
     self.assertAlmostEqual(self.out['step_8_parts'], self.out['step_8'], places=5)
     self.assertAlmostEqual(self.out['step_8_pmap'], self.out['step_8'], places=5)
 
+  def test_runners_agree_on_a_state_that_is_split_over_data(self):
+    jit, pmap = self.out['resting_jit'], self.out['resting_pmap']
+    self.assertIsInstance(pmap, list, pmap)
+    for a, b in zip(jit, pmap, strict=True):
+      self.assertAlmostEqual(a, b, places=5)
+
 
 if __name__ == '__main__':
   absltest.main()
