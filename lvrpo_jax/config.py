@@ -134,6 +134,11 @@ def validate(config: ml_collections.ConfigDict):
     if config.align[task] and rewards.remote and not config.align.remote.url:
       raise ValueError(f"config.align.remote.url is ''; allowed: the address of a judge, as "
                        f'config.align.rewards.{task}.remote is {rewards.remote}')
+  paid = any(config.align[task] and config.align.rewards[task].rules for task in TASKS)
+  if config.align.finish == 'best' and not config.align.score and not paid:
+    raise ValueError("config.align.finish is 'best'; allowed: 'last', unless config.align.score "
+                     'names a metric, or config.align.rewards pay the rules of a task, whose '
+                     'verdicts rank checkpoints by default')
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')
