@@ -176,6 +176,8 @@ class Aligner:
       image = types.ImageExperience(tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC,
                                     steps.time_BM, None, None, None, None)
       if task == pipeline.THINK:
+        facts[f'truncated/{pipeline.PLAN}'] = experience.unended(
+            sharding.local_rows(texts[pipeline.PLAN].tokens_BGT), self.job.policy.eos)
         image = thinking.Thought(experience.said(tasks.prompts[task], texts[pipeline.PLAN]), image)
       out[task] = refill.Sampled(image, place(rewards), place(facts), pixels[task])
     if pipeline.UNDERSTAND in texts:

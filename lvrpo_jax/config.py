@@ -141,6 +141,11 @@ def validate(config: ml_collections.ConfigDict):
   if config.program == 'study' and config.workers > 1 and cache:
     raise ValueError(f"config.align.remote.cache is {cache!r}; allowed: '' with config.workers = "
                      f'{config.workers}: runs at once do not share the file')
+  paid = any(config.align[task] and config.align.rewards[task].rules for task in TASKS)
+  if config.align.finish == 'best' and not config.align.score and not paid:
+    raise ValueError("config.align.finish is 'best'; allowed: 'last', unless config.align.score "
+                     'names a metric, or config.align.rewards pay the rules of a task, whose '
+                     'verdicts rank checkpoints by default')
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')

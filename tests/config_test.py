@@ -127,6 +127,16 @@ class ValidateTest(parameterized.TestCase):
       config_lib.validate(changed(align__rewards__edit__rules=-1.))
 
 
+  def test_best_needs_a_score(self):
+    no_rules = {f'align__rewards__{task}__rules': 0. for task in config_lib.TASKS}
+    best = dict(align__finish='best')
+    config_lib.validate(changed(**no_rules))
+    config_lib.validate(changed(**best))
+    config_lib.validate(changed(**best, **no_rules, align__score='reward/generate/semantic'))
+    with self.assertRaisesRegex(ValueError, "config.align.finish is 'best'; allowed: 'last'"):
+      config_lib.validate(changed(**best, **no_rules))
+
+
 class CommandLineTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
