@@ -100,6 +100,11 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
                        f'config.parallel.mesh: divisors of {size}')
   if ADAPTER.search(name):
     return P(*(_both(size, axis, mesh) for size, axis in zip(shape, spec)))
+  if 'fsdp' in spec and 'tensor' not in spec and mesh.shape['tensor'] > 1:
+    # A mesh without fsdp, on which rollouts run, would hold it whole otherwise.
+    place = spec.index('fsdp')
+    spec[place] = _both(shape[place], 'fsdp', mesh)
+    return P(*spec)
   rows = mesh.shape['data'] * mesh.shape['fsdp']
   if mesh.shape['data'] > 1 and 'fsdp' in spec and RESTING.search(name):
     place = spec.index('fsdp')
@@ -108,8 +113,8 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _both(size: int, axis: str | None, mesh: Mesh) -> Any:
-  """The long axis of an adapter, split by the other mesh axis too where it divides: alone, that of
-  its kernel would leave half of the adapters whole on a mesh of fsdp."""
+  """An axis that is the only one to be split, split by the other mesh axis too where it divides:
+  alone, one of them would leave the array whole on a mesh of the other."""
   other = {'fsdp': 'tensor', 'tensor': 'fsdp'}.get(axis)
   if other is None or size % (mesh.shape['fsdp'] * mesh.shape['tensor']):
     return axis

@@ -60,20 +60,31 @@ class PartitionTest(parameterized.TestCase):
       ('trunk/layers/gen/down_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
       ('trunk/layers/und/o_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
       ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('vit/layers/fc2/kernel', (2, 9, 8), P(None, None, 'fsdp')),
-      ('vit/patch_embedding/kernel', (9, 8), P(None, 'fsdp')),
-      ('latent_pos_embed', (9, 8), P(None, 'fsdp')),
-      ('decoder/up_0/block_1/conv2/kernel', (3, 3, 4, 8), P(None, None, None, 'fsdp')),
+      ('vit/layers/fc2/kernel', (2, 9, 8), P(None, None, ('fsdp', 'tensor'))),
+      ('vit/patch_embedding/kernel', (9, 8), P(None, ('fsdp', 'tensor'))),
+      ('latent_pos_embed', (9, 8), P(None, ('fsdp', 'tensor'))),
+      ('latent_pos_embed', (9, 12), P(None, 'fsdp')),  # 12 does not divide by 8.
+      ('decoder/up_0/block_1/conv2/kernel', (3, 3, 4, 8), P(None, None, None, ('fsdp', 'tensor'))),
       ('embed_tokens', (16, 8), P('tensor', 'fsdp')),
       ('lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
-      ('time_embedder/mlp_0/kernel', (16, 8), P('fsdp', None)),
-      ('connector_fc1/kernel', (16, 8), P('fsdp', None)),
+      ('time_embedder/mlp_0/kernel', (16, 8), P(('fsdp', 'tensor'), None)),
+      ('connector_fc1/kernel', (16, 8), P(('fsdp', 'tensor'), None)),
       ('trunk/layers/und/q_proj/bias', (2, 8), P(None, None)),
       ('.params/lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
       ('step', (), P()),
   )
   def test_table(self, name, shape, want):
     self.assertEqual(layout.partition(name, shape, described(fsdp=4, tensor=2)), want)
+
+  @parameterized.parameters(dict(data=16, tensor=4), dict(data=2, fsdp=32), dict(fsdp=8, tensor=4))
+  def test_the_largest_model_holds_nothing_large_whole(self, **sizes):
+    for kind in (weights.BASE, weights.VAE):
+      for name, leaf in shapes_of('bagel_7b', kind).items():
+        spec = layout.partition(name, leaf.shape, described(**sizes))
+        parts = math.prod(sizes.get(axis, 1) for entry in spec if entry
+                          for axis in ((entry,) if isinstance(entry, str) else entry))
+        if parts == 1:
+          self.assertLessEqual(math.prod(leaf.shape), layout.SMALL, name)
 
   def test_what_rests_is_split_over_data_as_well(self):
     mesh = described(data=2, fsdp=4, tensor=2)
