@@ -164,9 +164,15 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     if stop.asked():
       store.close()
       raise checkpoint.Preempted(f'align stopped after iteration {a.steps} of {a.steps}')
-  best = store.best() if a.finish == 'best' else None
+  if a.finish == 'best':
+    take_best(aligner, store)
+  store.close()
+  return aligner.params
+
+
+def take_best(aligner: aligner_lib.Aligner, store: checkpoint.Checkpoints) -> None:
+  """Puts the policy of the best score in the place of the last, where any has a score."""
+  best = store.best()
   if best is not None:
     logging.info('the policy of iteration %d has the best score', best)
     aligner.state = store.restore(aligner.state, best)[0]
-  store.close()
-  return aligner.params
