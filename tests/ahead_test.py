@@ -222,10 +222,10 @@ class PartitionTest(parameterized.TestCase):
     self.assertLen(ahead.large_replicated(tree(2, 2, 2), limit=0), 2)
 
   def test_each_program_is_looked_at_on_its_own_mesh(self):
-    """With fsdp in the update, and none in rollouts."""
+    """Split in the update, and on data alone in rollouts."""
     config = tiny.get_config()
     config.align.update(understand=8, generate=8, edit=8)
-    config.parallel.update(mesh=(1, 4, 2), rollout_mesh=(4, 1, 2))
+    config.parallel.update(mesh=(1, 4, 2), rollout_mesh=(8, 1, 1))
     chips = [Chip(id=number) for number in range(8)]
     with mock.patch.object(ahead, 'devices', return_value=chips):
       programs = ahead.programs(ahead.build(config, pathlib.Path('unused')))
