@@ -23,6 +23,8 @@ def command(workdir, *overrides, program=PROGRAM):
   return [sys.executable, *program, '--config=configs/tiny.py', f'--workdir={workdir}',
           f'--config.align.steps={STEPS}', '--config.align.save_every=4',
           f'--config.align.diagnose_every={STEPS}',
+          # Both factors move with every iteration.
+          '--config.align.text_target=1e-5', '--config.align.image_target=1e-6',
           '--config.align.custom.generate=brightness:reward', *overrides]
 
 
@@ -179,6 +181,8 @@ class EndToEndTest(absltest.TestCase):
       mine, wanted = (saved(folder, stage, step) for folder in (workdir, self.whole))
       jax.tree.map(np.testing.assert_array_equal, mine[0], wanted[0])
       self.assertEqual(mine[1], wanted[1])
+    factors = saved(workdir, 'align', STEPS)[1]['factors']
+    self.assertNotIn(1., (factors['answers_penalty'], factors['images_penalty']))
     self.assertEqual(measured(workdir), measured(self.whole))
 
 
