@@ -133,7 +133,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         scores.clear()
       store.save(number, aligner.state, {
           'iteration': number, 'data': at, 'factors': aligner.factors, 'watch': watch.state,
-          'scores': [*scores]}, mean)
+          'scores': scores}, mean)
     saved = start
     for number in range(start + 1, a.steps + 1):
       if a.stop_on_alarm and watch.state['raised']:

@@ -8,6 +8,7 @@ inside the state, so nothing else has to be kept.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -65,7 +66,9 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, record: dict[str, Any], score: float = math.nan):
-    """Starts saving; the state may be donated as soon as this returns. A score of nan is none."""
+    """Starts saving; the state may be donated, and the record changed, as soon as this returns. A
+    score of nan is none."""
+    record = copy.deepcopy(record)  # Orbax writes it later.
     self._manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
                        metrics={'score': float(score)} if math.isfinite(score) else None)

@@ -26,7 +26,8 @@ CORRECT = (.9, .1, .1, .9, .6, .6, .2, .2)
 
 
 class Light:
-  """Stands for `aligner.Aligner`: its one parameter depends on all prompts and on their order.
+  """Stands for `aligner.Aligner`: its one parameter depends on all prompts, on their order and on a
+  factor that changes with every iteration.
 
   Attributes:
     interrupt: iteration between whose rewards and update the process is asked to stop.
@@ -37,7 +38,7 @@ class Light:
     del job, params
     self.state = types.TrainState(jnp.int32(0), {'x': jnp.zeros(())}, {'count': jnp.int32(0)})
     self.collector = python_types.SimpleNamespace(close=lambda: None)
-    self.factors = {}
+    self.factors = {'answers_penalty': 1.}
 
   @property
   def params(self):
@@ -49,8 +50,9 @@ class Light:
     if iteration == self.interrupt:
       os.kill(os.getpid(), signal.SIGTERM)
     check()
-    self.state = self.state.replace(
-        step=self.state.step + 1, params={'x': self.state.params['x'] * .9 + seen})
+    x = self.state.params['x'] * .9 + seen * self.factors['answers_penalty']
+    self.state = self.state.replace(step=self.state.step + 1, params={'x': x})
+    self.factors['answers_penalty'] *= 1.1  # In place, as `align.Aligner` does.
     return {'accuracy/generate/correct': CORRECT[iteration - 1]}, {}
 
 

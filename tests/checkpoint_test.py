@@ -4,6 +4,8 @@ import json
 import pathlib
 import shutil
 import tempfile
+import time
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -91,6 +93,21 @@ class CheckpointsTest(parameterized.TestCase):
     resumed.set_state(record['data']['generate'])
     for _ in range(4):
       np.testing.assert_array_equal(next(resumed), next(iterator))
+
+  def test_a_record_is_saved_as_it_was(self):
+    record = {'factors': {'images': 1.}, 'first': [0]}
+    dumps = json.dumps
+
+    def late(*args, **kwargs):
+      time.sleep(.3)
+      return dumps(*args, **kwargs)
+    store = checkpoint.Checkpoints(self.folder)
+    with mock.patch.object(json, 'dumps', late):  # Orbax calls it in another thread.
+      store.save(1, make_state(1), record)
+      record['factors']['images'] = 2.
+      record['first'].append(1)
+      store.close()
+    self.assertEqual(self.restore()[1], {'factors': {'images': 1.}, 'first': [0]})
 
   def test_nothing_there(self):
     self.assertIsNone(self.restore())

@@ -6,46 +6,49 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 from absl.testing import absltest
-import interrupting_reward
+from etils import epath
+import jax
 import jax_settings
 import numpy as np
+import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 20
+PROGRAM = '-m', 'lvrpo_jax.main'
 
 
-def command(workdir, *overrides):
-  return [sys.executable, '-m', 'lvrpo_jax.main', '--config=configs/tiny.py',
-          f'--workdir={workdir}',
-          '--config.align.custom.generate=interrupting_reward:reward', *overrides]
+def command(workdir, *overrides, program=PROGRAM):
+  return [sys.executable, *program, '--config=configs/tiny.py', f'--workdir={workdir}',
+          f'--config.align.steps={STEPS}', '--config.align.save_every=4',
+          f'--config.align.diagnose_every={STEPS}',
+          # Both factors move with every iteration.
+          '--config.align.text_target=1e-5', '--config.align.image_target=1e-6',
+          '--config.align.custom.generate=brightness:reward', *overrides]
 
 
 def environment(cache):
-  path = os.pathsep.join(filter(None, (str(ROOT / 'tests'), os.environ.get('PYTHONPATH'))))
+  path = os.pathsep.join(filter(None, (str(ROOT / 'tests'), str(ROOT),
+                                       os.environ.get('PYTHONPATH'))))
   return {**os.environ, **jax_settings.cached(cache), 'PYTHONPATH': path}
 
 
-def start(workdir, cache, *overrides):
-  return subprocess.Popen(command(workdir, *overrides), cwd=ROOT, env=environment(cache),
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def saved(workdir, stage, step):
+  """Arrays of a checkpoint, and its record."""
+  folder = epath.Path(workdir) / 'checkpoints' / stage / str(step)
+  state = ocp.StandardCheckpointHandler().restore(folder / 'state')
+  return (jax.tree.map(np.asarray, state),
+          json.loads((folder / 'record' / 'metadata').read_text()))
 
 
-def final_state(workdir):
-  """Bytes of the last alignment checkpoint's arrays, read through orbax in a fresh process."""
-  program = (
-      'import sys, pathlib, numpy as np, jax, orbax.checkpoint as ocp\n'
-      'm = ocp.CheckpointManager(pathlib.Path(sys.argv[1]).resolve())\n'
-      's = m.restore(m.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore()))\n'
-      'leaves = jax.tree.leaves(s["state"])\n'
-      'np.savez(sys.argv[2], *[np.asarray(x) for x in leaves])\n')
-  out = pathlib.Path(workdir) / 'final.npz'
-  subprocess.run([sys.executable, '-c', program, str(pathlib.Path(workdir) / 'checkpoints/align'),
-                  str(out)], check=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-                 capture_output=True)
-  data = np.load(out)
-  return [data[name] for name in data.files]
+def measured(workdir):
+  """Everything that a run reports, without times."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  # Programs compiled are those of a process.
+  lines = [{k: v for k, v in line.items() if k not in ('seconds', 'compiled')} for line in lines]
+  scores = json.loads((workdir / 'scores.json').read_text())
+  return lines, {name: part for name, part in scores.items() if name != 'seconds'}
 
 
 class EndToEndTest(absltest.TestCase):
@@ -100,7 +103,7 @@ class EndToEndTest(absltest.TestCase):
 
   def test_rollout_and_replay_agree_before_any_update(self):
     lines = self.lines('align')
-    self.assertLen(lines, 4)
+    self.assertLen(lines, STEPS)
     for line in lines:
       for task in ('generate', 'edit', 'understand'):
         self.assertLessEqual(line[f'gap/{task}'], 1e-6)
@@ -132,46 +135,55 @@ class EndToEndTest(absltest.TestCase):
     run = subprocess.run(command(self.whole, '--config.align.steps=5'), cwd=ROOT,
                          env=environment(self.cache), capture_output=True, text=True)
     self.assertEqual(run.returncode, 2)
-    self.assertIn('align.steps: 4 there, 5 here', run.stderr)
+    self.assertIn(f'align.steps: {STEPS} there, 5 here', run.stderr)
 
-  def kill_while_saving(self, workdir, stage, step):
-    """Starts the job and kills it as soon as a step of a stage is being saved."""
-    process = start(workdir, self.cache)
-    deadline = time.monotonic() + 400
-    folder = workdir / 'checkpoints' / stage
-    # The step's folder appears under a temporary name while it is being written.
-    seen = False
-    while not seen and process.poll() is None and time.monotonic() < deadline:
-      seen = folder.exists() and any(p.name.startswith(step) for p in folder.iterdir())
-      time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    self.assertTrue(seen, f'no step {step} in {folder}')
-    self.assertEqual(process.returncode, -signal.SIGKILL)
+  def interrupt(self, workdir, moment, stage, number, sent):
+    """Starts the job, which ends by a signal, see `interruptions`; returns its log and report."""
+    report = self.base / 'report'
+    program = ('tests/interruptions.py', moment, stage, str(number), str(int(sent)), str(report))
+    run = subprocess.run(command(workdir, program=program), cwd=ROOT, capture_output=True,
+                         text=True, env=environment(self.cache))
+    self.assertEqual(run.returncode, -sent if sent == signal.SIGKILL else 128 + sent,
+                     (run.stdout + run.stderr)[-4000:])
+    seen = json.loads(report.read_text())
+    report.unlink()
+    return run.stderr, seen
 
-  def test_killed_and_started_again_equals_undisturbed(self):
-    wanted = final_state(self.whole)
-    workdir = self.base / 'killed'
-    self.kill_while_saving(workdir, 'pretrain', '2')
-    # Asked to stop in the second iteration, so the first is saved; killed between two saves later.
-    for call, number, code in ((2, signal.SIGTERM, 128 + signal.SIGTERM),
-                               (2, signal.SIGKILL, -signal.SIGKILL)):
-      request = self.base / 'signal'
-      request.write_text(f'{call} {int(number)}')
-      run = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True,
-                           env=environment(self.cache) |
-                           {interrupting_reward.VARIABLE: str(request)})
-      self.assertEqual(run.returncode, code, run.stderr[-2000:])
-      self.assertFalse(request.exists())
-      if number == signal.SIGTERM:
-        self.assertIn('stopped after iteration 1 of 4 and saved', run.stderr)
-        self.assertTrue((workdir / 'checkpoints' / 'align' / '1').is_dir())
-    self.kill_while_saving(workdir, 'align', '4')
+  def found(self, workdir, stage):
+    return sorted(path.name for path in (workdir / 'checkpoints' / stage).iterdir())
+
+  def test_interrupted_and_started_again_equals_undisturbed(self):
+    workdir = self.base / 'interrupted'
+    log, _ = self.interrupt(workdir, 'done', 'pretrain', 1, signal.SIGTERM)
+    self.assertIn('pretrain stopped after step 1 of 4 and saved', log)
+    self.assertEqual(self.found(workdir, 'pretrain'), ['1'])
+    # Killed during the first save: nothing is there.
+    _, seen = self.interrupt(workdir, 'saving', 'align', 4, signal.SIGKILL)
+    self.assertLen(seen['found'], 1)
+    self.assertStartsWith(seen['found'][0], '4.orbax-checkpoint-tmp')
+    self.assertEqual(self.found(workdir, 'align'), seen['found'])
+    # Ten iterations, stop.
+    log, _ = self.interrupt(workdir, 'done', 'align', 10, signal.SIGTERM)
+    self.assertIn('align stopped after iteration 10 of 20 and saved', log)
+    self.assertIn('10', self.found(workdir, 'align'))
+    # Killed during a rollout: back to the last checkpoint.
+    _, seen = self.interrupt(workdir, 'sampling', 'align', 14, signal.SIGKILL)
+    self.assertFalse(any(seen['ready']))
+    self.assertNoCommonElements(self.found(workdir, 'align'), ('13', '14'))
+    # Asked to stop between rewards and update: the iteration before is saved.
+    log, _ = self.interrupt(workdir, 'rewarded', 'align', 15, signal.SIGTERM)
+    self.assertIn('align stopped after iteration 14 of 20 and saved', log)
+    self.assertIn('14', self.found(workdir, 'align'))
     run = subprocess.run(command(workdir), cwd=ROOT, env=environment(self.cache),
                          capture_output=True, text=True)
     self.assertEqual(run.returncode, 0, (run.stdout + run.stderr)[-4000:])
-    for mine, theirs in zip(final_state(workdir), wanted, strict=True):
-      np.testing.assert_array_equal(mine, theirs)
+    for stage, step in (('pretrain', 4), ('align', STEPS), ('aligned', 0)):
+      mine, wanted = (saved(folder, stage, step) for folder in (workdir, self.whole))
+      jax.tree.map(np.testing.assert_array_equal, mine[0], wanted[0])
+      self.assertEqual(mine[1], wanted[1])
+    factors = saved(workdir, 'align', STEPS)[1]['factors']
+    self.assertNotIn(1., (factors['answers_penalty'], factors['images_penalty']))
+    self.assertEqual(measured(workdir), measured(self.whole))
 
 
 if __name__ == '__main__':
