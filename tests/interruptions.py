@@ -19,7 +19,7 @@ import sys
 from absl import app
 import jax
 
-from lvrpo_jax import align
+from lvrpo_jax import aligner
 from lvrpo_jax import experience
 from lvrpo_jax import main
 from lvrpo_jax import metrics
@@ -57,7 +57,7 @@ def prepare(moment, stage, number, signal, report):
     after(experience.Collector, 'rollout', lambda given: given['iteration'] == number,
           lambda out: strike(ready=[x.is_ready() for x in jax.tree.leaves(out)]))
   elif moment == 'rewarded':
-    after(align.Aligner, 'collect', lambda given: given['iteration'] == number,
+    after(aligner.Aligner, 'collect', lambda given: given['iteration'] == number,
           lambda out: strike())
   else:
     after(metrics.Late, 'push', lambda given: (
