@@ -67,14 +67,6 @@ SPARE = 0.15
 WHOLE = 2 ** 20
 """Bytes that an array of a program's state may take on every chip."""
 RATIO = 1.3
-"""What a micro-batch of an update may move, in units of three passes over the parameters in 16 bits.
-"""
-
-
-class Exceeded(Exception):
-  """A program takes more than it should; the message says which and of what."""
-
-RATIO = 1.3
 """What a micro-batch of an update may move, in the unit of `passes`."""
 
 

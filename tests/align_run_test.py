@@ -52,7 +52,7 @@ class Light:
     check()
     x = self.state.params['x'] * .9 + seen * self.factors['answers_penalty']
     self.state = self.state.replace(step=self.state.step + 1, params={'x': x})
-    self.factors['answers_penalty'] *= 1.1  # In place, as `align.Aligner` does.
+    self.factors['answers_penalty'] *= 1.1  # In place, as `Aligner` does.
     return {'accuracy/generate/correct': CORRECT[iteration - 1]}, {}
 
 
