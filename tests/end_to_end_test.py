@@ -168,7 +168,7 @@ class EndToEndTest(absltest.TestCase):
     self.assertIn('10', self.found(workdir, 'align'))
     # Killed during a rollout: back to the last checkpoint.
     _, seen = self.interrupt(workdir, 'sampling', 'align', 14, signal.SIGKILL)
-    self.assertFalse(any(seen['ready']))
+    self.assertIn(False, seen['ready'])  # Texts may be done, which are dispatched first.
     self.assertNoCommonElements(self.found(workdir, 'align'), ('13', '14'))
     # Asked to stop between rewards and update: the iteration before is saved.
     log, _ = self.interrupt(workdir, 'rewarded', 'align', 15, signal.SIGTERM)

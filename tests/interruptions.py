@@ -5,7 +5,7 @@
 `end_to_end_test` starts it. What is so at that moment goes to the file REPORT, as JSON. Moments of
 a step or iteration of a stage:
   saving: all of its checkpoint is written, under a temporary name that is about to be changed;
-  sampling: its rollouts have been dispatched and are not done;
+  sampling: its rollouts have been dispatched and are not all done;
   rewarded: its samples have been scored, nothing has been updated;
   done: it has been dispatched to its end.
 """
