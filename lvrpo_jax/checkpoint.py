@@ -106,8 +106,8 @@ class Checkpoints:
     for step in steps:
       out, error = self._read(step, target)
       if error is None:
-        for other in unreadable:
-          self._set_aside(other)
+        if unreadable:
+          self._set_aside(unreadable)
         return out
       logging.warning('checkpoint of step %d cannot be read (%s)', step, error)
       unreadable.append(step)
@@ -140,11 +140,15 @@ class Checkpoints:
                        'the code and the config that wrote it:\n  ' + '\n  '.join(shown))
     return None, error or 'another process cannot'
 
-  def _set_aside(self, step: int):
-    """Renames a checkpoint, because orbax saves no step up to the newest that it finds."""
+  def _set_aside(self, steps: Sequence[int]):
+    """Renames checkpoints, because orbax saves no step up to the newest that it finds.
+
+    All of them at once: while any process looks at the folder, no other one changes it.
+    """
     if jax.process_index() == 0:
-      number = len(list(self._folder.glob(f'{step}.unreadable*')))
-      (self._folder / str(step)).rename(self._folder / f'{step}.unreadable{number}')
+      for step in steps:
+        number = len(list(self._folder.glob(f'{step}.unreadable*')))
+        (self._folder / str(step)).rename(self._folder / f'{step}.unreadable{number}')
     multihost_utils.sync_global_devices('set_aside')
     self._manager.reload()
 
