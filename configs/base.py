@@ -173,6 +173,9 @@ def get_config() -> config_dict.ConfigDict:
   config.align.steps_per_image = 10  # denoising steps of a rollout
   config.align.sampler = 'sde'  # 'sde' (Flow-GRPO), 'cps' or 'dance'
   config.align.eta = 0.7  # noise scale of the sampler
+  # Scale of classifier-free guidance while sampling; objectives on replayed steps train the guided
+  # policy. 1: none
+  config.align.guidance = 1.
   config.align.noise_low = 0.4  # steps that start at a time in (low, high] are noisy
   config.align.noise_high = 1.
   # Noisy steps replayed an iteration; 'sde' and 'guard' train on them. 0: all. (The first half of
@@ -206,6 +209,8 @@ def get_config() -> config_dict.ConfigDict:
       rank=0,  # 0 trains all parameters
       alpha=16.,  # the product of the factors is scaled by alpha / rank
       target=r'trunk/layers/(und|gen)/(q|k|v|o|gate|up|down)_proj/kernel$'))  # parameter names
+  # Largest |log-ratio| between rollout and replay before an update; more ends the run. 0: any
+  config.align.gap_limit = 0.01
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.

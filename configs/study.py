@@ -3,14 +3,15 @@
     python -m lvrpo_jax.main --config=configs/study.py                       # about 4 hours
     python -m lvrpo_jax.main --config=configs/study.py --config.study=quick  # about 20 minutes
 
-Two CPU cores, a run on each (`workers`). Every variant starts from the pretrained model of its seed and is measured on the same
-held-out prompts and noise. What was done is kept: the same command goes on.
+Two CPU cores, a run on each (`workers`). Every variant starts from the pretrained model of its seed
+and is measured on the same held-out prompts and noise. What was done is kept: the same command goes
+on.
 
 Models are pretrained four times as long as in the default job, until more of the same helps little:
-alignment is for models that have learned what their data teach. It runs 70 iterations with 24 groups of
-8 images: 336,000 passes of an image through the policy (10 to sample, 15 for the gaps and the updates).
-'control' and 'repa' see as many in 2,333 further steps of pretraining with 144 noised images each, which
-takes five times as long.
+alignment is for models that have learned what their data teach. It runs 70 iterations with 24
+groups of 8 images: 336,000 passes of an image through the policy (10 to sample, 15 for the gaps and
+the updates). 'control' and 'repa' see as many in 2,333 further steps of pretraining with 144 noised
+images each, which takes five times as long.
 """
 
 from ml_collections import config_dict

@@ -2,10 +2,10 @@
 
     python -m lvrpo_jax.main --config=configs/think.py
 
-Half of the captions of pretraining have a plan ('red circle , nothing , nothing , blue square') between
-caption and image. Alignment draws after plans of its own and pushes both halves of a trajectory by
-the reward of the image (UniGRPO, arXiv 2603.23500). The same held-out captions are measured without a
-plan ('generation') and with one ('thinking').
+Half of the captions of pretraining have a plan ('red circle , nothing , nothing , blue square')
+between caption and image. Alignment draws after plans of its own and pushes both halves of a
+trajectory by the reward of the image (UniGRPO, arXiv 2603.23500). The same held-out captions are
+measured without a plan ('generation') and with one ('thinking').
 """
 
 from configs import base

@@ -163,6 +163,7 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
     raise ValueError(f'config.align.think_generate is {sizes[pipeline.THINK]}; allowed with '
                      "config.program 'compile': 0")
   asked = prompts(job, sizes, where)
+  guided = a.guidance != 1 and a.objective in losses.REPLAYED
   def floats(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
   out = {}
@@ -179,7 +180,8 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
     steps = types.Transitions(x, time_BM, time_BM, time_BM, time_BM, x, x, time_BM)
     points = floats(B, M, N, C)
     out[task] = types.ImageExperience(asked[task], floats(B, G, N, C), steps, points, floats(B, M),
-                                      points, points, *advantage)
+                                      points, points, *advantage,
+                                      floats(B) if guided else None)
   return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import math
 from typing import Any
@@ -52,6 +52,14 @@ def prompt_batches(job: job_lib.Job) -> dict[str, Iterator[Any]]:
   return pretrain.task_batches(job, job.data.prompt, pretrain.sizes(job.config.align), collate)
 
 
+def draw(job: job_lib.Job, data: dict[str, Iterator[Any]], names: Iterable[str]
+         ) -> experience.Tasks:
+  """The next prompts of the named tasks."""
+  drawn = {task: next(data[task]) for task in names}
+  return experience.Tasks({task: list(rows) for task, (rows, _) in drawn.items()},
+                          {task: job.place(prompts) for task, (_, prompts) in drawn.items()})
+
+
 def check(job: job_lib.Job):
   """Refuses settings of alignment that do not fit, before any work."""
   experience.Collector(job).close()
@@ -59,6 +67,21 @@ def check(job: job_lib.Job):
   if a.lora.rank:
     jax.eval_shape(lambda: lora.init(unified.init(job.policy.config, jax.random.key(0)),
                                      a.lora.rank, a.lora.target, jax.random.key(0)))
+
+
+def check_gap(number: int, scalars: dict[str, float], limit: float):
+  """Refuses to go on where what is replayed is not what was drawn.
+
+  Raises:
+    ValueError: a gap is above the limit, or no number.
+  """
+  for name, gap in scalars.items():
+    kind, _, task = name.partition('/')
+    if limit and kind == 'gap' and task in (*pipeline.TASKS, pipeline.PLAN) and not gap <= limit:
+      raise ValueError(
+          f'iteration {number}: {name} is {gap:g}, config.align.gap_limit is {limit:g}: before any '
+          'update, the policy gives samples other densities than those they were drawn with, so '
+          'ratios mean nothing. Compute in float32, or raise the limit where you know why')
 
 
 Gold = Callable[[types.Params], dict[str, float]]
@@ -115,15 +138,14 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   with (contextlib.closing(aligner.collector), checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
     def consume(number, scalars):
+      check_gap(number, scalars, a.gap_limit)
       progress.update(number, scalars)
       writer.write('align', number, scalars)
       scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
-    def draw(names):
+    def fresh(names):
       stop.check()  # Before every round of sampling.
-      drawn = {task: next(data[task]) for task in names}
-      return experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
-                              {t: job.place(d[1]) for t, d in drawn.items()})
+      return draw(job, data, names)
     states = lambda: {task: iterator.get_state() for task, iterator in data.items()}
 
     def save(number, at, due):
@@ -142,7 +164,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         break
       at = states()
       try:
-        metrics, pictures = aligner.iterate(draw(data), number, draw, stop.check)
+        metrics, pictures = aligner.iterate(fresh(data), number, fresh, stop.check)
       except (checkpoint.Preempted, remote.JudgeUnavailable) as error:
         # The state is that of the iteration before; this one will be drawn again.
         if number - 1 > saved:

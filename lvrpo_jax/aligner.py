@@ -23,6 +23,7 @@ from lvrpo_jax import refill
 from lvrpo_jax import sharding
 from lvrpo_jax import step as step_lib
 from lvrpo_jax import thinking
+from lvrpo_jax import trajectories
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.objectives import flow as flow_objectives
@@ -142,14 +143,16 @@ class Aligner:
                                  self.job.config.pretrain.shift)
     return points.x_t, points.t
 
-  def collect(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None
+  def collect(self, tasks: experience.Tasks, iteration: int, draw: Draw | None = None,
+              check: Callable[[], None] = lambda: None
               ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
-    """Rollouts, rewards and advantages: (experience by task, metrics, pictures)."""
+    """Rollouts, rewards and advantages: (experience by task, metrics, pictures). `check` is called
+    while a remote judge is waited for."""
     c, rounds = self.collector, self.job.config.align.refill
-    found, metrics = self._sample(tasks, iteration)
+    found, metrics = self._sample(tasks, iteration, check)
     if rounds:
       found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, lambda names: (
-          self._sample(draw(names), iteration)[0]))
+          self._sample(draw(names), iteration, check)[0]))
       metrics.update(filled)
     batch = {}
     for task, s in found.items():
@@ -161,36 +164,34 @@ class Aligner:
     return self.job.place_rows(batch), metrics, {
         task: sharding.local_rows(s.pixels) for task, s in found.items() if s.pixels is not None}
 
-  def _sample(self, tasks: experience.Tasks, iteration: int
+  def _sample(self, tasks: experience.Tasks, iteration: int, check: Callable[[], None]
               ) -> tuple[dict[str, refill.Sampled], dict[str, Any]]:
     """One round: what was sampled for every task, with its rewards, and metrics."""
     c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
     texts, images, pixels = c.rollout(self.sampling, vae_params, tasks, iteration)
-    asked = c.ask(tasks, texts, pixels, iteration)
+    asked = c.ask(tasks, texts, pixels, iteration, check)
     replayed = c.replayed(iteration)
     out, metrics = {}, {'window': replayed[0]}
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
                                        iteration, asked)
-      steps = experience.transitions(rollout, replayed, c.grid, c.eta_T)
-      image = types.ImageExperience(tasks.prompts[task], rollout.latents_BGNC, steps, steps.x_BMNC,
-                                    steps.time_BM, None, None, None, None)
+      steps = trajectories.transitions(rollout, replayed, c.grid, c.eta_T)
+      image = trajectories.drawn(tasks.prompts[task], rollout, steps)
       if task == pipeline.THINK:
+        plans = texts[pipeline.PLAN]
         facts[f'truncated/{pipeline.PLAN}'] = experience.unended(
-            sharding.local_rows(texts[pipeline.PLAN].tokens_BGT), self.job.policy.eos)
-        image = thinking.Thought(experience.said(tasks.prompts[task], texts[pipeline.PLAN]), image)
+            sharding.local_rows(plans.tokens_BGT), self.job.policy.eos)
+        image = thinking.Thought(trajectories.said(tasks.prompts[task], plans), image)
       out[task] = refill.Sampled(image, place(rewards), place(facts), pixels[task])
     if pipeline.UNDERSTAND in texts:
       answers = texts[pipeline.UNDERSTAND]
       rewards, facts = c.text_rewards(tasks, answers.tokens_BGT, self.judges, vae_params, asked)
       out[pipeline.UNDERSTAND] = refill.Sampled(
-          experience.said(tasks.prompts[pipeline.UNDERSTAND], answers), place(rewards),
+          trajectories.said(tasks.prompts[pipeline.UNDERSTAND], answers), place(rewards),
           place(facts), None)
     if texts:
       metrics['gap/decode'] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
-    metrics.update({f'judge/{task}/{name}': value for task, future in asked.items()
-                    for name, value in future.result().stats.items()})
-    return out, metrics
+    return out, {**metrics, **asked.metrics()}
 
   def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Velocities of any policy at the points of a batch."""
@@ -199,12 +200,14 @@ class Aligner:
       return {}
     return self._velocities(params, self.frozen, {t: b.prompts for t, b in images.items()},
                             {t: b.x_BMNC for t, b in images.items()},
-                            {t: b.time_BM for t, b in images.items()})
+                            {t: b.time_BM for t, b in images.items()},
+                            {t: b.guidance_B for t, b in images.items()})
 
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
     texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
-    writer, drawer = self.sampling[0], self.sampling[-1]
+    policies = self.sampling  # With adapters, each look merges them.
+    writer, drawer = policies[0], policies[-1]
     logp = self._replay(writer, self.frozen, texts)[1] if texts else {}
     out = {}
     for task, v in self.velocities(drawer, batch).items():
@@ -222,7 +225,7 @@ class Aligner:
     for task, b in batch.items():
       if task not in pipeline.TEXTS and forward:
         x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
-        batch[task] = b.replace(x_BMNC=x, time_BM=t)
+        batch[task] = b.replace(x_BMNC=x, time_BM=t, guidance_B=None)
     reference = self.velocities(self.reference, batch)
     old = self.velocities(self.full(self.state.old), batch) if forward else reference
     return {task: b if task in pipeline.TEXTS else
@@ -253,9 +256,9 @@ class Aligner:
               ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """One whole iteration; returns its metrics and pictures. `draw` gives fresh prompts of some
     tasks, where `align.refill` asks for them. `check` may raise: it is called as long as nothing
-    has changed, with the rewards at hand and the update to come."""
+    has changed, while rewards are waited for and when they are at hand."""
     a = self.job.config.align
-    batch, metrics, pictures = self.collect(tasks, iteration, draw)
+    batch, metrics, pictures = self.collect(tasks, iteration, draw, check)
     check()
     metrics.update(self.gaps(batch))
     texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}

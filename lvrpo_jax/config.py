@@ -149,13 +149,16 @@ def validate(config: ml_collections.ConfigDict):
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')
+  if config.align.guidance < 1:
+    raise ValueError(f'config.align.guidance is {config.align.guidance}; allowed: at least 1, '
+                     'which is none')
   if config.align.sampler == 'cps' and config.align.eta > 1:
     raise ValueError(f"config.align.eta is {config.align.eta}; allowed: at most 1 with "
                      "config.align.sampler = 'cps'")
   if config.align.text_objective == 'cispo' and config.align.text_high < 1:
-    raise ValueError(f"config.align.text_high is {config.align.text_high}; allowed: at least 1 with "
-                     "config.align.text_objective = 'cispo', which cuts its weights at 1 + that (4 is "
-                     'usual)')
+    raise ValueError(f'config.align.text_high is {config.align.text_high}; allowed: at least 1 '
+                     "with config.align.text_objective = 'cispo', which cuts its weights at 1 + "
+                     'that (4 is usual)')
   if config.align.noise_low >= config.align.noise_high:
     raise ValueError(f'config.align.noise_low is {config.align.noise_low}; allowed: below '
                      f'config.align.noise_high = {config.align.noise_high}')

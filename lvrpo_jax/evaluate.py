@@ -75,7 +75,7 @@ def samplers(job: job_lib.Job) -> Samplers:
     empty = policy_lib.without_text(cache, prompts)
     def velocity(x, t):
       v, u = (policy.velocity(params, c, x, t) for c in (cache, empty))
-      return flow.guide(v, u, u, scale, 1., 'channel', 1.)
+      return flow.classifier_free(v, u, scale)
     latents = image_rollout.sample(velocity, keys(prompts.index_B, 0, e.images),
                                    policy.latent_shape, grid)
     return policy.decode(vae_params, latents)
@@ -170,6 +170,12 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
   return records
 
 
+def _drawn(params, vae_params, tools, batches, guidance=1.):
+  """uint8 images (B, G, Y, X, 3) of all prompts."""
+  return np.concatenate([sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
+                         for rows, prompts in batches])
+
+
 def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
   batches = batched(job, task, examples)
   plans = []
@@ -180,9 +186,7 @@ def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
     plans = [[decode(ids) for ids in row] for tokens, _ in found for row in tokens]
     drawn = np.concatenate([images for _, images in found])
   else:
-    drawn = np.concatenate([
-        sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
-        for rows, prompts in batches])
+    drawn = _drawn(params, vae_params, tools, batches, guidance)
   specs = rules.targets(task, examples, 'evaluation')
   detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   if task == pipeline.EDIT:
@@ -203,11 +207,13 @@ def gold(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools
   training: none of them is among those of `run`, so a run may be stopped by them."""
   examples = [job.data.evaluation(pipeline.GENERATE, 'eval', kind, GOLD + i)
               for kind in job.data.kinds(pipeline.GENERATE, 'eval') for i in range(count)]
-  records, drawn = _pictures(job, params, vae_params, tools, pipeline.GENERATE, examples)
+  drawn = _drawn(params, vae_params, tools, batched(job, pipeline.GENERATE, examples))
   B, G = drawn.shape[:2]
   detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   found = detector(drawn.reshape(B * G, *drawn.shape[2:]))
-  return {'gold': float(np.mean([r['correct'] for r in records])),
+  specs = rules.targets(pipeline.GENERATE, examples, 'evaluation')
+  correct, _ = rules.images(lambda _: found, drawn, specs, strict=True)
+  return {'gold': float(np.mean(correct)),
           'diversity': panel.scene_diversity([found[b * G:(b + 1) * G] for b in range(B)])}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent import futures
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -11,7 +11,9 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from lvrpo_jax import asking
 from lvrpo_jax import flow
+from lvrpo_jax import guidance
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import judging
 from lvrpo_jax import ops
@@ -139,7 +141,7 @@ class Collector:
         caches.update(policy.prefill_all(params, vae_params, {
             t: p for t, p in prompts.items() if (t in texts_first) == wanted}))
     texts, images, pixels = {}, {}, {}
-    noise = {t: keys(p) for t, p in prompts.items()}
+    noise, contexts = {t: keys(p) for t, p in prompts.items()}, dict(prompts)
     for task in texts_first:
       if task in prompts:
         name = pipeline.PLAN if task == pipeline.THINK else task
@@ -150,16 +152,22 @@ class Collector:
         texts[name] = text_rollout.rescore(said, policy.read(writer, cache, ids))
     if pipeline.THINK in prompts:
       plan = texts[pipeline.PLAN]
-      caches[pipeline.THINK] = policy.prefill(drawer, vae_params, policy_lib.after_plans(
-          prompts[pipeline.THINK], plan.tokens_BGT, plan.mask_BGT, policy.bos))
+      contexts[pipeline.THINK] = policy_lib.after_plans(
+          prompts[pipeline.THINK], plan.tokens_BGT, plan.mask_BGT, policy.bos)
+      caches[pipeline.THINK] = policy.prefill(drawer, vae_params, contexts[pipeline.THINK])
       noise[pipeline.THINK] = thinking.image_keys(noise[pipeline.THINK])
     rows = {t: (c.valid_BS, noise[t]) for t, c in caches.items()}
     for tasks in policy_lib.alike(rows):
       cache = policy_lib.join_caches([caches[t] for t in tasks])
-      velocity = lambda x, t, c=cache: policy.velocity(drawer, c, x, t)
+      bare = None if a.guidance == 1 else policy.prefill(
+          drawer, vae_params, policy_lib.without_prompt(policy_lib.stack(
+              contexts[t] for t in tasks)))
       rollout = image_rollout.rollout(
-          velocity, jnp.concatenate([noise[t] for t in tasks]), policy.latent_shape, self.grid,
-          eta_T, a.sampler)
+          guidance.velocity(policy, drawer, cache, bare, a.guidance),
+          jnp.concatenate([noise[t] for t in tasks]), policy.latent_shape, self.grid, eta_T,
+          a.sampler)
+      if bare is not None:
+        rollout = rollout.replace(guidance=jnp.float32(a.guidance))
       start = 0
       for task in tasks:
         stop = start + len(noise[task])
@@ -199,14 +207,14 @@ class Collector:
     return self.job.place_rows(texts), images, self.job.place_rows(pixels)
 
   def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array],
-          iteration: int) -> dict[str, futures.Future]:
-    """Sends what was sampled to the remote judge; the scores by task come later."""
+          iteration: int, check: Callable[[], None] = lambda: None) -> asking.Asked:
+    """Sends what was sampled to the remote judge; the scores come later, see `asking`."""
     out = {}
     for task in (t for t in self._remote_tasks if t in tasks.prompts):
       outputs = (self._texts(texts[task].tokens_BGT) if task == pipeline.UNDERSTAND else
                  sharding.local_rows(pixels[task]))
       out[task] = self.remote.submit(task, tasks.examples[task], outputs, iteration)
-    return out
+    return asking.Asked(out, check)
 
   def _texts(self, tokens_BGT: Array) -> list[list[str]]:
     """Answers of this process's prompts."""
@@ -214,7 +222,7 @@ class Collector:
             for row in sharding.local_rows(tokens_BGT)]
 
   def image_rewards(self, task: str, tasks: Tasks, pixels: Array, judges: Judges, vae_params,
-                    iteration: int, asked_remote: dict[str, futures.Future]
+                    iteration: int, asked_remote: asking.Asked
                     ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of images, and facts for the log: see `reward_metrics`."""
     job, examples = self.job, tasks.examples[task]
@@ -252,7 +260,7 @@ class Collector:
     return self._pick(task, values, asked_remote), facts
 
   def text_rewards(self, tasks: Tasks, tokens_BGT: Array, judges: Judges, vae_params,
-                   asked_remote: dict[str, futures.Future]
+                   asked_remote: asking.Asked
                    ) -> tuple[dict[str, types.Rewards], dict[str, np.ndarray]]:
     """Reward components of answers, and facts for the log: see `reward_metrics`."""
     job, task = self.job, pipeline.UNDERSTAND
@@ -302,12 +310,12 @@ class Collector:
                        f'shape (B, G) = {shape}')
     return np.asarray(scored[0]), np.asarray(scored[1], bool)
 
-  def _pick(self, task: str, values: dict[str, Any], asked: dict[str, futures.Future]
+  def _pick(self, task: str, values: dict[str, Any], asked: asking.Asked
             ) -> dict[str, types.Rewards]:
     """The components with a weight; waits for those of a remote judge."""
     wanted = self.weights(task)
     if task in asked:
-      scored = asked[task].result()
+      scored = asked.result(task)
       values['remote'] = scored.value_BG, scored.valid_BG
     unknown = wanted.keys() - values.keys()
     if unknown:
@@ -343,30 +351,6 @@ def statements(examples: list[pipeline.Example], words_BG: list[list[str | None]
 def unended(tokens_BGT: np.ndarray, eos: int) -> np.ndarray:
   """1 for every text (B, G) that was cut at the longest answer, before an end token; else 0."""
   return np.all(tokens_BGT != eos, axis=-1).astype(np.float32)
-
-
-def said(prompts: types.Prompts, rollout: types.TextRollout) -> types.TextExperience:
-  """Sampled texts as the update reads them, without advantages."""
-  temperature_B = jnp.broadcast_to(rollout.temperature, rollout.mask_BGT.shape[:1])
-  return types.TextExperience(prompts, rollout.tokens_BGT, rollout.logp_BGT, rollout.mask_BGT,
-                              temperature_B, None, None, None)
-
-
-def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta_T: Array
-                ) -> types.Transitions:
-  """Cuts steps out of a trajectory; row m = k * G + g."""
-  rows, group = rollout.latents_BGNC.shape[:2]
-  count = len(steps)
-  def cut(x_TBGNC):
-    x_BKGNC = jnp.moveaxis(x_TBGNC[steps], 0, 1)
-    return x_BKGNC.reshape(rows, count * group, *x_BKGNC.shape[3:])
-  wide = lambda x_T: jnp.broadcast_to(jnp.repeat(x_T[steps], group), (rows, count * group))
-  return types.Transitions(
-      x_BMNC=cut(rollout.x_TBGNC), time_BM=wide(rollout.time_T),
-      next_time_BM=wide(rollout.next_time_T),
-      first_time_BM=jnp.broadcast_to(grid[1], (rows, count * group)), eta_BM=wide(eta_T),
-      noise_BMNC=cut(rollout.noise_TBGNC), mean_BMNC=cut(rollout.mean_TBGNC),
-      std_BM=wide(rollout.std_T))
 
 
 def reward_metrics(task: str, rewards: dict[str, types.Rewards], facts: dict[str, Any],

@@ -115,6 +115,16 @@ def log_ratio(noise: Array, mean: Array, old_mean: Array, std: Array, axes: tupl
   return jnp.mean(noise * d, axes) / std - jnp.mean(jnp.square(d), axes) / (2 * jnp.square(std))
 
 
+def classifier_free(v: Array, v_empty: Array, scale: float | Array) -> Array:
+  """Velocity guided away from that without the text (arXiv 2207.12598, eq. 6, with w = scale - 1).
+
+  Args:
+    v, v_empty: velocities with and without the text, of one shape.
+    scale: 1 gives `v`, 0 gives `v_empty`.
+  """
+  return v_empty + scale * (v - v_empty)
+
+
 def guide(v: Array, v_text: Array, v_image: Array, text_scale: float | Array,
           image_scale: float | Array, renorm: str, renorm_min: float) -> Array:
   """Classifier-free guidance with two branches and BAGEL's renormalisation.
@@ -132,7 +142,7 @@ def guide(v: Array, v_text: Array, v_image: Array, text_scale: float | Array,
   norm = lambda y: jnp.sqrt(jnp.sum(jnp.square(y), axes, keepdims=True))
   factor = lambda y: jnp.clip(norm(v) / (norm(y) + 1e-8), renorm_min, 1.)
   mix = lambda y: jnp.where(image_scale > 1, v_image + image_scale * (y - v_image), y)
-  y = v_text + text_scale * (v - v_text)
+  y = classifier_free(v, v_text, text_scale)
   if renorm == 'text_channel':
     out = mix(y * factor(y))
   elif renorm in ('global', 'channel'):

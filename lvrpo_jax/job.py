@@ -99,8 +99,8 @@ class Job:
   def sampler(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
 
-    Callers hold parameters (of one policy, or a tuple of several) and prompts on the job's mesh. They
-    are moved to that of rollouts, and kernels are rounded; what comes back lies there, see
+    Callers hold parameters (of one policy, or a tuple of several) and prompts on the job's mesh.
+    They are moved to that of rollouts, and kernels are rounded; what comes back lies there, see
     `place_rows`.
     """
     compiled = self.compile(function, self.rollout_mesh)

@@ -13,6 +13,7 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import flow
+from lvrpo_jax import guidance
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import repa as repa_lib
@@ -212,7 +213,7 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
     if group % parts:
       raise ValueError(f'groups of {group} samples do not divide into parallel.group_parts = '
                        f'{parts}')
-    whole = ('prompts', 'temperature_B')
+    whole = ('prompts', 'temperature_B', 'guidance_B')
     repeat = lambda x: jnp.broadcast_to(x, (parts, *x.shape))
     return b.replace(**{
         f.name: jax.tree.map(repeat if f.name in whole else lambda x: cut(x, group),
@@ -238,9 +239,10 @@ def _forward(policy, params, frozen, batch: dict[str, Any]
   """
   images = {t: b for t, b in batch.items() if t not in pipeline.TEXTS}
   texts = {t: b for t, b in batch.items() if t in pipeline.TEXTS}
-  v, logits = policy.follow(
-      params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
+  v, logits = guidance.follow(
+      policy, params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
       {t: b.x_BMNC for t, b in images.items()}, {t: b.time_BM for t, b in images.items()},
+      {t: b.guidance_B for t, b in images.items()},
       {t: text_rollout.teacher_ids(b.tokens_BGT, policy.bos) for t, b in texts.items()})
   return v, {t: logits[t] / b.temperature_B[:, None, None, None] for t, b in texts.items()}
 
@@ -318,9 +320,9 @@ def transition_mean(sampler: str, v_BMNC: Array, transitions: types.Transitions)
 
 
 def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dict[str, Array],
-               time: dict[str, Array]) -> dict[str, Array]:
-  """Velocities of any policy at given points, without gradients."""
-  return policy.follow(params, frozen['vae'], prompts, x, time, {})[0]
+               time: dict[str, Array], scales: dict[str, Array | None]) -> dict[str, Array]:
+  """Velocities of any policy at given points, without gradients; see `guidance.follow`."""
+  return guidance.follow(policy, params, frozen['vae'], prompts, x, time, scales, {})[0]
 
 
 def replay(policy, params, frozen, batch: dict[str, Any]
@@ -341,6 +343,9 @@ def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
 
 
 def text_gap(logp_BGT: Array, b: types.TextExperience) -> tuple[Array, Array]:
-  """Largest and mean absolute log-ratio of a token between rollout and teacher forcing."""
-  gap_BGT = jnp.abs(jnp.where(b.mask_BGT, logp_BGT - b.logp_BGT, 0.))
+  """Largest and mean absolute log-ratio of a token between rollout and teacher forcing.
+
+  Both are 0 outside the answers, so a mask that is not the rollout's opens a gap as well.
+  """
+  gap_BGT = jnp.abs(logp_BGT - b.logp_BGT)
   return jnp.max(gap_BGT), ops.masked_mean(gap_BGT, b.mask_BGT)

@@ -99,7 +99,8 @@ DRIFTS = {'dark': ('rose', .1), 'luminance': ('fell', .25), 'edge_density': ('fe
 
 
 GOLD = {'gold': .05, 'diversity': .25}
-"""Held-out scores of `Watch.gold`, and falls that raise an alarm while the training reward rises."""
+"""Held-out scores of `Watch.gold`, and falls that raise an alarm while the training reward
+rises."""
 
 
 def appearance(images: np.ndarray) -> dict[str, float]:

@@ -230,15 +230,28 @@ def to_unit(image: Array) -> Array:
   return image.astype(jnp.float32) / 127.5 - 1.
 
 
-def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
-  """The context as it was before its last text: the unconditional branch of guidance.
+def _words(prompts: types.Prompts) -> Array:
+  """Where a prompt's own text tokens (B, L) are."""
+  return (prompts.text.mode_BL == types.CAUSAL) & (prompts.text.sample_BL != types.PADDING)
 
-  The text comes last and images do not see it, so hiding its keys equals never encoding it.
+
+def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
+  """The context as it was before its texts: the unconditional branch of guidance.
+
+  Texts come last and images do not see them, so hiding their keys equals never encoding them.
   """
-  text_BS = (prompts.text.mode_BL == types.CAUSAL) & (prompts.text.sample_BL != types.PADDING)
+  text_BS = _words(prompts)
   hidden_BS = jnp.pad(text_BS, ((0, 0), (0, cache.valid_BS.shape[1] - text_BS.shape[1])))
   return cache.replace(valid_BS=cache.valid_BS & ~hidden_BS,
                        next_position_B=cache.next_position_B - jnp.sum(text_BS, axis=1))
+
+
+def without_prompt(prompts: types.Prompts) -> types.Prompts:
+  """Prompts whose contexts are those of `without_text`, where nothing has been encoded yet."""
+  text_BL, text = _words(prompts), prompts.text
+  return prompts.replace(
+      text=text.replace(sample_BL=jnp.where(text_BL, types.PADDING, text.sample_BL)),
+      next_position_B=prompts.next_position_B - jnp.sum(text_BL, axis=1))
 
 
 def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Prompts:

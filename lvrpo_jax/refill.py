@@ -62,7 +62,8 @@ def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
 
 
 def fill(found: dict[str, Sampled], rounds: int, component: str,
-         draw: Callable[[list[str]], dict[str, Sampled]]) -> tuple[dict[str, Sampled], dict[str, float]]:
+         draw: Callable[[list[str]], dict[str, Sampled]]
+         ) -> tuple[dict[str, Sampled], dict[str, float]]:
   """Replaces prompts of constant groups, for at most so many rounds.
 
   Args:

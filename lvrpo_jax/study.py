@@ -2,10 +2,10 @@
 
     python -m lvrpo_jax.main --config=configs/study.py [--config.study=quick]
 
-Every variant of `config.variants` is the config with some values changed, run as a process of its own
-in `<workdir>/<study>/seed<n>/<variant>`, `config.workers` at once. Pretraining and the measurement after
-it are done once a seed and copied. A run that is complete is never repeated, one that was interrupted
-goes on, and after every run `study.md` and `study.html` are written anew.
+Every variant of `config.variants` is the config with some values changed, run as a process of its
+own in `<workdir>/<study>/seed<n>/<variant>`, `config.workers` at once. Pretraining and the
+measurement after it are done once a seed and copied. A run that is complete is never repeated, one
+that was interrupted goes on, and after every run `study.md` and `study.html` are written anew.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ POLL = 1.
 
 
 class Run(NamedTuple):
-  """A run of the study; `number` is its place among those of its seed, `moment` the folder of `eval`
-  that holds its measurement."""
+  """A run of the study; `number` is its place among those of its seed, `moment` the folder of
+  `eval` that holds its measurement."""
   seed: int
   variant: str
   number: int
@@ -217,8 +217,10 @@ def execute(runs: Sequence[Run], workers: Sequence[Worker]) -> Iterator[Run]:
           one = worker.finished()
           if one is not None:
             yield one
+          if worker.run is not None:
+            continue
           ready = [r for r in waiting if r.variant == PRETRAINED or complete(pretrained[r.seed])]
-          if worker.run is None and ready:
+          if ready:
             waiting.remove(ready[0])
             prepare(ready[0], pretrained[ready[0].seed])
             worker.start(ready[0])
@@ -245,8 +247,8 @@ def _announce(run: Run, total: int, waiting: int, spent: float, workers: int) ->
 class Critic:
   """A dual encoder that pays no reward: how much its texts tell of pictures, in nats.
 
-  It has a seed, a world and batches of its own; the scale of its logits is set on true pairs that no
-  variant has seen (a critic may be chosen in any way that does not see what it is used on).
+  It has a seed, a world and batches of its own; the scale of its logits is set on true pairs that
+  no variant has seen (a critic may be chosen in any way that does not see what it is used on).
   """
 
   def __init__(self, config: ml_collections.ConfigDict, folder: pathlib.Path):
@@ -301,8 +303,8 @@ def measured(run: Run, critic: Critic, folder: pathlib.Path) -> study_tables.Don
   if kept.is_file():
     return study_tables.load(kept)
   measurement = run.workdir / 'eval' / run.moment
-  records = [r for r in map(json.loads, (measurement / 'predictions.jsonl').read_text().splitlines())
-             if r['task'] != 'panel']
+  lines = (measurement / 'predictions.jsonl').read_text().splitlines()
+  records = [r for r in map(json.loads, lines) if r['task'] != 'panel']
   drawn = [r for r in records if r['task'] == pipeline.GENERATE and r['split'] == 'eval']
   seconds = json.loads((run.workdir / 'scores.json').read_text())['seconds']
   done = {'seed': run.seed, 'variant': run.variant, 'number': run.number, 'records': records,

@@ -5,8 +5,8 @@
 prints the tables of the runs in a folder and writes them, with plots, beside it.
 
 A value is the mean over seeds and kinds; its 95 % interval is a bootstrap over the meanings of the
-prompts within every seed and kind. Differences are paired on prompts and noise. Neither covers how much
-another seed would have changed; that is what the numbers of the single seeds are for.
+prompts within every seed and kind. Differences are paired on prompts and noise. Neither covers how
+much another seed would have changed; that is what the numbers of the single seeds are for.
 """
 
 from __future__ import annotations

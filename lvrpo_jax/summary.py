@@ -100,8 +100,10 @@ def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
     spec = record['spec']
     objects = {**spec, 'include': [{k: v for k, v in entry.items() if k != 'position'}
                                    for entry in spec['include']]}
+    size = images.shape[2], images.shape[1]
     for found, correct in zip(detect.detect_by_rendering(images), record['correct']):
-      if geneval.evaluate(found, objects, strict=True).correct and not geneval.surplus(found, spec):
+      asked_for = geneval.evaluate(found, objects, strict=True, size=size).correct
+      if asked_for and not geneval.surplus(found, spec):
         total += 1
         held += correct
   return held, total

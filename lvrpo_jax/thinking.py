@@ -1,8 +1,8 @@
 """Thinking before drawing: a text plan and the image after it as one trajectory with one reward.
 
 Both halves are trained in one update, each with its own density and the same advantage (UniGRPO,
-arXiv 2603.23500). Here are the halves as they are sampled; `losses` knows them as the tasks `PLAN` and
-`THINK`.
+arXiv 2603.23500). Here are the halves as they are sampled; `losses` knows them as the tasks `PLAN`
+and `THINK`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def write(policy: policy_lib.Policy, params: types.Params, cache: types.Cache, k
           length: int, temperature: float) -> types.TextRollout:
   """Samples texts of at most `length` tokens after contexts; see `rollouts.text.rollout`."""
   decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
-  return text_rollout.rollout(decode, unified.empty_row(policy.config, key_BG.shape, length), key_BG,
-                              policy.bos, policy.eos, length, temperature)
+  row = unified.empty_row(policy.config, key_BG.shape, length)
+  return text_rollout.rollout(decode, row, key_BG, policy.bos, policy.eos, length, temperature)
 
 
 def image_keys(key_BG: Array) -> Array:
@@ -70,10 +70,11 @@ def halves(thought: Thought, bos: int, advantage_BG: Array, valid_BG: Array) -> 
     split = x.reshape(B, x.shape[1] // G, G, *x.shape[2:])
     return jnp.moveaxis(split, 2, 1).reshape(B * G, x.shape[1] // G, *x.shape[2:])
   arrays = {f.name: jax.tree.map(alone, getattr(image, f.name))
-            for f in dataclasses.fields(image) if f.name != 'prompts'}
+            for f in dataclasses.fields(image) if f.name not in ('prompts', 'guidance_B')}
   return {
       pipeline.PLAN: plan.replace(advantage_BG=advantage_BG, valid_BG=valid_BG),
       pipeline.THINK: types.ImageExperience(**{
           **arrays, 'prompts': policy_lib.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT,
                                                       bos),
-          'advantage_BG': alone(advantage_BG), 'valid_BG': alone(valid_BG)})}
+          'advantage_BG': alone(advantage_BG), 'valid_BG': alone(valid_BG),
+          'guidance_B': jax.tree.map(lambda x: jnp.repeat(x, G), image.guidance_B)})}

@@ -122,6 +122,7 @@ class ImageRollout:
     mean_TBGNC: mean of every transition under the policy that sampled.
     time_T, next_time_T, std_T: times and deviations of the transitions (0: no noise).
     latents_BGNC: the final latents.
+    guidance: scale of classifier-free guidance, or None.
   """
   x_TBGNC: Array
   noise_TBGNC: Array
@@ -130,6 +131,7 @@ class ImageRollout:
   next_time_T: Array
   std_T: Array
   latents_BGNC: Array
+  guidance: Array | None = None
 
 
 @struct.dataclass
@@ -234,6 +236,7 @@ class ImageExperience:
     transitions: replayed steps.
     x_BMNC, time_BM: the points at which the update asks for velocities.
     old_BMNC, reference_BMNC: velocities of the old policy and of the reference there.
+    guidance_B: scale of classifier-free guidance of all these velocities, or None.
   """
   prompts: Prompts
   latents_BGNC: Array
@@ -244,3 +247,4 @@ class ImageExperience:
   reference_BMNC: Array
   advantage_BG: Array
   valid_BG: Array
+  guidance_B: Array | None = None

@@ -22,7 +22,6 @@ from configs import tiny
 from lvrpo_jax import ahead
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
-from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import sharding
 from lvrpo_jax import weights
@@ -56,9 +55,8 @@ class ProgramsTest(absltest.TestCase):
         policy.vae.init(jax.random.key(0), image)['params'],
         self.job.judge.init(jax.random.key(0), image, self.job.captions(['']))['params'])
     aligner = aligner_lib.Aligner(self.job, params, vae_params, judge_params)
-    drawn = {task: next(rows) for task, rows in align.prompt_batches(self.job).items()}
-    tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
-                             {t: self.job.place(d[1]) for t, d in drawn.items()})
+    data = align.prompt_batches(self.job)
+    tasks = align.draw(self.job, data, data)
 
     class Called(Exception):
       pass

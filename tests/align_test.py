@@ -13,7 +13,6 @@ import numpy as np
 from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
-from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import pretrain
@@ -84,10 +83,8 @@ class IterationTest(parameterized.TestCase):
     judge = random_like(jax.eval_shape(lambda: job.judge.init(
         jax.random.key(2), jnp.zeros((1, side, side, 3)), job.captions(['']))['params']), 1)
     aligner = aligner_lib.Aligner(job, params, pretrain.fit_autoencoder(job), judge)
-    drawn = {task: next(rows) for task, rows in align.prompt_batches(job).items()}
-    tasks = experience.Tasks({t: list(d[0]) for t, d in drawn.items()},
-                             {t: job.place(d[1]) for t, d in drawn.items()})
-    return aligner, tasks
+    data = align.prompt_batches(job)
+    return aligner, align.draw(job, data, data)
 
   def test_images_are_drawn_and_replayed_by_the_old_policy(self):
     aligner, tasks = self.make(updates=2)
@@ -147,7 +144,7 @@ class IterationTest(parameterized.TestCase):
     # Siblings of another task in another order: nothing of the images may change, not even a bit.
     aligner, tasks = self.make(group=4)
     order = np.array([2, 0, 3, 1])
-    sampled, _ = aligner._sample(tasks, 1)
+    sampled, _ = aligner._sample(tasks, 1, lambda: None)
     self.enter_context(mock.patch.object(aligner, '_sample', lambda *_: (sampled, {})))
     def image_gradient():
       batch = aligner.with_reference(aligner.collect(tasks, 1)[0])

@@ -158,7 +158,8 @@ class AttendTest(parameterized.TestCase):
       mask = rng.random((B, 1 if one else M, L, 3 + number)) < 0.6
       mask[..., 0] |= number == 0
       masks.append(mask)
-    got = attention.attend(q, [attention.Block(k, v, attention.Mask(m)) for k, v, m in zip(keys, values, masks)])
+    got = attention.attend(q, [attention.Block(k, v, attention.Mask(m))
+                               for k, v, m in zip(keys, values, masks)])
     np.testing.assert_allclose(got, attend_oracle(q, keys, values, masks), atol=1e-5)
 
   def test_heads_are_repeated_not_tiled(self):
@@ -172,7 +173,8 @@ class AttendTest(parameterized.TestCase):
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     q, k, v = normal(1, 1, 2, 2, 4), normal(1, 3, 1, 4), normal(1, 3, 1, 4)
     mask = np.array([[[[True, True, False]]]])
-    run = lambda k, v: np.asarray(attention.attend(q, [attention.Block(k, v, attention.Mask(mask))]))
+    run = lambda k, v: np.asarray(
+        attention.attend(q, [attention.Block(k, v, attention.Mask(mask))]))
     other_k, other_v = k.copy(), v.copy()
     other_k[:, 2], other_v[:, 2] = 100., -100.
     np.testing.assert_array_equal(run(k, v), run(other_k, other_v))

@@ -18,10 +18,10 @@ from lvrpo_jax import job as job_lib
 from lvrpo_jax import judging
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import types
-from lvrpo_jax.models import unified
 from lvrpo_jax.objectives import advantage
 from lvrpo_jax.rewards import mutual
 from lvrpo_jax.rewards import rules
+from tests import noise
 
 ROWS, GROUP = 3, 4
 GIVEN = {}
@@ -44,24 +44,13 @@ def build(weights, **changes):
   return job_lib.build(config, pathlib.Path('unused'))
 
 
-def parameters(job):
-  """Policy, autoencoder and judge with noise on every leaf."""
-  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
-  shapes = jax.eval_shape(lambda: (
-      unified.init(job.policy.config, jax.random.key(0)),
-      job.policy.vae.init(jax.random.key(0), image)['params'],
-      job.judge.init(jax.random.key(0), image, job.captions(['']))['params']))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda s: (.3 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
-
-
 class Scene:
   """A job with samples of all its tasks."""
 
   def __init__(self, weights, **changes):
     self.job = build(weights, **changes)
     self.collector = experience.Collector(self.job)
-    self.params, self.vae, self.siglip = parameters(self.job)
+    self.params, self.vae, self.siglip = noise.parameters(self.job)
     self.words = job_lib.word_table(self.job, self.siglip)
     rng = np.random.default_rng(1)
     side = self.job.policy.image_size
@@ -349,7 +338,7 @@ class DenseTest(absltest.TestCase):
 
   def test_table_holds_the_key_words(self):
     job = build(dict(dense=1.))
-    siglip = parameters(job)[2]
+    siglip = noise.parameters(job)[2]
     table = job_lib.word_table(job, siglip)
     words = sorted(job.data.key_words)
     self.assertEqual(table.shape[0], len(words))

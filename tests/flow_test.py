@@ -246,6 +246,14 @@ class GuideTest(parameterized.TestCase):
       out = flow.guide(*map(jnp.asarray, v), text, image, renorm, floor)
     np.testing.assert_allclose(out, self.oracle(*v, text, image, renorm, floor), rtol=1e-10)
 
+  def test_plain_guidance(self):
+    v, empty, _ = self.branches()
+    with jax.enable_x64(True):
+      out = flow.classifier_free(jnp.asarray(v), jnp.asarray(empty), 4.)
+    # Ho & Salimans' w is 3: (1 + w) conditional - w unconditional.
+    np.testing.assert_allclose(out, 4. * v - 3. * empty, rtol=1e-10)
+    np.testing.assert_array_equal(flow.classifier_free(v, empty, 0.), empty)
+
   @parameterized.parameters('global', 'channel', 'text_channel')
   def test_a_text_scale_of_one_or_less_leaves_the_velocity(self, renorm):
     v = [jnp.float32(x) for x in self.branches()]

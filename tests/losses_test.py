@@ -269,6 +269,7 @@ class LinearPolicyTest(parameterized.TestCase):
 
   def test_log_probabilities_and_gap_of_answers(self):
     b = text_case(2, 3, 4, 5, ())
+    b = b.replace(logp_BGT=np.where(b.mask_BGT, b.logp_BGT, 0.))  # As a rollout leaves them.
     params = jax.tree.map(np.float32, fake_params())
     score = jax.jit(functools.partial(losses.replay, fake_policy()))
     velocities, logp = score(params, {'vae': None}, {'understand': b})

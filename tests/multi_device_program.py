@@ -15,6 +15,7 @@ from jax import numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import noise
 import step_test
 
 from configs import tiny
@@ -30,7 +31,6 @@ from lvrpo_jax import thinking
 from lvrpo_jax import types
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import attention
-from lvrpo_jax.models import unified
 
 ROWS, GROUP = 8, 2
 TASKS = pipeline.TASKS
@@ -52,16 +52,6 @@ def make_config():
   config.align.update(group=GROUP, steps_per_image=3, window=1)
   config.data.update(answer_words=11, chatty=0., plan=0., describe=0.)
   return config
-
-
-def make_parameters(job):
-  """Parameters of the model and of the autoencoder, noise on every leaf."""
-  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
-  shapes = jax.eval_shape(lambda: (
-      unified.init(job.policy.config, jax.random.key(0)),
-      job.policy.vae.init(jax.random.key(0), image)['params']))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
 
 
 def make_experience(job, prompts):
@@ -87,7 +77,10 @@ def make_experience(job, prompts):
       prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid)
   thought = thinking.Thought(text(pipeline.THINK), image(pipeline.THINK))
   return {pipeline.UNDERSTAND: text(pipeline.UNDERSTAND),
-          **{task: image(task) for task in (pipeline.GENERATE, pipeline.EDIT)},
+          pipeline.GENERATE: image(pipeline.GENERATE),
+          # The branch without the text has rows of its own.
+          pipeline.EDIT: image(pipeline.EDIT).replace(
+              guidance_B=np.linspace(1.5, 4., ROWS, dtype=np.float32)),
           **jax.tree.map(np.asarray, thinking.halves(
               thought, job.policy.bos, normal(ROWS, GROUP), valid))}
 
@@ -172,10 +165,11 @@ def updates(job, params, vae_params, batches):
 def parts(job, params, vae_params, batch):
   """The alignment loss in parts of rows and groups, each in one pass, on a mesh."""
   batch = {'all': batch}
-  one = run_updates(aligner_lib.alignment_loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
+  loss = aligner_lib.alignment_loss
+  one = run_updates(loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
   joint = dataclasses.replace(job, policy=dataclasses.replace(job.policy, joint=True))
-  got = run_updates(aligner_lib.alignment_loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4,
-                    micro_batches=2, group_parts=GROUP)
+  got = run_updates(loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4, micro_batches=2,
+                    group_parts=GROUP)
   return {'parts': dict(params=difference(got['all'][0], one['all'][0]),
                         gradients=difference(got['all'][1], one['all'][1]))}
 
@@ -254,7 +248,7 @@ def kernels():
 def main():
   assert len(jax.devices()) == 8, jax.devices()
   job = job_lib.build(make_config(), pathlib.Path('unused'))
-  params, vae_params = make_parameters(job)
+  params, vae_params = noise.parameters(job, .2)[:2]
   encode = lambda task, make: job.encoder(task, [make(task, i) for i in range(ROWS)])
   prompts = {task: encode(task, job.data.prompt).prompts for task in TASKS}
   batches = {'pretrain': {task: encode(task, job.data.pretraining)

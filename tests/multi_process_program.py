@@ -13,7 +13,6 @@ import pathlib
 import sys
 
 import jax
-from jax import numpy as jnp
 import numpy as np
 
 from configs import tiny
@@ -22,7 +21,7 @@ from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import checkpoint
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
-from lvrpo_jax.models import unified
+from tests import noise
 
 ROWS = 8
 SEVERAL = dict(mesh=(2, 2, 2), rollout_mesh=(4, 1, 2), joint=True)
@@ -39,22 +38,11 @@ def make_job(folder, several):
   return job_lib.build(config, folder / ('several' if several else 'one'))
 
 
-def make_parameters(job):
-  """Parameters of the policy, the autoencoder and the judge: the same in every process."""
-  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
-  shapes = jax.eval_shape(lambda: (
-      unified.init(job.policy.config, jax.random.key(0)),
-      job.policy.vae.init(jax.random.key(0), image)['params'],
-      job.judge.init(jax.random.key(0), image, job.captions(['']))['params']))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
-
-
 def iteration(job):
   """Runs the production loop for one iteration and returns its metrics."""
   job.workdir.mkdir(parents=True, exist_ok=True)
   writer = metrics_lib.MetricWriter(job.workdir, jax.process_index())
-  align.run(job, *make_parameters(job), writer)
+  align.run(job, *noise.parameters(job, .2), writer)
   writer.close()
 
 
@@ -64,7 +52,7 @@ def lines(folder):
 
 def restored(job):
   """The checkpoint of a workdir, laid out for the devices of this process."""
-  aligner = aligner_lib.Aligner(job, *make_parameters(job))
+  aligner = aligner_lib.Aligner(job, *noise.parameters(job, .2))
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align')
   state, record = store.restore(aligner.state)
   store.close()

@@ -115,7 +115,7 @@ class RowBlockTest(parameterized.TestCase):
       self.assertEqual(found['fsdp']['agreed'], [process] * 4)
 
 
-class CheckpointsTest(absltest.TestCase):
+class AgreementTest(absltest.TestCase):
 
   def run_both(self, folder, *arguments):
     """What both of two processes print."""
@@ -144,6 +144,12 @@ class CheckpointsTest(absltest.TestCase):
   def test_one_sees_for_all_what_is_there(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
     self.assertEqual(self.run_both(folder, 'kept'), dict(values=[1., 1.], made=[1.]))
+
+  def test_a_judge_that_fails_one_stops_all(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    out = self.run_both(folder, 'asked')
+    self.assertGreaterEqual(out.pop('checks'), 2)
+    self.assertEqual(out, dict(value=[[1.]], failed=True))
 
 
 if __name__ == '__main__':

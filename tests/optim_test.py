@@ -35,6 +35,19 @@ def run(optimizer, params, grads, steps=1):
   return params
 
 
+class MasterTest(absltest.TestCase):
+
+  def test_small_updates_need_float32_parameters(self):
+    optimizer = optim.build('adamw', optim.schedule('constant', 1e-6, 1000, 0), .9, .98, 1e-8, 0.,
+                            1e9)
+    grads = {'w': jnp.ones((1,))}
+    moved = lambda dtype: float(
+        run(optimizer, {'w': jnp.full((1,), .02, dtype)}, grads, 1000)['w'][0])
+    # The scale of bfloat16 has steps of 1.2e-4 there; the updates add up to 1e-3.
+    self.assertAlmostEqual(moved(jnp.float32), .019, places=5)
+    self.assertEqual(moved(jnp.bfloat16), float(jnp.bfloat16(.02)))
+
+
 class ScheduleTest(parameterized.TestCase):
 
   @parameterized.parameters((0, .1), (4, .5), (9, 1.), (10, 1.), (50, 1.), (75, .5), (99, .02),

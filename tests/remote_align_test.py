@@ -8,7 +8,6 @@ from unittest import mock
 
 from absl.testing import absltest
 import jax
-from jax import numpy as jnp
 import numpy as np
 
 from configs import tiny
@@ -18,9 +17,9 @@ from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import config as config_lib
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import metrics as metrics_lib
-from lvrpo_jax.models import unified
 from lvrpo_jax.rewards import remote
 from tests import judge_fixtures
+from tests import noise
 
 ROWS, GROUP, STEPS = 4, 4, 3
 FLOOR = 0.05
@@ -40,14 +39,7 @@ def make_config(url):
 @functools.cache
 def parameters():
   """Noise on every leaf: the pictures of a fresh model would all be alike."""
-  job = job_lib.build(make_config('http://x'), pathlib.Path('unused'))
-  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
-  shapes = jax.eval_shape(lambda: (
-      unified.init(job.policy.config, jax.random.key(0)),
-      job.policy.vae.init(jax.random.key(0), image)['params'],
-      job.judge.init(jax.random.key(0), image, job.captions(['']))['params']))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda s: (0.3 * rng.normal(size=s.shape)).astype(s.dtype), shapes)
+  return noise.parameters(job_lib.build(make_config('http://x'), pathlib.Path('unused')))
 
 
 def fault(image):

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.rollouts.{text,image} and of lvrpo_jax.experience's windows."""
+"""Tests of lvrpo_jax.rollouts.{text,image} and of the steps cut out of trajectories."""
 
 import functools
 
@@ -8,10 +8,10 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from lvrpo_jax import experience
 from lvrpo_jax import flow
 from lvrpo_jax import losses
 from lvrpo_jax import ops
+from lvrpo_jax import trajectories
 from lvrpo_jax import types
 from lvrpo_jax.models import unified
 from lvrpo_jax.rollouts import image
@@ -260,7 +260,7 @@ class ImageTest(parameterized.TestCase):
   def test_replay_is_exact(self, sampler):
     out = self.rollout(keys(2, 3), sampler=sampler)
     steps = np.array([1, 2])
-    cut = experience.transitions(out, steps, GRID, ETA)
+    cut = trajectories.transitions(out, steps, GRID, ETA)
     np.testing.assert_array_equal(cut.x_BMNC[:, 3:], out.x_TBGNC[2])  # Row k * G + g.
     np.testing.assert_array_equal(cut.time_BM[0], np.repeat(np.asarray(out.time_T)[steps], 3))
     replay = jax.jit(lambda s: losses.transition_mean(sampler, velocity(s.x_BMNC, s.time_BM), s))

@@ -12,7 +12,6 @@ from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import evaluate
-from lvrpo_jax import experience
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import policy as policy_lib
@@ -159,9 +158,8 @@ class ThinkingTest(absltest.TestCase):
     # The update takes the state away, and with it what it was made of.
     mine = jax.tree.map(jnp.copy, (self.params, self.vae, self.judge))
     aligner = aligner_lib.Aligner(job, *mine)
-    drawn = {task: next(data) for task, data in align.prompt_batches(job).items()}
-    tasks = experience.Tasks({t: d[0] for t, d in drawn.items()},
-                             {t: job.place(d[1]) for t, d in drawn.items()})
+    data = align.prompt_batches(job)
+    tasks = align.draw(job, data, data)
     draw = lambda names: tasks
     metrics, pictures = aligner.iterate(tasks, 1, draw)
     return aligner, metrics, pictures

@@ -1,13 +1,15 @@
-"""What one of two processes does with checkpoints; `multi_process_test` reads what it prints.
+"""What one of two processes does where they have to agree; `multi_process_test` reads what it prints.
 
     python tests/two_processes_program.py FOLDER ADDRESS PROCESS TASK [ARGUMENT]
 """
 
+from concurrent import futures
 import json
 import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -17,10 +19,12 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lvrpo_jax import asking
 from lvrpo_jax import checkpoint
 from lvrpo_jax import run
 from lvrpo_jax import sharding
 from lvrpo_jax import weights
+from lvrpo_jax.rewards import remote
 
 FIRST = 500
 STEPS = 8
@@ -126,10 +130,31 @@ def kept(folder):
   return dict(values=out, made=made)
 
 
+def asked(folder):
+  """How both leave waits for judges: one that is slow to answer the first process, and one that
+  fails the second."""
+  del folder
+  slow, failing, checks = futures.Future(), futures.Future(), []
+  first = jax.process_index() == 0
+  scored = remote.Scored(np.ones((1, 1), np.float32), np.ones((1, 1), bool), {})
+  threading.Timer(2.5 if first else 0., slow.set_result, [scored]).start()
+  if first:
+    failing.set_result(scored)
+  else:
+    threading.Timer(1.5, failing.set_exception, [remote.JudgeUnavailable('no server')]).start()
+  waits = asking.Asked({'generate': slow, 'edit': failing}, lambda: checks.append(1))
+  value = waits.result('generate').value_BG.tolist()
+  try:
+    waits.result('edit')
+  except remote.JudgeUnavailable as error:
+    assert ('another process' if first else 'no server') in str(error), error
+    return dict(value=value, checks=len(checks), failed=True)
+
+
 def main():
   folder, address, process, task, *arguments = sys.argv[1:]
   jax.distributed.initialize(address, 2, int(process))
-  out = {'stop': stop, 'restore': restore, 'kept': kept}[task](pathlib.Path(folder), *arguments)
+  out = {'stop': stop, 'restore': restore, 'kept': kept, 'asked': asked}[task](pathlib.Path(folder), *arguments)
   print(json.dumps(out))
 
 

@@ -127,6 +127,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
                        f'{backend.token_to_id(token)}')
 
 
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r'|\s*[\r\n]+|\s+(?!\S)|\s+')
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+              r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
 """Qwen2's word split, needed where only the vocabulary and the merges are given."""

@@ -15,8 +15,8 @@ Array = jax.Array
 
 
 CONSTANT = 1e-6
-"""Deviation, in units of the mean where that is above 1, below which a group counts as constant: the
-mean of equal float32 numbers is off by as much."""
+"""Deviation, in units of the mean where that is above 1, below which a group counts as constant:
+the mean of equal float32 numbers is off by as much."""
 
 
 class Advantages(NamedTuple):

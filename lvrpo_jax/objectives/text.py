@@ -11,7 +11,8 @@ Array = jax.Array
 
 
 BOUND = 20.
-"""Log-ratios beyond this have no gradient: e^89 overflows float32, and infinity times 0 is no number."""
+"""Log-ratios beyond this have no gradient: e^89 overflows float32, and infinity times 0 is no
+number."""
 
 
 def ratio_of(log_ratio: Array) -> Array:

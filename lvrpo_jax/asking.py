@@ -1,0 +1,52 @@
+"""What a remote judge was asked in an iteration, and a wait that all processes end together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent import futures
+
+from lvrpo_jax import checkpoint
+from lvrpo_jax.rewards import remote
+
+POLL_S = 1.
+"""Seconds between two looks at whether to stop."""
+
+
+class Asked:
+  """Scores to come, by task."""
+
+  def __init__(self, scores: Mapping[str, futures.Future], check: Callable[[], None]):
+    """Args:
+      scores: futures of `remote.Scored`.
+      check: called now and then during a wait, by all processes; may raise.
+    """
+    self._scores, self._check = scores, check
+
+  def __contains__(self, task: str) -> bool:
+    return task in self._scores
+
+  def result(self, task: str) -> remote.Scored:
+    """Waits for the scores of a task. All processes call this, for the same tasks in turn.
+
+    Raises:
+      remote.JudgeUnavailable: the judge of this process has failed, or that of another one: all of
+        them stop after the same iteration.
+      Exception: what `check` raises.
+    """
+    future = self._scores[task]
+    while True:
+      futures.wait([future], POLL_S)
+      if not checkpoint.any_process(not future.done()):
+        break
+      self._check()
+    error = future.exception()
+    if checkpoint.any_process(error is not None):
+      raise error or remote.JudgeUnavailable(
+          f'the remote judge of another process failed for {task!r}; its log says why. Run the same '
+          'command: the run resumes from its checkpoint.')
+    return future.result()
+
+  def metrics(self) -> dict[str, float]:
+    """Counts of all calls, see `remote.Scored`; after `result`."""
+    return {f'judge/{task}/{name}': value for task, future in self._scores.items()
+            for name, value in future.result().stats.items()}

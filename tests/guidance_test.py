@@ -1,0 +1,159 @@
+"""Guided rollouts, and the gap between rollout and replay: that it is none, and what opens it."""
+
+import dataclasses
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from configs import tiny
+from lvrpo_jax import align
+from lvrpo_jax import aligner as aligner_lib
+from lvrpo_jax import guidance
+from lvrpo_jax import job as job_lib
+from lvrpo_jax.data import pipeline
+from tests import noise
+
+TASKS = (pipeline.GENERATE, pipeline.EDIT, pipeline.THINK)
+NONE = 1e-6
+"""The largest |log-ratio| that counts as none in float32."""
+
+
+def build(**changes):
+  """The tiny job with words for a plan, and sizes that few programs have."""
+  config = tiny.get_config()
+  config.model.depth = 1
+  dtype = changes.pop('dtype', 'float32')
+  config.model.dtype = dtype
+  config.align.update(diagnose_every=0, objective='sde', steps_per_image=3, window=1,
+                      **dict.fromkeys(TASKS, 2))
+  config.align.update(changes)
+  for rewards in config.align.rewards.values():
+    rewards.update({name: float(name == 'rules') for name in rewards})
+  return job_lib.build(config, pathlib.Path('unused'))
+
+
+def collected(**changes):
+  """An aligner, and what its first update would read."""
+  job = build(**changes)
+  aligner = aligner_lib.Aligner(job, *noise.parameters(job))
+  data = align.prompt_batches(job)
+  return aligner, aligner.collect(align.draw(job, data, data), 1)[0]
+
+
+class FollowTest(absltest.TestCase):
+
+  def test_against_texts_that_were_never_encoded(self):
+    job, rng = build(), np.random.default_rng(0)
+    params, vae, _ = noise.parameters(job)
+    policy = job.policy
+    prompts, dropped, x, time = {}, {}, {}, {}
+    for task in (pipeline.GENERATE, pipeline.EDIT):
+      rows = [job.data.prompt(task, i) for i in range(2)]
+      prompts[task] = job.encoder(task, rows).prompts
+      dropped[task] = job.encoder(task, [dataclasses.replace(e, drop_text=True)
+                                         for e in rows]).prompts
+      x[task] = jnp.asarray(rng.normal(size=(2, 3, *policy.latent_shape)), jnp.float32)
+      time[task] = jnp.asarray(rng.uniform(.2, .9, (2, 3)), jnp.float32)
+    scale = jnp.array([2., 4.])
+    got, _ = jax.jit(lambda p: guidance.follow(
+        policy, p, vae, prompts, x, time, {pipeline.GENERATE: None, pipeline.EDIT: scale}, {})
+                     )(params)
+    ask = jax.jit(lambda p, asked: policy.follow(p, vae, asked, x, time, {})[0])
+    v, empty = ask(params, prompts), ask(params, dropped)
+    np.testing.assert_allclose(got[pipeline.GENERATE], v[pipeline.GENERATE], atol=1e-6)
+    s, v, empty = (np.asarray(a, np.float64) for a in (scale, v['edit'], empty['edit']))
+    s = s[:, None, None, None]
+    self.assertGreater(np.abs(v - empty).max(), .01)
+    np.testing.assert_allclose(got['edit'], s * v - (s - 1) * empty, rtol=1e-4, atol=1e-5)
+    self.assertEqual(got.keys(), {pipeline.GENERATE, pipeline.EDIT})
+
+
+class GapTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.aligner, cls.batch = collected(guidance=4.)
+
+  def gaps(self, batch):
+    return {name: float(jnp.max(x)) for name, x in self.aligner.gaps(batch).items()}
+
+  def changed(self, task, **fields):
+    return {**self.batch, task: self.batch[task].replace(**fields)}
+
+  def test_there_is_none(self):
+    gaps = self.gaps(self.batch)
+    for task in (*TASKS, pipeline.PLAN, pipeline.UNDERSTAND):
+      self.assertLess(gaps[f'gap/{task}'], NONE, task)
+    align.check_gap(1, gaps, NONE)
+
+  @parameterized.parameters(*TASKS)
+  def test_the_scale_travels_with_the_images(self, task):
+    rows = self.batch[task].valid_BG.shape[0]
+    np.testing.assert_array_equal(self.batch[task].guidance_B, np.full(rows, 4.))
+
+  def test_latents_are_float32(self):
+    # Rounded to bfloat16 the same latents give other densities.
+    steps = self.batch['generate'].transitions
+    self.assertEqual(steps.x_BMNC.dtype, jnp.float32)
+    rounded = steps.replace(x_BMNC=steps.x_BMNC.astype(jnp.bfloat16).astype(jnp.float32))
+    gap = self.gaps(self.changed('generate', transitions=rounded, x_BMNC=rounded.x_BMNC))
+    self.assertGreater(gap['gap/generate'], 10 * NONE)
+
+  @parameterized.parameters(
+      ('generate', 'guidance_B', lambda x: x - .5), ('edit', 'guidance_B', lambda x: None),
+      ('think_generate', 'guidance_B', lambda x: None),
+      ('generate', 'x_BMNC', lambda x: x + .1), ('generate', 'time_BM', lambda x: x - .1),
+      ('edit', 'prompts', lambda x: x.replace(ids_BL=x.ids_BL[::-1], text=jax.tree.map(
+          lambda a: a[::-1], x.text))),
+      ('understand', 'temperature_B', lambda x: x + .5), ('plan', 'temperature_B', lambda x: x / 2),
+      ('understand', 'tokens_BGT', lambda x: x[:, ::-1]),
+      ('understand', 'mask_BGT', lambda x: ~x), ('understand', 'logp_BGT', lambda x: x - .1))
+  def test_what_does_not_fit_the_rollout_ends_the_run(self, task, field, change):
+    batch = self.changed(task, **{field: change(getattr(self.batch[task], field))})
+    with self.assertRaisesRegex(ValueError, f'iteration 3: gap/{task} is .*gap_limit is 0.0001'):
+      align.check_gap(3, self.gaps(batch), 1e-4)
+
+  def test_a_limit_of_zero_is_none(self):
+    align.check_gap(1, {'gap/generate': 9.}, 0.)
+    align.check_gap(1, {'gap/generate/step0': 9., 'gap/decode': 9.}, .1)
+    with self.assertRaisesRegex(ValueError, 'gap/plan is nan'):
+      align.check_gap(1, {'gap/plan': np.nan}, .1)
+
+
+class ObjectivesTest(absltest.TestCase):
+
+  def test_the_guided_policy_is_trained_on_steps(self):
+    aligner, batch = collected(guidance=3., think_generate=0, understand=0)
+    batch = aligner.with_reference(batch)
+    # The reference is the policy itself, as long as nothing has been learned.
+    v = aligner.velocities(aligner.params, batch)
+    for task in v:
+      np.testing.assert_allclose(batch[task].reference_BMNC, v[task], atol=1e-6)
+    _, metrics = aligner.step(aligner.state, aligner._frozen(), batch)
+    self.assertLess(float(metrics['generate/velocity_mse']), 1e-9)
+    self.assertEqual(float(metrics['generate/clip_fraction']), 0.)
+
+  def test_the_plain_policy_is_trained_on_final_images(self):
+    aligner, batch = collected(guidance=3., objective='nft', think_generate=0, understand=0)
+    self.assertLess(float(aligner.gaps(batch)['gap/generate']), NONE)
+    read = aligner.with_reference(batch)
+    self.assertIsNone(read['generate'].guidance_B)
+    plain = aligner.velocities(aligner.params, read)['generate']
+    np.testing.assert_allclose(read['generate'].reference_BMNC, plain, atol=1e-6)
+    guided = aligner.velocities(aligner.params, {'generate': read['generate'].replace(
+        guidance_B=batch['generate'].guidance_B)})['generate']
+    self.assertGreater(float(jnp.abs(guided - plain).max()), .01)
+
+  def test_sixteen_bits(self):
+    aligner, batch = collected(dtype='bfloat16', think_generate=0)
+    for task, gap in aligner.gaps(batch).items():
+      self.assertLess(float(jnp.max(gap)), NONE, task)
+
+
+if __name__ == '__main__':
+  absltest.main()
