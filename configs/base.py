@@ -235,6 +235,7 @@ def get_config() -> config_dict.ConfigDict:
   config.evaluate.edit = 60
   config.evaluate.think_generate = 0  # prompts as those of generate, with a plan first
   config.evaluate.images = 4  # images and sampled answers of a prompt
+  config.evaluate.guidance = 1.  # scale of classifier-free guidance of the pictures; 1: none
   config.evaluate.batch = 60  # prompts at once
   config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out
 

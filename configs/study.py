@@ -48,6 +48,8 @@ VARIANTS = {
     'generation': rows(24, 0, 0),
     'understanding': rows(0, 96, 0),
     'both': rows(24, 32, 0),
+    'objectives': dict(align={name: paper.CHANGES['align'][name] for name in (
+        'objective', 'text_objective', 'text_high')}),
 }
 """Changes to the default job; 'default' is what the others are compared with."""
 

@@ -42,8 +42,8 @@ class Asked:
     error = future.exception()
     if checkpoint.any_process(error is not None):
       raise error or remote.JudgeUnavailable(
-          f'the remote judge of another process failed for {task!r}; its log says why. Run the same '
-          'command: the run resumes from its checkpoint.')
+          f'the remote judge of another process failed for {task!r}; its log says why. Run the '
+          'same command: the run resumes from its checkpoint.')
     return future.result()
 
   def metrics(self) -> dict[str, float]:

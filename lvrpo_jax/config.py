@@ -75,6 +75,9 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('align.text_high', NATURAL), ('align.lora.rank', NATURAL), ('align.lora.alpha', POSITIVE),
     *((f'evaluate.{k}', COUNT) for k in ('generate', 'unseen', 'understand', 'edit', 'images',
                                          'batch')),
+    *((f'{k}.guidance', (lambda v: v >= 1, 'at least 1, which is none')) for k in (
+        'align', 'evaluate')),
+    ('align.gap_limit', NATURAL),
     ('evaluate.guided', NATURAL), ('evaluate.think_generate', NATURAL),
     ('sample.task', one_of(*TASKS[:3])), ('convert.direction', one_of('import', 'export')),
     ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),
@@ -149,9 +152,6 @@ def validate(config: ml_collections.ConfigDict):
   if config.control.repa and config.parallel.joint:
     raise ValueError(f'config.control.repa is {config.control.repa}; allowed: 0 with '
                      'config.parallel.joint')
-  if config.align.guidance < 1:
-    raise ValueError(f'config.align.guidance is {config.align.guidance}; allowed: at least 1, '
-                     'which is none')
   if config.align.sampler == 'cps' and config.align.eta > 1:
     raise ValueError(f"config.align.eta is {config.align.eta}; allowed: at most 1 with "
                      "config.align.sampler = 'cps'")

@@ -17,6 +17,7 @@ import numpy as np
 
 from lvrpo_jax import checkpoint
 from lvrpo_jax import flow
+from lvrpo_jax import guidance as guidance_lib
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import ops
 from lvrpo_jax import panel
@@ -41,7 +42,7 @@ class Samplers:
   """Compiled samplers of evaluation.
 
   Attributes:
-    draw: (params, vae_params, prompts, guidance) -> uint8 images (B, G, Y, X, 3).
+    draw: (params, vae_params, prompts[, guidance]) -> uint8 images (B, G, Y, X, 3).
     answer: (params, vae_params, prompts) -> sampled (B, G, T) and greedy (B, 1, T) tokens.
     think: (params, vae_params, prompts) -> plans (B, G, T), and uint8 images after them.
   """
@@ -61,24 +62,16 @@ def samplers(job: job_lib.Job) -> Samplers:
     key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(index_B)
     return jax.vmap(lambda k: ops.fold_rows(k, (group,)))(key_B)
 
-  @job.sampler
-  def draw(params, vae_params, prompts):
-    cache = policy.prefill(params, vae_params, prompts)
-    velocity = lambda x, t: policy.velocity(params, cache, x, t)
-    latents = image_rollout.sample(velocity, keys(prompts.index_B, 0, e.images),
+  def pictures(params, vae_params, cache, prompts, noise, scale):
+    bare = None if scale is None else policy_lib.without_text(cache, prompts)
+    latents = image_rollout.sample(guidance_lib.velocity(policy, params, cache, bare, scale), noise,
                                    policy.latent_shape, grid)
-    return policy.decode(vae_params, latents)
+    return policy.decode(vae_params, latents.reshape(-1, e.images, *policy.latent_shape))
 
   @job.sampler
-  def draw_guided(params, vae_params, prompts, scale):
-    cache = policy.prefill(params, vae_params, prompts)
-    empty = policy_lib.without_text(cache, prompts)
-    def velocity(x, t):
-      v, u = (policy.velocity(params, c, x, t) for c in (cache, empty))
-      return flow.classifier_free(v, u, scale)
-    latents = image_rollout.sample(velocity, keys(prompts.index_B, 0, e.images),
-                                   policy.latent_shape, grid)
-    return policy.decode(vae_params, latents)
+  def draw(params, vae_params, prompts, scale):
+    return pictures(params, vae_params, policy.prefill(params, vae_params, prompts), prompts,
+                    keys(prompts.index_B, 0, e.images), scale)
 
   @job.sampler
   def answer(params, vae_params, prompts):
@@ -90,24 +83,22 @@ def samplers(job: job_lib.Job) -> Samplers:
     return sample(e.images, 1.), sample(1, 0.)
 
   @job.sampler
-  def think(params, vae_params, prompts):
+  def think(params, vae_params, prompts, scale):
     cache = policy.prefill(params, vae_params, prompts)
     plan = thinking.write(policy, params, cache, keys(prompts.index_B, 1, e.images),
                           job.config.data.answer_words + 1, 1.)
-    cache = policy.prefill(params, vae_params, policy_lib.after_plans(
-        prompts, plan.tokens_BGT, plan.mask_BGT, policy.bos))
-    velocity = lambda x, t: policy.velocity(params, cache, x, t)
+    after = policy_lib.after_plans(prompts, plan.tokens_BGT, plan.mask_BGT, policy.bos)
     # The noise of `draw`: the same pictures but for the plans.
     noise = keys(prompts.index_B, 0, e.images).reshape(-1, 1)
-    latents = image_rollout.sample(velocity, noise, policy.latent_shape, grid)
-    return plan.tokens_BGT, policy.decode(
-        vae_params, latents.reshape(-1, e.images, *policy.latent_shape))
+    return plan.tokens_BGT, pictures(
+        params, vae_params, policy.prefill(params, vae_params, after), after, noise, scale)
 
-  def choose(params, vae_params, prompts, guidance=1.):
-    if guidance == 1.:
-      return draw(params, vae_params, prompts)
-    return draw_guided(params, vae_params, prompts, jnp.float32(guidance))
-  return Samplers(choose, answer, think)
+  def scaled(sampler):
+    def run(params, vae_params, prompts, guidance=e.guidance):
+      scale = None if guidance == 1 else jnp.float32(guidance)
+      return sampler(params, vae_params, prompts, scale)
+    return run
+  return Samplers(scaled(draw), answer, scaled(think))
 
 
 def prompt_sets(job: job_lib.Job, count: Callable[[str, str], int]
@@ -170,13 +161,13 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params, tools:
   return records
 
 
-def _drawn(params, vae_params, tools, batches, guidance=1.):
+def _drawn(params, vae_params, tools, batches, *guidance):
   """uint8 images (B, G, Y, X, 3) of all prompts."""
-  return np.concatenate([sharding.whole(tools.draw(params, vae_params, prompts, guidance))[:rows]
+  return np.concatenate([sharding.whole(tools.draw(params, vae_params, prompts, *guidance))[:rows]
                          for rows, prompts in batches])
 
 
-def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
+def _pictures(job, params, vae_params, tools, task, examples, *guidance):
   batches = batched(job, task, examples)
   plans = []
   if task == pipeline.THINK:
@@ -186,7 +177,7 @@ def _pictures(job, params, vae_params, tools, task, examples, guidance=1.):
     plans = [[decode(ids) for ids in row] for tokens, _ in found for row in tokens]
     drawn = np.concatenate([images for _, images in found])
   else:
-    drawn = _drawn(params, vae_params, tools, batches, guidance)
+    drawn = _drawn(params, vae_params, tools, batches, *guidance)
   specs = rules.targets(task, examples, 'evaluation')
   detector = job_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   if task == pipeline.EDIT:

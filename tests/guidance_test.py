@@ -12,6 +12,7 @@ import numpy as np
 from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
+from lvrpo_jax import evaluate
 from lvrpo_jax import guidance
 from lvrpo_jax import job as job_lib
 from lvrpo_jax.data import pipeline
@@ -123,6 +124,21 @@ class GapTest(parameterized.TestCase):
     align.check_gap(1, {'gap/generate/step0': 9., 'gap/decode': 9.}, .1)
     with self.assertRaisesRegex(ValueError, 'gap/plan is nan'):
       align.check_gap(1, {'gap/plan': np.nan}, .1)
+
+
+class MeasurementTest(absltest.TestCase):
+
+  def test_pictures_are_measured_as_configured(self):
+    job = build()
+    params, vae, _ = noise.parameters(job)
+    prompts = job.place(job.encoder('generate', [job.data.prompt('generate', i) for i in range(2)]
+                                    ).prompts)
+    plain = evaluate.samplers(job)
+    config = tiny.get_config()
+    config.evaluate.guidance = 2.
+    guided = evaluate.samplers(dataclasses.replace(job, config=config)).draw(params, vae, prompts)
+    np.testing.assert_array_equal(guided, plain.draw(params, vae, prompts, 2.))
+    self.assertGreater(np.abs(np.int32(guided) - plain.draw(params, vae, prompts)).max(), 5)
 
 
 class ObjectivesTest(absltest.TestCase):
