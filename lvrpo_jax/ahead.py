@@ -181,7 +181,7 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
     points = floats(B, M, N, C)
     out[task] = types.ImageExperience(asked[task], floats(B, G, N, C), steps, points, floats(B, M),
                                       points, points, *advantage,
-                                      floats(B) if guided else None)
+                                      floats(B, M) if guided else None)
   return out
 
 

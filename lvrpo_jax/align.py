@@ -109,6 +109,19 @@ def watched(watch: panel.Watch, aligner: aligner_lib.Aligner, number: int, metri
   return {**out, 'alarms': float(len(watch.state['raised']))}
 
 
+def resume(aligner: aligner_lib.Aligner, store: checkpoint.Checkpoints,
+           data: dict[str, Iterator[Any]]) -> dict[str, Any]:
+  """Puts the newest checkpoint into the aligner and the data; its record, or {} without one."""
+  restored = store.restore(aligner.state)
+  if not restored:
+    return {}
+  aligner.state, record = restored
+  aligner.factors = record['factors']
+  for task, iterator in data.items():
+    iterator.set_state(record['data'][task])
+  return record
+
+
 def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         siglip_params: types.Params, writer: metrics_lib.MetricWriter, gold: Gold | None = None
         ) -> types.Params:
@@ -125,15 +138,11 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   aligner = aligner_lib.Aligner(job, params, vae_params, siglip_params)
   data = prompt_batches(job)
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
-  start, restored, watch = 0, store.restore(aligner.state), panel.Watch()
-  scores = []  # Since the last checkpoint that was due: one more in between ranks nothing.
-  if restored:
-    aligner.state, record = restored
-    start, scores = record['iteration'], record.get('scores', [])  # Older ones lack them.
-    aligner.factors, watch = record['factors'], panel.Watch(record['watch'])
-    for task, iterator in data.items():
-      iterator.set_state(record['data'][task])
-  writer.begin('align', start if restored else -1)
+  record = resume(aligner, store, data)
+  start, watch = record.get('iteration', 0), panel.Watch(record.get('watch'))
+  # Since the last checkpoint that was due: one more in between ranks nothing. Older ones lack them.
+  scores = record.get('scores', [])
+  writer.begin('align', start if record else -1)
   keys = tuple(f'accuracy/{task}/correct' for task in data)
   with (contextlib.closing(aligner.collector), checkpoint.StopSignal() as stop,
         metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):

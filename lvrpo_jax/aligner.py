@@ -201,7 +201,7 @@ class Aligner:
     return self._velocities(params, self.frozen, {t: b.prompts for t, b in images.items()},
                             {t: b.x_BMNC for t, b in images.items()},
                             {t: b.time_BM for t, b in images.items()},
-                            {t: b.guidance_B for t, b in images.items()})
+                            {t: b.guidance_BM for t, b in images.items()})
 
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
@@ -225,7 +225,7 @@ class Aligner:
     for task, b in batch.items():
       if task not in pipeline.TEXTS and forward:
         x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
-        batch[task] = b.replace(x_BMNC=x, time_BM=t, guidance_B=None)
+        batch[task] = b.replace(x_BMNC=x, time_BM=t, guidance_BM=None)
     reference = self.velocities(self.reference, batch)
     old = self.velocities(self.full(self.state.old), batch) if forward else reference
     return {task: b if task in pipeline.TEXTS else

@@ -34,10 +34,7 @@ class Asked:
       Exception: what `check` raises.
     """
     future = self._scores[task]
-    while True:
-      futures.wait([future], POLL_S)
-      if not checkpoint.any_process(not future.done()):
-        break
+    while checkpoint.any_process(bool(futures.wait([future], POLL_S).not_done)):
       self._check()
     error = future.exception()
     if checkpoint.any_process(error is not None):

@@ -44,7 +44,7 @@ class Samplers:
   Attributes:
     draw: (params, vae_params, prompts[, guidance]) -> uint8 images (B, G, Y, X, 3).
     answer: (params, vae_params, prompts) -> sampled (B, G, T) and greedy (B, 1, T) tokens.
-    think: (params, vae_params, prompts) -> plans (B, G, T), and uint8 images after them.
+    think: what `draw` takes -> plans (B, G, T), and uint8 images after them.
   """
   draw: Callable[..., Any]
   answer: Callable[..., Any]
@@ -171,7 +171,7 @@ def _pictures(job, params, vae_params, tools, task, examples, *guidance):
   batches = batched(job, task, examples)
   plans = []
   if task == pipeline.THINK:
-    found = [[sharding.whole(x)[:rows] for x in tools.think(params, vae_params, prompts)]
+    found = [[sharding.whole(x)[:rows] for x in tools.think(params, vae_params, prompts, *guidance)]
              for rows, prompts in batches]
     decode = job.data.tokenizer.decode
     plans = [[decode(ids) for ids in row] for tokens, _ in found for row in tokens]

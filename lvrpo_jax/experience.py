@@ -159,9 +159,8 @@ class Collector:
     rows = {t: (c.valid_BS, noise[t]) for t, c in caches.items()}
     for tasks in policy_lib.alike(rows):
       cache = policy_lib.join_caches([caches[t] for t in tasks])
-      bare = None if a.guidance == 1 else policy.prefill(
-          drawer, vae_params, policy_lib.without_prompt(policy_lib.stack(
-              contexts[t] for t in tasks)))
+      bare = None if a.guidance == 1 else policy_lib.without_text(
+          cache, policy_lib.stack(contexts[t] for t in tasks))
       rollout = image_rollout.rollout(
           guidance.velocity(policy, drawer, cache, bare, a.guidance),
           jnp.concatenate([noise[t] for t in tasks]), policy.latent_shape, self.grid, eta_T,

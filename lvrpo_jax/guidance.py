@@ -8,7 +8,6 @@ final images alone train the plain policy and may draw in any way).
 from __future__ import annotations
 
 import jax
-from jax import numpy as jnp
 
 from lvrpo_jax import flow
 from lvrpo_jax import policy as policy_lib
@@ -31,13 +30,12 @@ def follow(policy: policy_lib.Policy, params: types.Params, vae_params: types.Pa
            prompts: dict[str, types.Prompts], x: dict[str, Array], time: dict[str, Array],
            scales: dict[str, Array | None], ids: dict[str, Array]
            ) -> tuple[dict[str, Array], dict[str, Array]]:
-  """`Policy.follow` with guided velocities of the tasks that have a scale (B,)."""
-  guided = {task: scale for task, scale in scales.items() if scale is not None}
+  """`Policy.follow` with guided velocities of the tasks that have scales (B, M)."""
+  guided = {task: scale_BM for task, scale_BM in scales.items() if scale_BM is not None}
   bare = lambda tree: {f'{task}/bare': tree[task] for task in guided}
   without = {name: policy_lib.without_prompt(p) for name, p in bare(prompts).items()}
   v, logits = policy.follow(params, vae_params, {**prompts, **without}, {**x, **bare(x)},
                             {**time, **bare(time)}, ids)
-  for task, scale_B in guided.items():
-    v[task] = flow.classifier_free(v[task], v.pop(f'{task}/bare'),
-                                   jnp.expand_dims(scale_B, (1, 2, 3)))
+  for task, scale_BM in guided.items():
+    v[task] = flow.classifier_free(v[task], v.pop(f'{task}/bare'), scale_BM[..., None, None])
   return v, logits

@@ -213,7 +213,7 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
     if group % parts:
       raise ValueError(f'groups of {group} samples do not divide into parallel.group_parts = '
                        f'{parts}')
-    whole = ('prompts', 'temperature_B', 'guidance_B')
+    whole = ('prompts', 'temperature_B')
     repeat = lambda x: jnp.broadcast_to(x, (parts, *x.shape))
     return b.replace(**{
         f.name: jax.tree.map(repeat if f.name in whole else lambda x: cut(x, group),
@@ -242,7 +242,7 @@ def _forward(policy, params, frozen, batch: dict[str, Any]
   v, logits = guidance.follow(
       policy, params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
       {t: b.x_BMNC for t, b in images.items()}, {t: b.time_BM for t, b in images.items()},
-      {t: b.guidance_B for t, b in images.items()},
+      {t: b.guidance_BM for t, b in images.items()},
       {t: text_rollout.teacher_ids(b.tokens_BGT, policy.bos) for t, b in texts.items()})
   return v, {t: logits[t] / b.temperature_B[:, None, None, None] for t, b in texts.items()}
 

@@ -70,11 +70,10 @@ def halves(thought: Thought, bos: int, advantage_BG: Array, valid_BG: Array) -> 
     split = x.reshape(B, x.shape[1] // G, G, *x.shape[2:])
     return jnp.moveaxis(split, 2, 1).reshape(B * G, x.shape[1] // G, *x.shape[2:])
   arrays = {f.name: jax.tree.map(alone, getattr(image, f.name))
-            for f in dataclasses.fields(image) if f.name not in ('prompts', 'guidance_B')}
+            for f in dataclasses.fields(image) if f.name != 'prompts'}
   return {
       pipeline.PLAN: plan.replace(advantage_BG=advantage_BG, valid_BG=valid_BG),
       pipeline.THINK: types.ImageExperience(**{
           **arrays, 'prompts': policy_lib.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT,
                                                       bos),
-          'advantage_BG': alone(advantage_BG), 'valid_BG': alone(valid_BG),
-          'guidance_B': jax.tree.map(lambda x: jnp.repeat(x, G), image.guidance_B)})}
+          'advantage_BG': alone(advantage_BG), 'valid_BG': alone(valid_BG)})}

@@ -21,10 +21,10 @@ def said(prompts: types.Prompts, rollout: types.TextRollout) -> types.TextExperi
 def drawn(prompts: types.Prompts, rollout: types.ImageRollout, steps: types.Transitions
           ) -> types.ImageExperience:
   """Sampled images as the update reads them, at the replayed steps and without advantages."""
-  guidance_B = None if rollout.guidance is None else jnp.broadcast_to(
-      rollout.guidance, rollout.latents_BGNC.shape[:1])
+  guidance_BM = None if rollout.guidance is None else jnp.broadcast_to(
+      rollout.guidance, steps.time_BM.shape)
   return types.ImageExperience(prompts, rollout.latents_BGNC, steps, steps.x_BMNC, steps.time_BM,
-                               None, None, None, None, guidance_B)
+                               None, None, None, None, guidance_BM)
 
 
 def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta_T: Array

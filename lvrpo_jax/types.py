@@ -236,7 +236,7 @@ class ImageExperience:
     transitions: replayed steps.
     x_BMNC, time_BM: the points at which the update asks for velocities.
     old_BMNC, reference_BMNC: velocities of the old policy and of the reference there.
-    guidance_B: scale of classifier-free guidance of all these velocities, or None.
+    guidance_BM: scale of classifier-free guidance of all these velocities, or None.
   """
   prompts: Prompts
   latents_BGNC: Array
@@ -247,4 +247,4 @@ class ImageExperience:
   reference_BMNC: Array
   advantage_BG: Array
   valid_BG: Array
-  guidance_B: Array | None = None
+  guidance_BM: Array | None = None

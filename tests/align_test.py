@@ -16,6 +16,7 @@ from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import pretrain
+from tests import noise
 
 SCALARS = {'accuracy/generate/correct': .2, 'accuracy/edit/correct': .6,
            'accuracy/understand/format': 1., 'reward/generate/rules': .9}
@@ -63,11 +64,6 @@ class InitialTest(absltest.TestCase):
     self.assertIsNone(aligner_lib.initial(job, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
 
 
-def random_like(shapes, seed=0):
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda s: jnp.asarray(.3 * rng.normal(size=s.shape), jnp.float32), shapes)
-
-
 class IterationTest(parameterized.TestCase):
   """Whole iterations of the production class on a tiny model with every objective for images."""
 
@@ -77,11 +73,7 @@ class IterationTest(parameterized.TestCase):
     config.align.update(edit=0, diagnose_every=0)
     config.align.update(changes)
     job = job_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
-    # The model's own start has a velocity head of zeros, which hides every difference.
-    params = random_like(jax.eval_shape(lambda: pretrain.initial(job)))
-    side = job.data.image_size
-    judge = random_like(jax.eval_shape(lambda: job.judge.init(
-        jax.random.key(2), jnp.zeros((1, side, side, 3)), job.captions(['']))['params']), 1)
+    params, _, judge = noise.parameters(job)
     aligner = aligner_lib.Aligner(job, params, pretrain.fit_autoencoder(job), judge)
     data = align.prompt_batches(job)
     return aligner, align.draw(job, data, data)

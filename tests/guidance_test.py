@@ -59,7 +59,7 @@ class FollowTest(absltest.TestCase):
                                          for e in rows]).prompts
       x[task] = jnp.asarray(rng.normal(size=(2, 3, *policy.latent_shape)), jnp.float32)
       time[task] = jnp.asarray(rng.uniform(.2, .9, (2, 3)), jnp.float32)
-    scale = jnp.array([2., 4.])
+    scale = jnp.array([[2., 2., 3.], [4., 1.5, 4.]])
     got, _ = jax.jit(lambda p: guidance.follow(
         policy, p, vae, prompts, x, time, {pipeline.GENERATE: None, pipeline.EDIT: scale}, {})
                      )(params)
@@ -67,7 +67,7 @@ class FollowTest(absltest.TestCase):
     v, empty = ask(params, prompts), ask(params, dropped)
     np.testing.assert_allclose(got[pipeline.GENERATE], v[pipeline.GENERATE], atol=1e-6)
     s, v, empty = (np.asarray(a, np.float64) for a in (scale, v['edit'], empty['edit']))
-    s = s[:, None, None, None]
+    s = s[..., None, None]
     self.assertGreater(np.abs(v - empty).max(), .01)
     np.testing.assert_allclose(got['edit'], s * v - (s - 1) * empty, rtol=1e-4, atol=1e-5)
     self.assertEqual(got.keys(), {pipeline.GENERATE, pipeline.EDIT})
@@ -94,8 +94,8 @@ class GapTest(parameterized.TestCase):
 
   @parameterized.parameters(*TASKS)
   def test_the_scale_travels_with_the_images(self, task):
-    rows = self.batch[task].valid_BG.shape[0]
-    np.testing.assert_array_equal(self.batch[task].guidance_B, np.full(rows, 4.))
+    b = self.batch[task]
+    np.testing.assert_array_equal(b.guidance_BM, np.full(b.time_BM.shape, 4.))
 
   def test_latents_are_float32(self):
     # Rounded to bfloat16 the same latents give other densities.
@@ -106,8 +106,8 @@ class GapTest(parameterized.TestCase):
     self.assertGreater(gap['gap/generate'], 10 * NONE)
 
   @parameterized.parameters(
-      ('generate', 'guidance_B', lambda x: x - .5), ('edit', 'guidance_B', lambda x: None),
-      ('think_generate', 'guidance_B', lambda x: None),
+      ('generate', 'guidance_BM', lambda x: x - .5), ('edit', 'guidance_BM', lambda x: None),
+      ('think_generate', 'guidance_BM', lambda x: None),
       ('generate', 'x_BMNC', lambda x: x + .1), ('generate', 'time_BM', lambda x: x - .1),
       ('edit', 'prompts', lambda x: x.replace(ids_BL=x.ids_BL[::-1], text=jax.tree.map(
           lambda a: a[::-1], x.text))),
@@ -158,11 +158,11 @@ class ObjectivesTest(absltest.TestCase):
     aligner, batch = collected(guidance=3., objective='nft', think_generate=0, understand=0)
     self.assertLess(float(aligner.gaps(batch)['gap/generate']), NONE)
     read = aligner.with_reference(batch)
-    self.assertIsNone(read['generate'].guidance_B)
+    self.assertIsNone(read['generate'].guidance_BM)
     plain = aligner.velocities(aligner.params, read)['generate']
     np.testing.assert_allclose(read['generate'].reference_BMNC, plain, atol=1e-6)
     guided = aligner.velocities(aligner.params, {'generate': read['generate'].replace(
-        guidance_B=batch['generate'].guidance_B)})['generate']
+        guidance_BM=batch['generate'].guidance_BM)})['generate']
     self.assertGreater(float(jnp.abs(guided - plain).max()), .01)
 
   def test_sixteen_bits(self):

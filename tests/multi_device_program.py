@@ -80,7 +80,7 @@ def make_experience(job, prompts):
           pipeline.GENERATE: image(pipeline.GENERATE),
           # The branch without the text has rows of its own.
           pipeline.EDIT: image(pipeline.EDIT).replace(
-              guidance_B=np.linspace(1.5, 4., ROWS, dtype=np.float32)),
+              guidance_BM=np.linspace(1.5, 4., ROWS * M, dtype=np.float32).reshape(ROWS, M)),
           **jax.tree.map(np.asarray, thinking.halves(
               thought, job.policy.bos, normal(ROWS, GROUP), valid))}
 

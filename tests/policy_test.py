@@ -15,7 +15,7 @@ from lvrpo_jax import job as job_lib
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import layers
-from lvrpo_jax.models import unified
+from tests import noise
 
 
 @functools.cache
@@ -26,14 +26,7 @@ def job():
 @functools.cache
 def parameters():
   """Parameters of the model and of the autoencoder, noise on every leaf."""
-  policy = job().policy
-  image = jnp.zeros((1, policy.image_size, policy.image_size, 3))
-  shapes = jax.eval_shape(lambda: (
-      unified.init(policy.config, jax.random.key(0)),
-      policy.vae.init(jax.random.key(0), image)['params']))
-  rng = np.random.default_rng(0)
-  normal = lambda s: (0.2 * rng.normal(size=s.shape)).astype(s.dtype)
-  return jax.tree.map(normal, shapes)
+  return noise.parameters(job(), .2)[:2]
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import pretrain
 from lvrpo_jax import thinking
 from lvrpo_jax import types
+from tests import noise
 
 B, G = 2, 4
 
@@ -42,14 +43,8 @@ class ThinkingTest(absltest.TestCase):
     cls.job = job = build(folder.name)
     cls.policy = job.policy
     rng = np.random.default_rng(0)
-    # The model's own start has a velocity head of zeros.
-    cls.params = jax.tree.map(
-        lambda s: jnp.asarray(.3 * rng.normal(size=s.shape), jnp.float32),
-        jax.eval_shape(lambda: pretrain.initial(job)))
+    cls.params, _, cls.judge = noise.parameters(job)
     cls.vae = pretrain.fit_autoencoder(job)
-    side = job.data.image_size
-    cls.judge = job.judge.init(jax.random.key(2), jnp.zeros((1, side, side, 3)),
-                               job.captions(['']))['params']
     cls.prompts = job.encoder('think_generate', [
         job.data.prompt('think_generate', i) for i in range(B)]).prompts
     T = 5

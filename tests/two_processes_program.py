@@ -1,4 +1,4 @@
-"""What one of two processes does where they have to agree; `multi_process_test` reads what it prints.
+"""What one of two processes does where they have to agree; `multi_process_test` reads its output.
 
     python tests/two_processes_program.py FOLDER ADDRESS PROCESS TASK [ARGUMENT]
 """
@@ -154,7 +154,8 @@ def asked(folder):
 def main():
   folder, address, process, task, *arguments = sys.argv[1:]
   jax.distributed.initialize(address, 2, int(process))
-  out = {'stop': stop, 'restore': restore, 'kept': kept, 'asked': asked}[task](pathlib.Path(folder), *arguments)
+  tasks = {'stop': stop, 'restore': restore, 'kept': kept, 'asked': asked}
+  out = tasks[task](pathlib.Path(folder), *arguments)
   print(json.dumps(out))
 
 
