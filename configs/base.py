@@ -210,7 +210,10 @@ def get_config() -> config_dict.ConfigDict:
       alpha=16.,  # the product of the factors is scaled by alpha / rank
       target=r'trunk/layers/(und|gen)/(q|k|v|o|gate|up|down)_proj/kernel$'))  # parameter names
   # Largest |log-ratio| between rollout and replay before an update; more ends the run. 0: any
-  config.align.gap_limit = 0.01
+  config.align.gap_limit = config_dict.ConfigDict(dict(
+      texts=1e-4,  # of a token, as teacher forcing scores it
+      decode=1e-3,  # of a token, between decoding and teacher forcing
+      images=1e-4))  # of a step, a mean over latents; keep it well below image_clip
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.

@@ -177,7 +177,7 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
       continue
     K, M = experience.Collector(job).window * G, a.draws * G
     x, time_BM = floats(B, K, N, C), floats(B, K)
-    steps = types.Transitions(x, time_BM, time_BM, time_BM, time_BM, x, x, time_BM)
+    steps = types.Transitions(x, x, time_BM, time_BM, time_BM, time_BM, x, x, time_BM)
     points = floats(B, M, N, C)
     out[task] = types.ImageExperience(asked[task], floats(B, G, N, C), steps, points, floats(B, M),
                                       points, points, *advantage,

@@ -13,6 +13,7 @@ import optax
 
 from lvrpo_jax import diagnostics
 from lvrpo_jax import experience
+from lvrpo_jax import gaps
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import lora
 from lvrpo_jax import losses
@@ -84,10 +85,10 @@ class Aligner:
     optimizer, self.step = update(job)
     self._replay = job.compile(functools.partial(losses.replay, job.policy))
     self._velocities = job.compile(functools.partial(losses.velocities, job.policy))
-    self._image_gap = jax.jit(functools.partial(losses.image_gap, a.sampler),
+    self._image_gap = jax.jit(functools.partial(gaps.of_images, a.sampler),
                               static_argnames='group')
     self._halves = jax.jit(functools.partial(thinking.halves, bos=job.policy.bos))
-    self._text_gap = jax.jit(losses.text_gap)
+    self._text_gap = jax.jit(gaps.of_texts)
     self._points = jax.jit(self._points_fn)
     self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
     self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
@@ -170,12 +171,11 @@ class Aligner:
     c, vae_params, place = self.collector, self.frozen['vae'], self.job.place
     texts, images, pixels = c.rollout(self.sampling, vae_params, tasks, iteration)
     asked = c.ask(tasks, texts, pixels, iteration, check)
-    replayed = c.replayed(iteration)
-    out, metrics = {}, {'window': replayed[0]}
+    out, metrics = {}, {'window': c.replayed(iteration)[0]}
     for task, rollout in images.items():
       rewards, facts = c.image_rewards(task, tasks, pixels[task], self.judges, vae_params,
                                        iteration, asked)
-      steps = trajectories.transitions(rollout, replayed, c.grid, c.eta_T)
+      steps = trajectories.transitions(rollout, c.kept(iteration), c.grid, c.eta_T)
       image = trajectories.drawn(tasks.prompts[task], rollout, steps)
       if task == pipeline.THINK:
         plans = texts[pipeline.PLAN]
@@ -190,7 +190,7 @@ class Aligner:
           trajectories.said(tasks.prompts[pipeline.UNDERSTAND], answers), place(rewards),
           place(facts), None)
     if texts:
-      metrics['gap/decode'] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
+      metrics[gaps.DECODE] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
     return out, {**metrics, **asked.metrics()}
 
   def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -210,8 +210,11 @@ class Aligner:
     writer, drawer = policies[0], policies[-1]
     logp = self._replay(writer, self.frozen, texts)[1] if texts else {}
     out = {}
+    forward = self.job.config.align.objective in losses.FORWARD
     for task, v in self.velocities(drawer, batch).items():
-      steps = self._image_gap(v, batch[task].transitions, group=batch[task].valid_BG.shape[1])
+      b = batch[task]
+      steps = self._image_gap(v, b.transitions, group=b.valid_BG.shape[1],
+                              latents_BGNC=b.latents_BGNC if forward else None)
       out[f'gap/{task}'] = jnp.max(steps)
       out.update({f'gap/{task}/step{k}': steps[k] for k in range(len(steps))})
     for task, x in logp.items():

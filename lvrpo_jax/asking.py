@@ -29,15 +29,22 @@ class Asked:
     """Waits for the scores of a task. All processes call this, for the same tasks in turn.
 
     Raises:
-      remote.JudgeUnavailable: the judge of this process has failed, or that of another one: all of
+      remote.JudgeUnavailable: the judge of this process is away, or that of another one: all of
         them stop after the same iteration.
+      RuntimeError: anything else has failed, here (it is the cause) or in another process.
       Exception: what `check` raises.
     """
     future = self._scores[task]
     while checkpoint.any_process(bool(futures.wait([future], POLL_S).not_done)):
       self._check()
     error = future.exception()
-    if checkpoint.any_process(error is not None):
+    away = isinstance(error, remote.JudgeUnavailable)
+    # A judge that is away ends a run with its state saved, which all processes do together. Of any
+    # other error only the process that has it can say what it means, so nobody saves.
+    if checkpoint.any_process(error is not None and not away):
+      raise RuntimeError(f'the answers of the remote judge for {task!r} could not be used; the log '
+                         'of the process that has failed says why') from error
+    if checkpoint.any_process(away):
       raise error or remote.JudgeUnavailable(
           f'the remote judge of another process failed for {task!r}; its log says why. Run the '
           'same command: the run resumes from its checkpoint.')

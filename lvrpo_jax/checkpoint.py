@@ -30,10 +30,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from configs import base
 
 FREE = ('parallel.', 'workers', 'log_every', 'report', 'topology', 'compile.', 'sample.',
-        'convert.')
+        'convert.', 'align.gap_limit')
 """Keys of the config, by how they begin, that may differ between two starts of a run: how the work
 is split over devices and processes, which changes the rounding of sums and no more; what is shown
-of it; and what other programs read."""
+of it, and what ends it; and what other programs read."""
 
 
 class _Manager(ocp.CheckpointManager):

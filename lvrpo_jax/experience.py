@@ -16,6 +16,7 @@ from lvrpo_jax import flow
 from lvrpo_jax import guidance
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import judging
+from lvrpo_jax import losses
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import sharding
@@ -101,6 +102,17 @@ class Collector:
     first = windows.start(a.window_schedule, self.job.config.seed, iteration, len(self.noisy),
                           self.window, a.window_every)
     return self.noisy[first:first + self.window]
+
+  def kept(self, iteration: int) -> np.ndarray:
+    """Numbers of the steps that are kept of a rollout, to be replayed before the update.
+
+    Objectives on final images read no step. For them the one that ends in the images, which tells
+    whether they are those that were drawn, takes the place of the last of the window.
+    """
+    steps = self.replayed(iteration)
+    if self.job.config.align.objective not in losses.FORWARD:
+      return steps
+    return np.append(steps[:-1], len(self.eta_T) - 1)
 
   def noise_scales(self, iteration: int) -> Array:
     """Noise scale of every step of the rollouts of an iteration, (T,)."""

@@ -279,7 +279,7 @@ def _forward_sums(a: Alignment, v: Array, b: types.ImageExperience):
 def _replayed_sums(a: Alignment, v: Array, b: types.ImageExperience):
   """The objectives on replayed steps of the rollout."""
   s = b.transitions
-  moves = (transition_mean(a.sampler, v, s), s.mean_BMNC, s.noise_BMNC)
+  moves = (transition(a.sampler, v, s).mean, s.mean_BMNC, s.noise_BMNC)
   advantage = _per_point(b.advantage_BG, b)
   if a.objective in ('sde', 'cps'):
     objective = flow_objectives.sde if a.objective == 'sde' else flow_objectives.cps
@@ -304,19 +304,20 @@ def _image_sums(a: Alignment, v: Array, b: types.ImageExperience):
   metrics, penalty = {'velocity_mse': drift, **extra}, drift
   if a.image_kl != 'velocity':
     s = b.transitions
-    means = (transition_mean(a.sampler, x, s) for x in (v, b.reference_BMNC))
+    means = (transition(a.sampler, x, s).mean for x in (v, b.reference_BMNC))
     penalty = penalty_lib.of_steps(a.image_kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
     metrics['kl'] = penalty
   return jnp.sum(loss * valid), jnp.sum(penalty * valid), {
       name: (jnp.sum(value * valid), jnp.sum(valid)) for name, value in metrics.items()}
 
 
-def transition_mean(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> Array:
-  """Means of stored steps for other velocities, by the step function that sampled them."""
+def transition(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> flow.Transition:
+  """Stored steps for other velocities, by the step function that sampled them: means (B, M, N, C)
+  and deviations (B, M, 1, 1)."""
   s = transitions
   wide = lambda x_BM: x_BM[..., None, None]
   return flow.STEPS[sampler](s.x_BMNC, v_BMNC, wide(s.time_BM), wide(s.next_time_BM),
-                             wide(s.first_time_BM), wide(s.eta_BM)).mean
+                             wide(s.first_time_BM), wide(s.eta_BM))
 
 
 def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dict[str, Array],
@@ -331,21 +332,3 @@ def replay(policy, params, frozen, batch: dict[str, Any]
   log-probabilities of the texts' tokens."""
   v, logits = _forward(policy, params, frozen, batch)
   return v, {task: _logp(x, batch[task]) for task, x in logits.items()}
-
-
-def image_gap(sampler: str, v_BMNC: Array, transitions: types.Transitions, group: int) -> Array:
-  """Largest absolute log-ratio between rollout and replay at every replayed step, (K,)."""
-  s = transitions
-  mean = transition_mean(sampler, v_BMNC, s)
-  gap_BM = jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, s.std_BM,
-                                  flow_objectives.TOKENS))
-  return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
-
-
-def text_gap(logp_BGT: Array, b: types.TextExperience) -> tuple[Array, Array]:
-  """Largest and mean absolute log-ratio of a token between rollout and teacher forcing.
-
-  Both are 0 outside the answers, so a mask that is not the rollout's opens a gap as well.
-  """
-  gap_BGT = jnp.abs(logp_BGT - b.logp_BGT)
-  return jnp.max(gap_BGT), ops.masked_mean(gap_BGT, b.mask_BGT)

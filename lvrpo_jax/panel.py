@@ -7,6 +7,7 @@ while every drawn scene becomes the same, so scenes are compared as sets of dete
 from __future__ import annotations
 
 import collections
+import math
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,10 @@ def _pixels(groups: list[np.ndarray], everything: np.ndarray) -> dict[str, float
 WARM = 5
 """Iterations that make the first picture of a run, and that a later one is averaged over."""
 
-DRIFTS = {'dark': ('rose', .1), 'luminance': ('fell', .25), 'edge_density': ('fell', .35),
-          'hue_entropy': ('fell', .25)}
-"""As `ALARMS`, for pictures of rollouts; 'dark' is a fraction, the others are relative."""
+DRIFTS = {'dark': (math.inf, .1), 'luminance': (.25, .25), 'edge_density': (.35, .5),
+          'hue_entropy': (.25, math.inf)}
+"""Statistic of pictures of rollouts: the fall and the rise beyond which it raises an alarm; 'dark'
+is a fraction, the others are relative. Edges vanish from flat pictures and abound in textures."""
 
 
 GOLD = {'gold': .05, 'diversity': .25}
@@ -159,13 +161,13 @@ class Watch:
     s['recent'] = [*s['recent'], now][-WARM:]
     mean = lambda rows, name: float(np.mean([row[name] for row in rows]))
     raised = []
-    for name, (direction, bound) in DRIFTS.items():
+    for name, (fall, rise) in DRIFTS.items():
       before, after = mean(s['first'], name), mean(s['recent'], name)
       change = after - before if name == 'dark' else (after - before) / max(before, 1e-9)
-      if name not in s['raised'] and (change if direction == 'rose' else -change) > bound:
+      if name not in s['raised'] and not -fall <= change <= rise:
         s['raised'].append(name)
-        raised.append(f'{name.replace("_", " ")} of rollouts {direction} from {before:.3g} to '
-                      f'{after:.3g}')
+        raised.append(f'{name.replace("_", " ")} of rollouts {"rose" if change > 0 else "fell"} '
+                      f'from {before:.3g} to {after:.3g}')
     return raised
 
 

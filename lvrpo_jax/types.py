@@ -215,9 +215,10 @@ class TextExperience:
 class Transitions:
   """Some steps of the trajectories of a group; row m = k * G + g is step k of sample g.
 
-  The sampled next latents are `mean + std * noise`.
+  The sampled latents `next_BMNC`, which the rollout went on from, are `mean + std * noise`.
   """
   x_BMNC: Array
+  next_BMNC: Array
   time_BM: Array
   next_time_BM: Array
   first_time_BM: Array

@@ -13,6 +13,7 @@ import numpy as np
 from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
+from lvrpo_jax import gaps
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import pretrain
@@ -91,7 +92,7 @@ class IterationTest(parameterized.TestCase):
     # Replayed by the policy itself the gap would show that it did not draw them.
     stale = aligner.velocities(aligner.params, moved)['generate']
     steps = moved['generate'].transitions
-    self.assertGreater(float(losses.image_gap('sde', stale, steps, 2).max()), 1e-3)
+    self.assertGreater(float(gaps.of_images('sde', stale, steps, 2).max()), 1e-3)
 
   # Losses of all of them are checked in losses_test; these are all ways through the iteration.
   @parameterized.parameters(('sde', 'dance'), ('cps', 'cps'), ('awm', 'sde'))

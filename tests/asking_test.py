@@ -3,6 +3,7 @@
 from concurrent import futures
 import threading
 import time
+from unittest import mock
 
 from absl.testing import absltest
 import numpy as np
@@ -47,12 +48,35 @@ class AskedTest(absltest.TestCase):
       asked.result('edit')
     self.assertLess(time.monotonic() - start, 3.)
 
-  def test_failures_are_those_of_the_judge(self):
-    for error in (remote.JudgeUnavailable('no server'), RuntimeError('closed')):
+  def test_a_judge_that_is_away_and_other_errors(self):
+    away, other = remote.JudgeUnavailable('no server'), KeyError('score')
+    for error in (away, other):
       asked = asking.Asked({'edit': self.future(0., exception=error)}, self.fail)
-      with self.assertRaises(type(error)) as caught:
+      with self.assertRaises(RuntimeError) as caught:
         asked.result('edit')
-      self.assertIs(caught.exception, error)
+      self.assertIs(caught.exception if error is away else caught.exception.__cause__, error)
+
+  def test_processes_agree_on_what_has_failed(self):
+    """What all processes raise, by what each of them has met."""
+    away, other = remote.JudgeUnavailable('no server'), KeyError('score')
+    for errors, kind in (((None, away), remote.JudgeUnavailable), ((None, other), RuntimeError),
+                         ((away, other), RuntimeError), ((away, away), remote.JudgeUnavailable)):
+      raised = []
+      def of_all(mine, errors=errors):
+        # Asked in turn: whether anyone waits, has another error, has no judge.
+        questions.append(mine)
+        is_other = lambda e: e is not None and e is not away
+        return (False, any(map(is_other, errors)), away in errors)[len(questions) - 1]
+      for error in errors:
+        questions = []
+        outcome = dict(result=SCORED) if error is None else dict(exception=error)
+        asked = asking.Asked({'edit': self.future(0., **outcome)}, self.fail)
+        with (mock.patch.object(checkpoint, 'any_process', of_all),
+              self.assertRaises(RuntimeError) as caught):
+          time.sleep(.05)
+          asked.result('edit')
+        raised.append(type(caught.exception))
+      self.assertEqual(raised, [kind, kind], errors)
 
 
 if __name__ == '__main__':

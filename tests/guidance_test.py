@@ -9,16 +9,19 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from configs import base
 from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
 from lvrpo_jax import evaluate
+from lvrpo_jax import gaps
 from lvrpo_jax import guidance
 from lvrpo_jax import job as job_lib
 from lvrpo_jax.data import pipeline
 from tests import noise
 
 TASKS = (pipeline.GENERATE, pipeline.EDIT, pipeline.THINK)
+LIMITS = base.get_config().align.gap_limit
 NONE = 1e-6
 """The largest |log-ratio| that counts as none in float32."""
 
@@ -87,10 +90,10 @@ class GapTest(parameterized.TestCase):
     return {**self.batch, task: self.batch[task].replace(**fields)}
 
   def test_there_is_none(self):
-    gaps = self.gaps(self.batch)
+    found = self.gaps(self.batch)
     for task in (*TASKS, pipeline.PLAN, pipeline.UNDERSTAND):
-      self.assertLess(gaps[f'gap/{task}'], NONE, task)
-    align.check_gap(1, gaps, NONE)
+      self.assertLess(found[f'gap/{task}'], NONE, task)
+    gaps.check(1, found, dict.fromkeys(LIMITS, NONE))
 
   @parameterized.parameters(*TASKS)
   def test_the_scale_travels_with_the_images(self, task):
@@ -116,17 +119,42 @@ class GapTest(parameterized.TestCase):
       ('understand', 'mask_BGT', lambda x: ~x), ('understand', 'logp_BGT', lambda x: x - .1))
   def test_what_does_not_fit_the_rollout_ends_the_run(self, task, field, change):
     batch = self.changed(task, **{field: change(getattr(self.batch[task], field))})
-    with self.assertRaisesRegex(ValueError, f'iteration 3: gap/{task} is .*gap_limit is 0.0001'):
-      align.check_gap(3, self.gaps(batch), 1e-4)
+    kind = 'texts' if task in pipeline.TEXTS else 'images'
+    with self.assertRaisesRegex(
+        ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 0.0001'):
+      gaps.check(3, self.gaps(batch), LIMITS)
 
-  def test_a_limit_of_zero_is_none(self):
-    align.check_gap(1, {'gap/generate': 9.}, 0.)
-    align.check_gap(1, {'gap/generate/step0': 9., 'gap/decode': 9.}, .1)
-    with self.assertRaisesRegex(ValueError, 'gap/plan is nan'):
-      align.check_gap(1, {'gap/plan': np.nan}, .1)
+
+class FinalImagesTest(parameterized.TestCase):
+  """What an objective on final images reads."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.aligner, cls.batch = collected(objective='nft', window=2, understand=0)
+
+  def changed(self, task, change):
+    b = self.batch[task]
+    found = self.aligner.gaps({**self.batch, task: b.replace(latents_BGNC=change(b.latents_BGNC))})
+    return {name: float(jnp.max(x)) for name, x in found.items()}
+
+  @parameterized.parameters(*TASKS)
+  def test_are_the_ones_that_were_drawn(self, task):
+    gaps.check(1, self.changed(task, lambda x: x), dict.fromkeys(LIMITS, NONE))
+    for change in (lambda x: x + .1, lambda x: x[::-1], lambda x: 1.1 * x):
+      with self.assertRaisesRegex(ValueError, f'gap/{task} is .*gap_limit.images is 0.0001'):
+        gaps.check(1, self.changed(task, change), LIMITS)
 
 
 class MeasurementTest(absltest.TestCase):
+
+  def test_scores_of_another_policy_than_the_trained_one_are_announced(self):
+    with self.assertLogs(level='WARNING') as logged:
+      align.check(build(guidance=4.))
+    self.assertIn('align.guidance is 4 and config.evaluate.guidance is 1', logged.output[0])
+    with self.assertNoLogs(level='WARNING'):
+      align.check(build(guidance=4., objective='nft'))  # Trains the plain one.
+      align.check(build())
 
   def test_pictures_are_measured_as_configured(self):
     job = build()

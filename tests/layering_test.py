@@ -17,7 +17,7 @@ LAYERS = (
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'judging', 'guidance', 'asking',
+    ('losses', 'gaps', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'judging', 'guidance', 'asking',
      'trajectories', 'experience', 'thinking', 'refill', 'evaluate', 'pretrain', 'aligner', 'align',
      'run', 'inference', 'weights', 'sample', 'ahead', 'study', 'study_tables'),
     ('main', 'report', 'summary'),

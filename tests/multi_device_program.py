@@ -71,7 +71,7 @@ def make_experience(job, prompts):
         -np.abs(normal(ROWS, GROUP, T)) - 3., normal(ROWS, GROUP), valid)
   x = lambda: normal(ROWS, M, N, C)
   time = lambda low: rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
-  transitions = types.Transitions(x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(),
+  transitions = types.Transitions(x(), x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(),
                                   time(0.1))
   image = lambda task: types.ImageExperience(
       prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid)

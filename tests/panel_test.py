@@ -170,7 +170,7 @@ class GoldTest(absltest.TestCase):
     self.assertEmpty(watch.gold(.3, {'gold': .3, 'diversity': .3}))
 
 
-class WatchTest(absltest.TestCase):
+class WatchTest(parameterized.TestCase):
 
   def test_a_clean_run_raises_nothing(self):
     rng, watch = np.random.default_rng(0), panel.Watch()
@@ -190,6 +190,29 @@ class WatchTest(absltest.TestCase):
       if any(sentence.startswith('dark') for sentence in watch(now)):
         first = now['dark'] if first is None else self.fail('an alarm was raised twice')
     self.assertBetween(first, .5, .6)
+
+  @parameterized.parameters(
+      ('luminance', .76, .74, 'fell'), ('luminance', 1.24, 1.26, 'rose'),
+      ('edge_density', .66, .64, 'fell'), ('edge_density', 1.49, 1.51, 'rose'),
+      ('hue_entropy', .76, .74, 'fell'), ('dark', 1.24, 1.26, 'rose'))
+  def test_bounds(self, name, quiet, loud, direction):
+    first = {'dark': .4, 'luminance': .5, 'edge_density': .1, 'hue_entropy': 2.}
+    def last(factor):
+      watch = panel.Watch()
+      for _ in range(panel.WARM):
+        self.assertEmpty(watch(first))
+      return [s for _ in range(panel.WARM) for s in watch({**first, name: factor * first[name]})]
+    self.assertEmpty(last(quiet))
+    (sentence,) = last(loud)
+    self.assertStartsWith(sentence, f'{name.replace("_", " ")} of rollouts {direction} from')
+
+  def test_a_texture_over_everything_is_told(self):
+    rng, watch = np.random.default_rng(3), panel.Watch()
+    grid = np.indices((shapes.SIZE, shapes.SIZE)).sum(0)[..., None] % 2 * 60
+    raised = [watch(panel.appearance(np.minimum(
+        rollouts(rng).astype(int) + (number > 10) * grid, 255))) for number in range(20)]
+    self.assertTrue(any('edge density of rollouts rose' in s for s in sum(raised[11:], [])))
+    self.assertEmpty(sum(raised[:11], []))
 
   def test_state_goes_on(self):
     rng = np.random.default_rng(2)

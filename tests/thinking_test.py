@@ -102,7 +102,7 @@ class ThinkingTest(absltest.TestCase):
     K, N, C = 2, 3, 5
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     wide = draw(B, K * G)
-    steps = types.Transitions(draw(B, K * G, N, C), *([wide] * 4), draw(B, K * G, N, C),
+    steps = types.Transitions(draw(B, K * G, N, C), draw(B, K * G, N, C), *([wide] * 4), draw(B, K * G, N, C),
                               draw(B, K * G, N, C), wide)
     image = types.ImageExperience(None, draw(B, G, N, C), steps, steps.x_BMNC, wide, None, None,
                                   None, None)

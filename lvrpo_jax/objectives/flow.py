@@ -85,7 +85,9 @@ def nft(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Arra
 
   The policy `v` is mixed with the old one into an implicit positive and negative velocity; both
   regress the clean sample, weighted by the optimality probability `r` and `1 - r`. Each squared
-  error is divided by its own mean absolute error, a constant for the gradient.
+  error is divided by its own mean absolute error, a constant for the gradient. The authors' code
+  takes five times this and adds 1e-4 times `velocity_mse`; to Adam a common factor matters through
+  `align.clip_norm` alone, and `align.velocity_penalty = 2e-5` gives their ratio.
 
   Args:
     v, v_old, x0, x_t: (..., N, C); `v_old` and `x0` carry no gradient.

@@ -15,8 +15,9 @@ def start(schedule: str, seed: int, iteration: int, permitted: int, size: int, e
 
   Args:
     iteration: from 1.
-    schedule: 'random' is uniform over all starts (Flow-GRPO-Fast draws from the first steps, which
-      are the permitted ones here); 'sliding' moves by one step every `every` iterations (MixGRPO,
+    schedule: 'random' takes every start once, in a random order, before any of them again, so that
+      none is rare by chance (Flow-GRPO-Fast draws from the first steps, which are the permitted
+      ones here); 'sliding' moves by one step every `every` iterations (MixGRPO,
       arXiv 2507.21802) and starts again after the last full window, so that none is ever empty.
 
   Raises:
@@ -24,7 +25,8 @@ def start(schedule: str, seed: int, iteration: int, permitted: int, size: int, e
   """
   starts = permitted - size + 1
   if schedule == 'random':
-    return int(np.random.default_rng((seed, 7, iteration)).integers(starts))
+    turn, place = divmod(iteration - 1, starts)
+    return int(np.random.default_rng((seed, 7, turn)).permutation(starts)[place])
   if schedule == 'sliding':
     return (iteration - 1) // every % starts
   raise ValueError(f'align.window_schedule is {schedule!r}; allowed: {SCHEDULES}')
