@@ -135,6 +135,10 @@ def get_config() -> config_dict.ConfigDict:
       rules=1., semantic=0.25, dense=0., knowledge=0.25, mutual=0., remote=0.))
   # Whether the rules pay parts of what was asked, and the format of answers; or all or nothing
   config.align.graded = True
+  # Questions of a prompt that are asked about each of its images in an iteration, the next ones in
+  # the next: 'knowledge' is the mean over them. At as many as a prompt has (4 in the shapes world)
+  # 'mutual' is the whole lower bound on the information, at fewer an estimate of it
+  config.align.questions = 1
   config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)

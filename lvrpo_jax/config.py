@@ -57,7 +57,7 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
     ('align.image_kl', one_of('velocity', 'gaussian', 'gaussian_per_time')),
     *((f'align.{k}', NATURAL) for k in ('text_target', 'image_target', 'adapt')),
     *((f'align.{k}', NATURAL) for k in ('keep_best', 'refill', 'diagnose_every', 'gold_every')),
-    ('align.gold', COUNT),
+    ('align.gold', COUNT), ('align.questions', COUNT),
     ('align.finish', one_of('last', 'best')),
     ('align.group', (lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings')),
     ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from lvrpo_jax import asking
 from lvrpo_jax import flow
 from lvrpo_jax import guidance
+from lvrpo_jax import inquiries
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import judging
 from lvrpo_jax import losses
@@ -189,13 +189,6 @@ class Collector:
         start = stop
     return texts, images, pixels
 
-  def _blind(self, task: str, examples: list[pipeline.Example]) -> types.Prompts | None:
-    """Questions without their images, where the mutual reward of a task has a weight."""
-    if not self.job.config.align.rewards[task].mutual:
-      return None
-    alone = [dataclasses.replace(e, drop_vit=True) for e in examples]
-    return self.job.place(self.job.encoder(pipeline.UNDERSTAND, alone).prompts)
-
   def rollout(self, policies: tuple[types.Params, ...], vae_params, tasks: Tasks, iteration: int):
     """Dispatches the rollouts of an iteration; see `sample`.
 
@@ -238,24 +231,15 @@ class Collector:
     """Reward components of images, and facts for the log: see `reward_metrics`."""
     job, examples = self.job, tasks.examples[task]
     wanted, prompts = self.weights(task), [e.prompt for e in examples]
-    asked = [e.asked(iteration) for e in examples]
-    questions = right = blind = None
+    inquiry = None
     if 'knowledge' in wanted or 'mutual' in wanted:
-      source = np.zeros((job.policy.image_size, job.policy.image_size, 3), np.uint8)
-      questioned = [pipeline.Example(e.index, question, source=source, answer='')
-                    for e, (question, _) in zip(examples, asked)]
-      questions = job.encoder(pipeline.UNDERSTAND, questioned).prompts
-      right = np.array([job.data.answers.index(answer) if answer else 0 for _, answer in asked],
-                       np.int32)
-      blind = self._blind(task, questioned)
-    judged = self._judge_images(
-        judges, vae_params, pixels, *job.place((
-            job.captions(prompts) if 'semantic' in wanted else None,
-            job_lib.key_words(job, prompts) if 'dense' in wanted else None, questions, right)),
-        blind)
+      inquiry = inquiries.derived(job, examples, iteration, blind='mutual' in wanted)
+    judged = self._judge_images(judges, vae_params, pixels, *job.place((
+        job.captions(prompts) if 'semantic' in wanted else None,
+        job_lib.key_words(job, prompts) if 'dense' in wanted else None)), inquiry)
     images, facts = sharding.local_rows(pixels), {}
     everywhere = np.ones(images.shape[:2], bool)
-    has_question = np.array([bool(question) for question, _ in asked])[:, None] & everywhere
+    has_question = np.array([bool(e.questions) for e in examples])[:, None] & everywhere
     values = {k: (sharding.local_rows(v),
                   has_question if k in ('knowledge', 'mutual') else everywhere)
               for k, v in judged.items()}
@@ -289,7 +273,8 @@ class Collector:
       number = np.array([[job.data.answers.index(w) if w else -1 for w in row] for row in words],
                         np.int32)
     judged = self._judge_answers(judges, vae_params, tasks.prompts[task],
-                                 *job.place((captions, number)), self._blind(task, examples))
+                                 *job.place((captions, number)), inquiries.without_images(
+                                     job, examples) if 'mutual' in wanted else None)
     values = {k: (sharding.local_rows(v), everywhere) for k, v in judged.items()}
     if 'rules' in wanted:
       correct, well_formed = rules.answers(texts, self._targets(task, examples),

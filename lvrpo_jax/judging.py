@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
+from lvrpo_jax import inquiries
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import types
@@ -35,17 +36,14 @@ class Judges(NamedTuple):
 
 def images(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: types.Params,
            pixels_BGYXC: Array, captions_BL: Array | None, words: tuple[Array, Array] | None,
-           questions: types.Prompts | None, answer_B: Array | None, blind: types.Prompts | None
-           ) -> dict[str, Array]:
+           inquiry: inquiries.Inquiry | None) -> dict[str, Array]:
   """Values (B, G) of images by component.
 
   Args:
     answer_ids_A: first tokens of all answers.
     captions_BL: the prompts for the judge's text tower; for 'semantic'.
     words: rows of key words and how often each counts, both (B, K); for 'dense'.
-    questions, answer_B: what the reference is asked, and the numbers of the right answers; for
-      'knowledge' and 'mutual'.
-    blind: the questions without an image; for 'mutual'.
+    inquiry: what the reference is asked; for 'knowledge', and with blind questions for 'mutual'.
   """
   B, G = pixels_BGYXC.shape[:2]
   flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
@@ -59,16 +57,12 @@ def images(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: ty
   if words is not None:
     out['dense'] = semantic.dense(group(patches), judges.words_WD, *words,
                                   top=job.config.align.dense_top)
-  if questions is not None:
-    spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
-    seen = first_token(job, judges, vae_params, spread.replace(source_BYXC=flat))
-    probability = knowledge.answer_probabilities(seen, answer_ids_A)
-    out['knowledge'] = knowledge.agreement(group(probability)[:, :, None], answer_B[:, None],
-                                           jnp.ones((B, 1), bool))
-    if blind is not None:
-      out['mutual'] = mutual.gain(
-          group(seen), first_token(job, judges, vae_params, blind)[:, None],
-          jnp.broadcast_to(answer_ids_A[answer_B][:, None], (B, G)))
+  if inquiry is not None:
+    probability, gain = _ask(job, answer_ids_A, judges, vae_params, pixels_BGYXC, inquiry)
+    out['knowledge'] = knowledge.agreement(jnp.moveaxis(probability, 0, 2), inquiry.answer_BQ,
+                                           inquiry.asked_BQ)
+    if gain is not None:
+      out['mutual'] = mutual.total(gain, inquiry.asked_BQ, inquiry.number_B)
   return out
 
 
@@ -101,8 +95,32 @@ def answers(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: t
       without = first_token(job, judges, vae_params, blind)
       out['mutual'] = mutual.gain(
           jnp.broadcast_to(seen[:, None], (*answer_BG.shape, seen.shape[-1])), without[:, None],
-          token)
+          token, len(answer_ids_A))
   return out
+
+
+def _ask(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: types.Params,
+         pixels_BGYXC: Array, inquiry: inquiries.Inquiry) -> tuple[Array, Array | None]:
+  """Probabilities (Q, B, G, A) of answers, and gains (Q, B, G) where there are blind questions."""
+  B, G = pixels_BGYXC.shape[:2]
+  flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
+
+  def one(asked):
+    questions, blind, answer_B = asked
+    spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
+    seen = first_token(job, judges, vae_params, spread.replace(source_BYXC=flat))
+    probability = knowledge.answer_probabilities(seen, answer_ids_A).reshape(B, G, -1)
+    if blind is None:
+      return probability, None
+    token = jnp.broadcast_to(answer_ids_A[answer_B][:, None], (B, G))
+    without = first_token(job, judges, vae_params, blind)[:, None]
+    return probability, mutual.gain(seen.reshape(B, G, -1), without, token, len(answer_ids_A))
+
+  stack = lambda trees: trees and jax.tree.map(lambda *x: jnp.stack(x), *trees)
+  asked = stack(inquiry.questions), stack(inquiry.blind), inquiry.answer_BQ.T
+  if len(inquiry.questions) > 1:  # One after the other: they take the memory of one.
+    return jax.lax.map(one, asked)
+  return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], asked)))
 
 
 def first_token(job: job_lib.Job, judges: Judges, vae_params: types.Params,

@@ -14,6 +14,7 @@ import numpy as np
 from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import experience
+from lvrpo_jax import inquiries
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import judging
 from lvrpo_jax import policy as policy_lib
@@ -254,7 +255,7 @@ class AnswersTest(absltest.TestCase):
     self.assertLess(constant.std(axis=1).max(), 1e-6)
 
 
-class BlindTest(parameterized.TestCase):
+class BlindTest(absltest.TestCase):
 
   @classmethod
   def setUpClass(cls):
@@ -265,11 +266,10 @@ class BlindTest(parameterized.TestCase):
   def logits(self, prompts):
     return np.asarray(self.first_token(self.scene.judges(), self.scene.vae, prompts))
 
-  @parameterized.parameters('generate', 'edit', 'understand')
-  def test_the_reference_sees_no_image(self, task):
+  def test_the_reference_sees_no_image(self):
     scene = self.scene
     examples = [scene.job.data.prompt('understand', i) for i in range(ROWS)]
-    blind = scene.collector._blind(task, examples)
+    blind = inquiries.without_images(scene.job, examples)
     seen = scene.tasks('understand', examples=examples).prompts['understand']
     self.assertTrue(np.all(blind.vit.sample_BL == types.PADDING))
     self.assertFalse(np.any(seen.vit.sample_BL == types.PADDING))
@@ -284,16 +284,13 @@ class BlindTest(parameterized.TestCase):
 
   def test_the_gain_is_that_of_seeing(self):
     prompts = self.scene.tasks('understand')
-    blind = self.scene.collector._blind('understand', prompts.examples['understand'])
+    blind = inquiries.without_images(self.scene.job, prompts.examples['understand'])
     seen, without = (self.logits(p)[:, None] for p in (prompts.prompts['understand'], blind))
-    want = mutual.gain(np.repeat(seen, GROUP, axis=1), without, self.scene.tokens[:, :, 0])
+    want = mutual.gain(np.repeat(seen, GROUP, axis=1), without, self.scene.tokens[:, :, 0],
+                       len(self.scene.job.data.answers))
     value = self.scene.answers()[0]['mutual'].value_BG
     np.testing.assert_allclose(value, want, atol=1e-5)
     self.assertGreater(np.abs(value).max(), 1e-3)
-
-  def test_nobody_pays_for_no_pass(self):
-    scene = Scene(dict(knowledge=1.))
-    self.assertIsNone(scene.collector._blind('understand', []))
 
 
 class MetricsTest(absltest.TestCase):

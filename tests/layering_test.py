@@ -17,9 +17,10 @@ LAYERS = (
     ('data', 'models', 'flow', 'sharding', 'lora'),
     ('rollouts', 'rewards', 'objectives', 'hf', 'hf_siglip', 'policy'),
     ('optim', 'step', 'checkpoint', 'metrics'),
-    ('losses', 'gaps', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'judging', 'guidance', 'asking',
-     'trajectories', 'experience', 'thinking', 'refill', 'evaluate', 'pretrain', 'aligner', 'align',
-     'run', 'inference', 'weights', 'sample', 'ahead', 'study', 'study_tables'),
+    ('losses', 'gaps', 'repa', 'diagnostics', 'job', 'panel', 'scores', 'inquiries', 'judging',
+     'guidance', 'asking', 'trajectories', 'experience', 'thinking', 'refill', 'evaluate',
+     'pretrain', 'aligner', 'align', 'run', 'inference', 'weights', 'sample', 'ahead', 'study',
+     'study_tables'),
     ('main', 'report', 'summary'),
 )
 """Rooms by layer, the lowest first. A room is a file or a folder."""

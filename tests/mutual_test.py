@@ -7,33 +7,68 @@ from scipy import special
 from lvrpo_jax.rewards import mutual
 
 
+def log_q(logits, token, candidates):
+  return np.log(.95 * special.softmax(logits)[token] + .05 / candidates)
+
+
 class GainTest(absltest.TestCase):
 
   def test_by_hand(self):
     rng = np.random.default_rng(0)
     seen, blind = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 1, 5))
     token = rng.integers(0, 5, (2, 3))
-    want = np.array([[special.log_softmax(seen[b, g])[t] - special.log_softmax(blind[b, 0])[t]
+    want = np.array([[log_q(seen[b, g], t, 4) - log_q(blind[b, 0], t, 4)
                       for g, t in enumerate(row)] for b, row in enumerate(token)])
-    np.testing.assert_allclose(mutual.gain(seen, blind, token), want, atol=1e-5)
+    np.testing.assert_allclose(mutual.gain(seen, blind, token, 4), want, atol=1e-5)
 
-  def test_bounds_and_missing_answers(self):
-    seen, blind = np.array([[[90., 0.], [-90., 0.], [0., 0.]]]), np.zeros((1, 1, 2))
-    got = np.asarray(mutual.gain(seen, blind, np.array([[0, 0, -1]])))
-    np.testing.assert_allclose(got, [[np.log(2), -mutual.BOUND, -mutual.BOUND]], rtol=1e-6)
+  def test_sure_mistakes_and_missing_answers_are_bounded(self):
+    seen, blind = np.array([[[90., 0.], [-90., 0.], [0., 0.]]]), np.array([[[90., 0.]]])
+    got = np.asarray(mutual.gain(seen, blind, np.array([[0, 0, -1]]), 2))
+    np.testing.assert_allclose(got, [[0., np.log(.025 / .975), np.log(.025)]], rtol=1e-5,
+                               atol=1e-6)
+
+  def test_q_is_a_distribution_over_answers(self):
+    logits = np.random.default_rng(0).normal(size=6) * 9
+    values = mutual.log_q(np.broadcast_to(logits, (6, 6)), np.arange(6), 6)
+    self.assertAlmostEqual(float(np.exp(values).sum()), 1., places=5)
+    self.assertGreaterEqual(values.min(), np.log(.05 / 6) - 1e-5)
 
   def test_the_mean_is_a_lower_bound_on_the_information(self):
-    """T is a word, V a noisy picture of it; the posterior makes the bound tight."""
+    """T is a word, V a noisy picture of it; the posterior makes the bound tight, but for the share
+    of guesses in q."""
     rng = np.random.default_rng(1)
     prior = np.array([.5, .3, .2])
     channel = np.array([[.8, .1, .1], [.1, .7, .2], [.2, .2, .6]])
     joint = prior[:, None] * channel
     information = np.sum(joint * np.log(joint / (prior[:, None] * joint.sum(0))))
     t, v = np.unravel_index(rng.choice(9, 40_000, p=joint.ravel()), (3, 3))
-    mean = lambda q_VT: float(np.mean(mutual.gain(np.log(q_VT)[v], np.log(prior), t)))
-    self.assertAlmostEqual(mean((joint / joint.sum(0)).T), information, delta=.01)
-    for _ in range(5):
-      self.assertLess(mean(rng.dirichlet(np.ones(3) * 3, size=3)), information + .01)
+    entropy = -np.mean(np.log(prior)[t])
+    bound = lambda q_VT: float(np.mean(mutual.log_q(np.log(q_VT)[v], t, 3))) + entropy
+    self.assertBetween(bound((joint / joint.sum(0)).T), information - .03, information + .01)
+    for sharp in (3., .01):  # Also of a judge that is sure and wrong.
+      for _ in range(5):
+        q_VT = np.maximum(rng.dirichlet(np.ones(3) * sharp, size=3), 1e-30)
+        self.assertLess(bound(q_VT), information + .01)
+
+
+class TotalTest(absltest.TestCase):
+  GAIN = np.random.default_rng(0).normal(size=(4, 2, 3))
+  NUMBER = np.array([3., 4.])
+
+  def test_all_questions_add_up(self):
+    asked = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    found = mutual.total(self.GAIN, asked, self.NUMBER)
+    np.testing.assert_allclose(found, [self.GAIN[:3, 0].sum(0), self.GAIN[:, 1].sum(0)], rtol=1e-5)
+
+  def test_some_by_turns_have_that_mean(self):
+    everything = mutual.total(self.GAIN, np.ones((2, 4), bool), np.array([4., 4.]))
+    single = [mutual.total(self.GAIN[q:q + 1], np.ones((2, 1), bool), np.array([4., 4.]))
+              for q in range(4)]
+    np.testing.assert_allclose(np.mean(single, axis=0), everything, rtol=1e-5)
+
+  def test_a_prompt_without_questions_is_worth_nothing(self):
+    found = mutual.total(self.GAIN[:1], np.array([[False], [True]]), np.array([0., 1.]))
+    np.testing.assert_allclose(found, [np.zeros(3), self.GAIN[0, 1]], rtol=1e-5)
 
 
 if __name__ == '__main__':

@@ -82,7 +82,12 @@ class Example:
 
   def asked(self, iteration: int) -> tuple[str, str]:
     """The (question, answer) of an iteration, one after the other; ('', '') if there is none."""
-    return self.questions[iteration % len(self.questions)] if self.questions else ('', '')
+    return (self.inquiry(iteration, 1) or [('', '')])[0]
+
+  def inquiry(self, iteration: int, most: int) -> list[tuple[str, str]]:
+    """The (question, answer) pairs of an iteration: all, or `most` after those of the last one."""
+    number = len(self.questions)
+    return [self.questions[(iteration * most + i) % number] for i in range(min(most, number))]
 
 
 class Encoder:

@@ -1,0 +1,59 @@
+"""What the reference is asked about images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+
+from flax import struct
+import jax
+import numpy as np
+
+from lvrpo_jax import job as job_lib
+from lvrpo_jax import types
+from lvrpo_jax.data import pipeline
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Inquiry:
+  """Up to Q questions about each of the images that were drawn for B prompts.
+
+  Attributes:
+    questions: the first, the second, ... of every prompt; an image takes the place of their blank
+      one.
+    blind: the same without an image, or None.
+    answer_BQ: numbers of the right answers.
+    asked_BQ: False where a prompt has fewer questions.
+    number_B: questions that a prompt has.
+  """
+  questions: tuple[types.Prompts, ...]
+  blind: tuple[types.Prompts, ...] | None
+  answer_BQ: Array
+  asked_BQ: Array
+  number_B: Array
+
+
+def derived(job: job_lib.Job, examples: Sequence[pipeline.Example], iteration: int, blind: bool
+            ) -> Inquiry:
+  """What prompts imply about their images: `align.questions` of each, see `Example.inquiry`."""
+  most = job.config.align.questions
+  asked = [e.inquiry(iteration, most) for e in examples]
+  asked_BQ = np.array([[q < len(pairs) for q in range(most)] for pairs in asked])
+  filled = [pairs + [('', '')] * (most - len(pairs)) for pairs in asked]
+  source = np.zeros((job.policy.image_size,) * 2 + (3,), np.uint8)
+  rows = [[pipeline.Example(e.index, pairs[q][0], source=source, answer='')
+           for e, pairs in zip(examples, filled)] for q in range(most)]
+  answer_BQ = np.array([[job.data.answers.index(answer) if answer else 0 for _, answer in pairs]
+                        for pairs in filled], np.int32)
+  return Inquiry(
+      tuple(job.place(job.encoder(pipeline.UNDERSTAND, row).prompts) for row in rows),
+      tuple(without_images(job, row) for row in rows) if blind else None,
+      *job.place((answer_BQ, asked_BQ, np.array([len(e.questions) for e in examples], np.float32))))
+
+
+def without_images(job: job_lib.Job, examples: Sequence[pipeline.Example]) -> types.Prompts:
+  """Questions alone."""
+  alone = [dataclasses.replace(e, drop_vit=True) for e in examples]
+  return job.place(job.encoder(pipeline.UNDERSTAND, alone).prompts)
