@@ -19,6 +19,7 @@ from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
 from lvrpo_jax import ops
 from lvrpo_jax import types
+from lvrpo_jax.data import pipeline
 from lvrpo_jax.models import unified
 
 NUMBERS = losses.Alignment(
@@ -187,13 +188,17 @@ class LinearPolicyTest(parameterized.TestCase):
     batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1, objective),
              'understand': text_case(2, 3, 4, 5, ()),
              'edit': image_case(3, 2, 1, 3, 2, (), 2, objective)}
+    self.check(a, batch, a.weights)
+
+  def check(self, a, batch, weights):
+    """Value and gradient of a batch, whose tasks weigh so much, against loops."""
     params = fake_params()
-    frozen = {'generate': {}, 'edit': {}, 'understand': {}}
+    frozen = {task: {} for task in batch}
 
     def oracle(p):
       out = 0.
-      for task, weight in a.weights.items():
-        if task == 'understand':
+      for task, weight in weights.items():
+        if task in pipeline.TEXTS:
           loss, penalty = text_oracle(a, p['table'], batch[task], frozen[task])
           out += weight * (loss + a.text_penalty * penalty)
         else:
@@ -214,11 +219,22 @@ class LinearPolicyTest(parameterized.TestCase):
       loss = losses.alignment(fake_policy(), a)
       value, grad = jax.jit(jax.value_and_grad(functools.partial(total, loss)))(
           jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, batch))
-    # Token probabilities are float32 by design; everything of images is float64 here.
+    # Token probabilities are float32 by design (text_objectives_test has these gradients in
+    # float64); everything of images is float64 here.
     self.assertAlmostEqual(float(value), expected, delta=1e-6 * abs(expected))
     np.testing.assert_allclose(grad['table'], slopes['table'], rtol=2e-5, atol=2e-6)
     for name in ('scale', 'offset'):
       np.testing.assert_allclose(grad[name], slopes[name], rtol=1e-6, atol=1e-9)
+
+  @parameterized.parameters('nft', 'sde')
+  def test_both_halves_of_a_thought_weigh_the_same(self, objective):
+    weight = 1.7
+    a = dataclasses.replace(NUMBERS, objective=objective, image_clip=.5, weights={
+        'think_generate': weight, 'understand': .5})
+    # Images after plans are rows with a context, and a group, of their own.
+    batch = {'plan': text_case(2, 3, 4, 5, (), 1), 'understand': text_case(2, 3, 4, 5, ()),
+             'think_generate': image_case(6, 1, 2, 3, 2, (), 2, objective)}
+    self.check(a, batch, {'plan': weight, 'think_generate': weight, 'understand': .5})
 
   def test_metrics(self):
     batch = {'understand': text_case(2, 3, 4, 5, ())}
