@@ -93,18 +93,19 @@ class Aligner:
     self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
     self.frozen = {'vae': sharding.shard_state(vae_params, job.mesh)}
     self.factors = dict.fromkeys(losses.FACTORS, 1.)
-    self.full = lambda trained: trained
+    self._policy = lambda trained: trained
     trained = params
     if a.lora.rank:
       self.frozen['base'] = sharding.shard_state(params, job.mesh)
       trained = lora.init(params, a.lora.rank, a.lora.target, jax.random.key(job.config.seed + 2))
-      merge = jax.jit(functools.partial(lora.merge, scale=a.lora.alpha / a.lora.rank))
-      self.full = lambda adapters: merge(self.frozen['base'], adapters)
+      self._policy = lambda adapters: lora.Adapted(self.frozen['base'], adapters,
+                                                   a.lora.alpha / a.lora.rank)
     self.state = sharding.shard_state(
         initial(job, sharding.shard_state(trained, job.mesh), optimizer), job.mesh)
     self._mix = jax.jit(
         lambda old, new, d: jax.tree.map(lambda o, n: d * o + (1 - d) * n, old, new),
         out_shardings=jax.tree.map(lambda x: x.sharding, self.state.old))
+    self._whole = jax.jit(lora.whole) if a.lora.rank else lambda params: params
     self._siglip = sharding.shard_state(siglip_params, job.mesh)
     self._words = job_lib.word_table(job, siglip_params)
 
@@ -120,19 +121,20 @@ class Aligner:
 
   @property
   def params(self) -> types.Params:
-    """The policy as it is now, adapters merged."""
-    return self.full(self.state.params)
+    """The policy as it is now, adapters merged: a tree of its own, which what trains never makes.
+    """
+    return self._whole(self._policy(self.state.params))
 
   @property
-  def sampling(self) -> tuple[types.Params, ...]:
+  def sampling(self) -> tuple[types.Params | lora.Adapted, ...]:
     """The policy that samples, or those of texts and of images where they differ.
 
     DiffusionNFT (arXiv 2509.16117, alg. 1) draws with the old policy, around which its positive and
     negative velocities lie. Ratios of texts are to the policy as it is.
     """
     if self.job.config.align.objective != 'nft':
-      return (self.params,)
-    return self.params, self.full(self.state.old)
+      return (self._policy(self.state.params),)
+    return self._policy(self.state.params), self._policy(self.state.old)
 
   def _points_fn(self, step, index_B, latents_BGNC):
     """Fresh noise on final latents: where a forward-process objective asks for velocities."""
@@ -193,7 +195,7 @@ class Aligner:
       metrics[gaps.DECODE] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
     return out, {**metrics, **asked.metrics()}
 
-  def velocities(self, params: types.Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
+  def velocities(self, params: types.Params | lora.Adapted, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Velocities of any policy at the points of a batch."""
     images = {t: b for t, b in batch.items() if t not in pipeline.TEXTS}
     if not images:
@@ -206,7 +208,7 @@ class Aligner:
   def gaps(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
     texts = {task: b for task, b in batch.items() if task in pipeline.TEXTS}
-    policies = self.sampling  # With adapters, each look merges them.
+    policies = self.sampling
     writer, drawer = policies[0], policies[-1]
     logp = self._replay(writer, self.frozen, texts)[1] if texts else {}
     out = {}
@@ -230,7 +232,7 @@ class Aligner:
         x, t = self._points(self.state.step, b.prompts.index_B, b.latents_BGNC)
         batch[task] = b.replace(x_BMNC=x, time_BM=t, guidance_BM=None)
     reference = self.velocities(self.reference, batch)
-    old = self.velocities(self.full(self.state.old), batch) if forward else reference
+    old = self.velocities(self._policy(self.state.old), batch) if forward else reference
     return {task: b if task in pipeline.TEXTS else
             b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
             for task, b in batch.items()}

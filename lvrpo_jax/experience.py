@@ -16,6 +16,7 @@ from lvrpo_jax import guidance
 from lvrpo_jax import inquiries
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import judging
+from lvrpo_jax import lora
 from lvrpo_jax import losses
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
@@ -143,6 +144,7 @@ class Collector:
     def keys(p):
       key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(p.index_B)
       return jax.vmap(lambda k: ops.fold_rows(k, (a.group,)))(key_B)
+    policies = tuple(map(lora.whole, policies))
     writer, drawer = policies[0], policies[-1]
     texts_first = (pipeline.UNDERSTAND, pipeline.THINK)
     if writer is drawer:

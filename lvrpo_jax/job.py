@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
+from lvrpo_jax import lora
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import sharding
 from lvrpo_jax.data import pipeline
@@ -99,7 +100,8 @@ class Job:
   def sampler(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
 
-    Callers hold parameters (of one policy, or a tuple of several) and prompts on the job's mesh.
+    Callers hold parameters (of one policy, or a tuple of several, with adapters or without) and
+    prompts on the job's mesh.
     They are moved to that of rollouts, and kernels are rounded; what comes back lies there, see
     `place_rows`.
     """
@@ -109,7 +111,7 @@ class Job:
       return compiled
 
     shapes = jax.eval_shape(lambda: unified.init(self.policy.config, jax.random.key(0)))
-    move = jax.jit(self.rounded, out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
+    move = jax.jit(lambda x: self.rounded(lora.whole(x)), out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
 
     def run(params, vae_params, prompts, *rest):
       if elsewhere:

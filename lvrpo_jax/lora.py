@@ -1,13 +1,15 @@
 """Low-rank adapters (arXiv 2106.09685): `W + (alpha / rank) A B` on chosen kernels.
 
-The policy sees merged parameters, so no model knows of adapters. With the adapters off it is the
-reference: the frozen weights themselves.
+The policy sees merged parameters, so no model knows of adapters. They are merged inside the
+programs that read them (`Adapted`, `whole`); between these only the factors are held. With the
+adapters off the policy is the reference: the frozen weights themselves.
 """
 
 from __future__ import annotations
 
 import re
 
+from flax import struct
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
@@ -51,3 +53,19 @@ def merge(params: types.Params, adapters: types.Params, scale: float) -> types.P
   for name in (path.removesuffix('/a') for path in parts if path.endswith('/a')):
     flat[name] = flat[name] + scale * (parts[f'{name}/a'] @ parts[f'{name}/b'])
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+@struct.dataclass
+class Adapted:
+  """A policy as frozen parameters and adapters, merged with `scale` by the program that reads it.
+  """
+  base: types.Params
+  adapters: types.Params
+  scale: float = struct.field(pytree_node=False)
+
+
+def whole(params: types.Params | Adapted) -> types.Params:
+  """Parameters as a model reads them."""
+  if isinstance(params, Adapted):
+    return merge(params.base, params.adapters, params.scale)
+  return params

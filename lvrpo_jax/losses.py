@@ -14,6 +14,7 @@ from jax import numpy as jnp
 
 from lvrpo_jax import flow
 from lvrpo_jax import guidance
+from lvrpo_jax import lora
 from lvrpo_jax import ops
 from lvrpo_jax import policy as policy_lib
 from lvrpo_jax import repa as repa_lib
@@ -323,12 +324,12 @@ def transition(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> f
 def velocities(policy, params, frozen, prompts: dict[str, types.Prompts], x: dict[str, Array],
                time: dict[str, Array], scales: dict[str, Array | None]) -> dict[str, Array]:
   """Velocities of any policy at given points, without gradients; see `guidance.follow`."""
-  return guidance.follow(policy, params, frozen['vae'], prompts, x, time, scales, {})[0]
+  return guidance.follow(policy, lora.whole(params), frozen['vae'], prompts, x, time, scales, {})[0]
 
 
 def replay(policy, params, frozen, batch: dict[str, Any]
            ) -> tuple[dict[str, Array], dict[str, Array]]:
   """What the forward pass of the update gives under any policy: velocities of the images, and
   log-probabilities of the texts' tokens."""
-  v, logits = _forward(policy, params, frozen, batch)
+  v, logits = _forward(policy, lora.whole(params), frozen, batch)
   return v, {task: _logp(x, batch[task]) for task, x in logits.items()}

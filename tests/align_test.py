@@ -1,5 +1,6 @@
 """Tests of the parts of lvrpo_jax.align; `end_to_end_test` runs the loop."""
 
+import gc
 import math
 import pathlib
 from unittest import mock
@@ -78,6 +79,42 @@ class IterationTest(parameterized.TestCase):
     aligner = aligner_lib.Aligner(job, params, pretrain.fit_autoencoder(job), judge)
     data = align.prompt_batches(job)
     return aligner, align.draw(job, data, data)
+
+  @parameterized.parameters('nft', 'sde')
+  def test_adapters_are_all_that_is_held_of_a_policy(self, objective):
+    aligner, tasks = self.make(lora=dict(rank=2), objective=objective)
+    move = jax.jit(lambda tree: jax.tree.map(lambda x: x + .05, tree))
+    aligner.state = aligner.state.replace(params=move(aligner.state.params))
+    if aligner.state.old is not None:
+      aligner.state = aligner.state.replace(old=move(aligner.state.params))
+    shapes = {x.shape for path, x in jax.tree_util.tree_leaves_with_path(aligner.frozen['base'])
+              if 'q_proj' in jax.tree_util.keystr(path)}
+    def kernels():
+      gc.collect()
+      return sum(x.shape in shapes for x in jax.live_arrays())
+    before, held = kernels(), []
+    self.assertGreater(before, 0)
+    for name in ('step', '_velocities', '_replay'):
+      def watched(*args, run=getattr(aligner, name)):
+        held.append(kernels())
+        return run(*args)
+      setattr(aligner, name, watched)
+    metrics, _ = aligner.iterate(tasks, 1)
+    self.assertEqual(set(held), {before})
+    self.assertEqual(kernels(), before)
+    for task in ('generate', 'understand'):  # They sample, and are replayed, merged.
+      self.assertLess(float(metrics[f'gap/{task}']), 1e-6)
+    self.assertIs(aligner.sampling[-1].base, aligner.frozen['base'])
+    kernel = lambda tree: np.asarray(tree['trunk']['layers']['gen']['q_proj']['kernel'])
+    self.assertGreater(np.abs(kernel(aligner.params) - kernel(aligner.reference)).max(), .01)
+
+  def test_a_gap_shows_adapters_that_did_not_draw(self):
+    aligner, tasks = self.make(lora=dict(rank=2), objective='sde')
+    batch, _, _ = aligner.collect(tasks, 1)
+    aligner.state = aligner.state.replace(
+        params=jax.tree.map(lambda x: x + .05, aligner.state.params))
+    for task in ('generate', 'understand'):
+      self.assertGreater(float(aligner.gaps(batch)[f'gap/{task}']), 1e-3)
 
   def test_images_are_drawn_and_replayed_by_the_old_policy(self):
     aligner, tasks = self.make(updates=2)

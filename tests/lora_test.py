@@ -6,7 +6,10 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from configs import bagel_7b
 from lvrpo_jax import lora
+from lvrpo_jax.models import released
+from lvrpo_jax.models import unified
 
 
 def tree(seed=0):
@@ -52,6 +55,21 @@ class LoraTest(parameterized.TestCase):
         adapters)
     self.assertGreater(np.abs(grads['head']['kernel']['b']).max(), 0)
     np.testing.assert_array_equal(grads['head']['kernel']['a'], 0.)
+
+  def test_whole_merges_where_there_are_adapters(self):
+    params = tree()
+    adapters = jax.tree.map(lambda x: x + .5, lora.init(params, 2, 'kernel$', jax.random.key(0)))
+    self.assertIs(lora.whole(params), params)
+    jax.tree.map(np.testing.assert_array_equal, lora.whole(lora.Adapted(params, adapters, 1.5)),
+                 lora.merge(params, adapters, 1.5))
+
+  def test_adapters_of_a_large_model_are_small(self):
+    model = released.model_config(bagel_7b.get_config().architecture.to_dict())
+    params = jax.eval_shape(lambda: unified.init(model, jax.random.key(0)))
+    adapters = jax.eval_shape(lambda p: lora.init(
+        p, 32, bagel_7b.get_config().align.lora.target, jax.random.key(0)), params)
+    size = lambda tree: sum(np.prod(x.shape) for x in jax.tree.leaves(tree))
+    self.assertBetween(size(adapters) / size(params), .005, .02)
 
   @parameterized.parameters((2, 'nothing', 'matches no kernel'), (2, 'bias', 'matches no kernel'),
                             (5, 'q_proj/kernel', 'at most 4, the smaller side of layers/gen'))
