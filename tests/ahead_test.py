@@ -219,6 +219,18 @@ class PartitionTest(parameterized.TestCase):
     self.assertEqual(ahead.large_replicated(tree(1, 1, 1)), {})
     self.assertLen(ahead.large_replicated(tree(2, 2, 2), limit=0), 2)
 
+  @parameterized.parameters(
+      ('TPU v5', 64, 0, 1), ('TPU v5', 16, 0, 2), ('TPU v5', 8, 0, 8), ('TPU v6 lite', 64, 0, 8),
+      ('NVIDIA H100 80GB HBM3', 32, 0, 1), ('NVIDIA H100 80GB HBM3', 16, 0, 8),
+      ('TPU v6 lite', 64, 4, 4))
+  def test_contexts_are_encoded_as_seldom_as_memory_lets(self, kind, count, asked, want):
+    config = tiny.get_config()
+    config.align.group = 8
+    config.parallel.update(mesh=(-1, 0, 1), group_parts=asked)
+    chips = [Chip(id=number, device_kind=kind) for number in range(count)]
+    job = job_lib.build(config, pathlib.Path('unused'), chips)
+    self.assertEqual(job.group_parts, want)
+
   def test_each_program_is_looked_at_on_its_own_mesh(self):
     """Split in the update, and on data alone in rollouts."""
     config = tiny.get_config()

@@ -3,11 +3,13 @@
 import functools
 import pathlib
 import tempfile
+import threading
 import time
 from unittest import mock
 
 from absl.testing import absltest
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 
 from configs import tiny
@@ -70,6 +72,8 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
     super().setUpClass()
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
+    # The cache is opened once a process, and this folder does not outlive the test.
+    cls.addClassCleanup(compilation_cache.reset_cache)
     for name, value in (('jax_compilation_cache_dir', folder.name),
                         ('jax_persistent_cache_min_compile_time_secs', 0.)):
       cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
@@ -124,6 +128,39 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
     again, rest = self.run_job(self.script(script).url, 'stopped')
     self.assertLen(rest, STEPS - 1)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+  def test_a_judge_scores_one_task_while_the_next_is_sampled(self):
+    first, second, waited = threading.Event(), threading.Event(), []
+
+    def script(number, body, handler):
+      del number, handler
+      first.set()
+      if not second.is_set():  # Only sampling the other task can end this.
+        waited.append(second.wait(20.))
+      return 200, judge_fixtures.scores(body)
+    config = make_config(self.script(script).url)
+    config.align.update(edit=ROWS, steps=1)
+    config.align.rewards.edit.update(rules=0., semantic=0., knowledge=0., remote=1.)
+    config.align.remote.update(timeout_s=30., deadline_s=30.)
+    job = job_lib.build(config, self.folder)
+    aligner = aligner_lib.Aligner(job, *parameters())
+    self.addCleanup(aligner.collector.close)
+    submit, tasks = remote.Judge.submit, []
+
+    def spy(judge, task, *args):
+      tasks.append(task)
+      if len(tasks) == 2:
+        first.wait(20.)
+        second.set()  # It has been sampled: its pictures are at hand.
+      return submit(judge, task, *args)
+    data = align.prompt_batches(job)
+    with mock.patch.object(remote.Judge, 'submit', spy):
+      batch, _, _ = aligner.collect(align.draw(job, data, data), 1)
+    self.assertEqual(tasks, ['generate', 'edit'])
+    self.assertNotEmpty(waited)
+    self.assertTrue(all(waited))
+    for task in tasks:
+      self.assertTrue(np.all(batch[task].valid_BG))
 
 
 if __name__ == '__main__':
