@@ -73,6 +73,7 @@ class Policy:
 
   def encode(self, vae_params: types.Params, image_BYXC: Array) -> Array:
     """Latent tokens (B, N, C) of uint8 images: the posterior mean."""
+    vae_params = partitioning.gathered(vae_params)
     encode = lambda image: self.vae.apply({'params': vae_params}, to_unit(image),
                                           method='encode_mean')
     latent = self._over_images(encode, image_BYXC)
@@ -86,6 +87,7 @@ class Policy:
     """uint8 images (..., Y, X, 3) of latent tokens (..., N, C), truncated as BAGEL does."""
     rows = latents.reshape(-1, *latents.shape[-2:])
     latent = vae_lib.unpatchify(rows, (self.latent_grid, self.latent_grid), self.latent_patch)
+    vae_params = partitioning.gathered(vae_params)
     decode = lambda x: self.vae.apply({'params': vae_params}, x, method='decode')
     image = self._over_images(decode, latent)
     image = (jnp.clip(image * 0.5 + 0.5, 0., 1.) * 255.).astype(jnp.uint8)

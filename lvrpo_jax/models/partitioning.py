@@ -88,6 +88,15 @@ def together(function: Callable[..., Any], *arrays: list[Array]) -> list[Any]:
   return [jax.tree.map(lambda y, n=n: cut(y, n), out) for n in range(len(bounds) - 1)]
 
 
+def gathered(params: Any) -> Any:
+  """Parameters whole on every device, for as long as a function uses them.
+
+  Of convolutions XLA else splits channels by the kernel's parts and gathers images in place of the
+  small kernels: all of a mesh's, so that a chip's memory and traffic grow with the number of chips.
+  """
+  return jax.tree.map(constrain, params)
+
+
 def one_by_one(function: Callable[[Array], Array], x: Array) -> Array:
   """`function` of rows (R, ...), on every device one row after the other, for what takes memory."""
   parts = shards('pixels')
