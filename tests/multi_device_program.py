@@ -184,11 +184,11 @@ def rollouts(job, params, vae_params, prompts):
   """Samples of one device and of eight."""
   found = {}
   shapes = {'one': (1, 1, 1), **{mesh: shape for mesh, (shape, runner) in MESHES.items()
-                                 if runner == 'jit'}}
+                                 if runner == 'jit'}, 'apart': MESHES['mixed'][0]}
   for name, shape in shapes.items():
     mesh = sharding.make_mesh(shape, jax.devices()[:1 if name == 'one' else 8])
     placed = dataclasses.replace(job, mesh=mesh)
-    if name == 'mixed':
+    if name == 'apart':
       config = ml_collections.ConfigDict(job.config)
       config.parallel.rollout_mesh = (4, 1, 2)
       placed = dataclasses.replace(placed, config=config)

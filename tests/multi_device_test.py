@@ -67,7 +67,8 @@ class MultiDeviceTest(parameterized.TestCase):
     for task in ('generate', 'plan', 'think_generate'):
       self.assertGreater(one['metrics'][f'loss/pretrain/{task}'], 1e-4)
 
-  @parameterized.parameters('data', 'fsdp', 'mixed')
+  # 'apart' rolls out on another mesh of the same devices.
+  @parameterized.parameters('data', 'fsdp', 'mixed', 'apart')
   def test_rollouts_equal_one_device(self, mesh):
     got = self.out['rollout'][mesh]
     self.assertEqual(got['tokens'], 0)
