@@ -175,7 +175,8 @@ def batch(job: job_lib.Job, where: Any) -> dict[str, Any]:
           asked[task], floats(B, G, T, dtype=jnp.int32), floats(B, G, T),
           floats(B, G, T, dtype=bool), floats(B), floats(B, G, T), *advantage)
       continue
-    K, M = experience.Collector(job).window * G, a.draws * G
+    K = experience.Collector(job).window * G
+    M = a.draws * G if a.objective in losses.FORWARD else K
     x, time_BM = floats(B, K, N, C), floats(B, K)
     steps = types.Transitions(x, x, time_BM, time_BM, time_BM, time_BM, x, x, time_BM)
     points = floats(B, M, N, C)

@@ -28,10 +28,10 @@ from lvrpo_jax import weights
 from lvrpo_jax.models import unified
 
 
-def make_job():
+def make_job(**changes):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(steps_per_image=3, window=1)
+  config.align.update(steps_per_image=3, window=1, **changes)
   return job_lib.build(config, pathlib.Path('unused'))
 
 
@@ -39,7 +39,7 @@ def signature(tree):
   return jax.tree.map(lambda x: (tuple(x.shape), jnp.dtype(x.dtype).name), tree)
 
 
-class ProgramsTest(absltest.TestCase):
+class ProgramsTest(parameterized.TestCase):
 
   @classmethod
   def setUpClass(cls):
@@ -47,16 +47,18 @@ class ProgramsTest(absltest.TestCase):
     cls.job = make_job()
     cls.programs = ahead.programs(cls.job)
 
-  def test_arguments_are_those_of_an_iteration(self):
-    policy = self.job.policy
+  @parameterized.parameters(dict(), dict(objective='sde', draws=3, guidance=2.))
+  def test_arguments_are_those_of_an_iteration(self, **changes):
+    job = make_job(**changes)
+    programs, policy = ahead.programs(job), job.policy
     image = jnp.zeros((1, policy.image_size, policy.image_size, 3))
     params, vae_params, judge_params = (
         unified.init(policy.config, jax.random.key(0)),
         policy.vae.init(jax.random.key(0), image)['params'],
-        self.job.judge.init(jax.random.key(0), image, self.job.captions(['']))['params'])
-    aligner = aligner_lib.Aligner(self.job, params, vae_params, judge_params)
-    data = align.prompt_batches(self.job)
-    tasks = align.draw(self.job, data, data)
+        job.judge.init(jax.random.key(0), image, job.captions(['']))['params'])
+    aligner = aligner_lib.Aligner(job, params, vae_params, judge_params)
+    data = align.prompt_batches(job)
+    tasks = align.draw(job, data, data)
 
     class Called(Exception):
       pass
@@ -66,11 +68,11 @@ class ProgramsTest(absltest.TestCase):
     aligner.step = step
     with self.assertRaises(Called) as caught:
       aligner.iterate(tasks, 1)
-    self.assertEqual(signature(self.programs['step']().arguments),
+    self.assertEqual(signature(programs['step']().arguments),
                      signature(caught.exception.args))
     everything = {}
     for name in ('text', 'image'):
-      asked = self.programs[name]().arguments
+      asked = programs[name]().arguments
       self.assertEqual(signature(asked[:2]), signature(((params,), vae_params)))
       everything.update(signature(asked[2]))
     self.assertEqual(everything, signature(tasks.prompts))
