@@ -91,11 +91,10 @@ def answers(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: t
     agreed = jnp.take_along_axis(probability, jnp.maximum(answer_BG, 0), axis=-1)
     out['knowledge'] = jnp.where(answer_BG >= 0, agreed, 0.)
     if blind is not None:
-      token = jnp.where(answer_BG >= 0, answer_ids_A[jnp.maximum(answer_BG, 0)], -1)
       without = first_token(job, judges, vae_params, blind)
-      out['mutual'] = mutual.gain(
-          jnp.broadcast_to(seen[:, None], (*answer_BG.shape, seen.shape[-1])), without[:, None],
-          token, len(answer_ids_A))
+      pick = lambda logits: jnp.broadcast_to(
+          logits[:, None, answer_ids_A], (*answer_BG.shape, len(answer_ids_A)))
+      out['mutual'] = mutual.gain(pick(seen), pick(without), answer_BG)
   return out
 
 
@@ -112,9 +111,9 @@ def _ask(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: type
     probability = knowledge.answer_probabilities(seen, answer_ids_A).reshape(B, G, -1)
     if blind is None:
       return probability, None
-    token = jnp.broadcast_to(answer_ids_A[answer_B][:, None], (B, G))
-    without = first_token(job, judges, vae_params, blind)[:, None]
-    return probability, mutual.gain(seen.reshape(B, G, -1), without, token, len(answer_ids_A))
+    without = first_token(job, judges, vae_params, blind)[:, None, answer_ids_A]
+    return probability, mutual.gain(seen[:, answer_ids_A].reshape(B, G, -1), without,
+                                    jnp.broadcast_to(answer_B[:, None], (B, G)))
 
   stack = lambda trees: trees and jax.tree.map(lambda *x: jnp.stack(x), *trees)
   asked = stack(inquiry.questions), stack(inquiry.blind), inquiry.answer_BQ.T

@@ -286,8 +286,10 @@ class BlindTest(absltest.TestCase):
     prompts = self.scene.tasks('understand')
     blind = inquiries.without_images(self.scene.job, prompts.examples['understand'])
     seen, without = (self.logits(p)[:, None] for p in (prompts.prompts['understand'], blind))
-    want = mutual.gain(np.repeat(seen, GROUP, axis=1), without, self.scene.tokens[:, :, 0],
-                       len(self.scene.job.data.answers))
+    ids = self.scene.job.answer_ids
+    number = [self.scene.job.data.answers.index(word) for word in ('red', 'two', 'yes', 'circle')]
+    want = mutual.gain(np.repeat(seen, GROUP, axis=1)[..., ids], without[..., ids],
+                       np.broadcast_to(number, (ROWS, GROUP)))
     value = self.scene.answers()[0]['mutual'].value_BG
     np.testing.assert_allclose(value, want, atol=1e-5)
     self.assertGreater(np.abs(value).max(), 1e-3)

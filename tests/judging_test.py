@@ -75,7 +75,7 @@ class ImagesTest(parameterized.TestCase):
       seen = self.logits(question, source=image)
       blind = self.logits(question, source=image, drop_vit=True)
       right.append(special.softmax(seen[ids])[mine])
-      log_q = lambda x: np.log(.95 * special.softmax(x)[ids[mine]] + .05 / len(ids))
+      log_q = lambda x: np.log(.95 * special.softmax(x[ids])[mine] + .05 / len(ids))
       gains.append(log_q(seen) - log_q(blind))
     return {**out, 'knowledge': np.mean(right), 'mutual': np.mean(gains) * number}
 

@@ -7,8 +7,8 @@ from scipy import special
 from lvrpo_jax.rewards import mutual
 
 
-def log_q(logits, token, candidates):
-  return np.log(.95 * special.softmax(logits)[token] + .05 / candidates)
+def log_q(logits, answer):
+  return np.log(.95 * special.softmax(logits)[answer] + .05 / len(logits))
 
 
 class GainTest(absltest.TestCase):
@@ -16,20 +16,20 @@ class GainTest(absltest.TestCase):
   def test_by_hand(self):
     rng = np.random.default_rng(0)
     seen, blind = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 1, 5))
-    token = rng.integers(0, 5, (2, 3))
-    want = np.array([[log_q(seen[b, g], t, 4) - log_q(blind[b, 0], t, 4)
-                      for g, t in enumerate(row)] for b, row in enumerate(token)])
-    np.testing.assert_allclose(mutual.gain(seen, blind, token, 4), want, atol=1e-5)
+    answer = rng.integers(0, 5, (2, 3))
+    want = np.array([[log_q(seen[b, g], a) - log_q(blind[b, 0], a) for g, a in enumerate(row)]
+                     for b, row in enumerate(answer)])
+    np.testing.assert_allclose(mutual.gain(seen, blind, answer), want, atol=1e-5)
 
   def test_sure_mistakes_and_missing_answers_are_bounded(self):
     seen, blind = np.array([[[90., 0.], [-90., 0.], [0., 0.]]]), np.array([[[90., 0.]]])
-    got = np.asarray(mutual.gain(seen, blind, np.array([[0, 0, -1]]), 2))
+    got = np.asarray(mutual.gain(seen, blind, np.array([[0, 0, -1]])))
     np.testing.assert_allclose(got, [[0., np.log(.025 / .975), np.log(.025)]], rtol=1e-5,
                                atol=1e-6)
 
   def test_q_is_a_distribution_over_answers(self):
     logits = np.random.default_rng(0).normal(size=6) * 9
-    values = mutual.log_q(np.broadcast_to(logits, (6, 6)), np.arange(6), 6)
+    values = mutual.log_q(np.broadcast_to(logits, (6, 6)), np.arange(6))
     self.assertAlmostEqual(float(np.exp(values).sum()), 1., places=5)
     self.assertGreaterEqual(values.min(), np.log(.05 / 6) - 1e-5)
 
@@ -43,7 +43,7 @@ class GainTest(absltest.TestCase):
     information = np.sum(joint * np.log(joint / (prior[:, None] * joint.sum(0))))
     t, v = np.unravel_index(rng.choice(9, 40_000, p=joint.ravel()), (3, 3))
     entropy = -np.mean(np.log(prior)[t])
-    bound = lambda q_VT: float(np.mean(mutual.log_q(np.log(q_VT)[v], t, 3))) + entropy
+    bound = lambda q_VT: float(np.mean(mutual.log_q(np.log(q_VT)[v], t))) + entropy
     self.assertBetween(bound((joint / joint.sum(0)).T), information - .03, information + .01)
     for sharp in (3., .01):  # Also of a judge that is sure and wrong.
       for _ in range(5):

@@ -13,23 +13,24 @@ SHARE = .05
 """Of a guess among the possible answers in q: one sure mistake should not drown a group."""
 
 
-def log_q(logits_V: Array, token: Array, candidates: int) -> Array:
+def log_q(logits_A: Array, answer: Array) -> Array:
   """`log q(answer)` in nats: the model's, mixed with a guess.
 
-  `q = (1 - SHARE) p + SHARE / candidates` on the answers. That is a distribution as well, of values
-  that are bounded from below, which a bound on the logarithm alone would not be.
+  `q = (1 - SHARE) p + SHARE / A`, where p is the model's among the A answers there may be. That is a
+  distribution as well, and one of values that are bounded from below, which a bound on the logarithm
+  alone would not be. Among all tokens p would also tell whether the model answers at once or thinks
+  first, and pictures would be paid for that.
 
   Args:
-    logits_V: of the answer's first token.
-    token: its id, (...).
-    candidates: number of possible answers, which differ in their first tokens.
+    logits_A: of the first tokens of the answers, in which these differ.
+    answer: its number, (...).
   """
-  logp = jax.nn.log_softmax(logits_V.astype(jnp.float32), axis=-1)
-  p = jnp.exp(jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0])
-  return jnp.log((1 - SHARE) * p + SHARE / candidates)
+  p_A = jax.nn.softmax(logits_A.astype(jnp.float32), axis=-1)
+  p = jnp.take_along_axis(p_A, answer[..., None], axis=-1)[..., 0]
+  return jnp.log((1 - SHARE) * p + SHARE / logits_A.shape[-1])
 
 
-def gain(seen_V: Array, blind_V: Array, token: Array, candidates: int) -> Array:
+def gain(seen_A: Array, blind_A: Array, answer: Array) -> Array:
   """`log q(answer | image, question) - log q(answer | question)`, in nats.
 
   Where the answer follows from the text T of a prompt and the image V was drawn for it, the mean of
@@ -38,16 +39,13 @@ def gain(seen_V: Array, blind_V: Array, token: Array, candidates: int) -> Array:
   For answers that the policy chose this is a pointwise information, and no bound.
 
   Args:
-    seen_V: logits (..., V) of the answer's first token after image and question.
-    blind_V: the same after the question alone; broadcasts.
-    token: ids (...) of the answer's first token; negative where there is no answer, which is worth
-      the least.
-    candidates: see `log_q`.
+    seen_A: logits (..., A) of the answers after image and question, see `log_q`.
+    blind_A: the same after the question alone; broadcasts.
+    answer: number (...) of the answer; negative where there is none, which is worth the least.
   """
-  known = jnp.maximum(token, 0)
-  blind_V = jnp.broadcast_to(blind_V, seen_V.shape)
-  value = log_q(seen_V, known, candidates) - log_q(blind_V, known, candidates)
-  return jnp.where(token < 0, math.log(SHARE / candidates), value)
+  known = jnp.maximum(answer, 0)
+  value = log_q(seen_A, known) - log_q(jnp.broadcast_to(blind_A, seen_A.shape), known)
+  return jnp.where(answer < 0, math.log(SHARE / seen_A.shape[-1]), value)
 
 
 def total(gain_QBG: Array, asked_BQ: Array, number_B: Array) -> Array:
