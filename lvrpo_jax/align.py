@@ -123,6 +123,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
   Raises:
     checkpoint.Preempted: asked to stop; the last whole iteration is saved.
     remote.JudgeUnavailable: the same holds.
+    ValueError: rollouts and replay do not agree, see `gaps.check`; the last checkpoint stays.
   """
   a = job.config.align
   aligner = aligner_lib.Aligner(job, params, vae_params, siglip_params)
@@ -139,7 +140,11 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
-      gaps.check(number, scalars, a.gap_limit)  # The record shows what ends a run.
+      try:
+        gaps.check(number, scalars, a.gap_limit)  # The record shows what ends a run.
+      except ValueError:  # In all processes: these numbers are everybody's.
+        store.close()
+        raise
       scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
     def fresh(names):

@@ -143,6 +143,20 @@ class RunTest(absltest.TestCase):
                                   save_every=3), ended)
     self.assertLen(asked, 2)
 
+  def test_a_gap_ends_the_run_and_a_higher_limit_goes_on(self):
+    iterate = Light.iterate
+    def gaping(aligner, tasks, iteration, *rest):
+      metrics, pictures = iterate(aligner, tasks, iteration, *rest)
+      return {**metrics, 'gap/generate': .3 if iteration == 4 else 0.}, pictures
+    self.enterContext(mock.patch.object(Light, 'iterate', gaping))
+    whole = self.run_job('whole', gap_limit=dict(images=.5), save_every=2)
+    with self.assertRaisesRegex(ValueError, 'iteration 4: gap/generate is 0.3, .*images is 0.1'):
+      self.run_job('ended', gap_limit=dict(images=.1), save_every=2)
+    self.assertEqual(self.steps('ended'), {2})  # Not the one that the gap is of,
+    self.assertEqual(self.lines('ended')[-1]['gap/generate'], .3)  # which is on record.
+    self.assertEqual(self.run_job('ended', gap_limit=dict(images=.5), save_every=2), whole)
+    self.assertEqual(self.lines('ended'), self.lines('whole'))
+
   def test_asked_to_stop_before_the_first_update_it_has_nothing_to_save(self):
     with self.assertRaisesRegex(checkpoint.Preempted, 'after iteration 0 of 8'):
       self.run_job('stopped', interrupt=1)

@@ -216,6 +216,7 @@ class ConfigTest(absltest.TestCase):
     config.parallel.update(mesh=(2, 4, 1), rollout_mesh=(8, 1, 1), micro_batches=2, group_parts=4,
                            joint=True)
     config.update(log_every=60, report=False, workers=2, topology='v5p:4x4x4')
+    config.align.gap_limit.images = .5
     config.sample.prompt, config.convert.shards, config.compile.image_size = 'a dog', 3, 64
     checkpoint.check_config(workdir, config)
     found = json.loads((workdir / 'config.json').read_text())
