@@ -137,7 +137,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.graded = True
   # Questions of a prompt that are asked about each of its images in an iteration, the next ones in
   # the next: 'knowledge' is the mean over them. At as many as a prompt has (4 in the shapes world)
-  # 'mutual' is the whole lower bound on the information, at fewer an estimate of it
+  # 'mutual' is their whole sum, at fewer an estimate of it
   config.align.questions = 1
   config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
       url='',  # such as http://localhost:8000/score
@@ -215,9 +215,9 @@ def get_config() -> config_dict.ConfigDict:
       target=r'trunk/layers/(und|gen)/(q|k|v|o|gate|up|down)_proj/kernel$'))  # parameter names
   # Largest |log-ratio| between rollout and replay before an update; more ends the run. 0: any
   config.align.gap_limit = config_dict.ConfigDict(dict(
-      texts=1e-4,  # of a token, as teacher forcing scores it
+      texts=1e-5,  # of a token, as teacher forcing scores it
       decode=1e-3,  # of a token, between decoding and teacher forcing
-      images=1e-4))  # of a step, a mean over latents; keep it well below image_clip
+      images=1e-5))  # of a step, a mean over latents; well below image_clip
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
   config.align.clip_norm = 1.

@@ -69,6 +69,10 @@ def check(job: job_lib.Job):
   if a.objective in losses.REPLAYED and a.guidance != measured:
     logging.warning('config.align.guidance is %g and config.evaluate.guidance is %g: one policy is '
                     'trained, and another one is scored', a.guidance, measured)
+  if a.objective in losses.REPLAYED and a.gap_limit.images > a.image_clip / 5:
+    logging.warning('config.align.gap_limit.images is %g and config.align.image_clip %g: at most a '
+                    'fifth of the clip range would keep gaps from being taken for updates',
+                    a.gap_limit.images, a.image_clip)
   if a.lora.rank:
     jax.eval_shape(lambda: lora.init(unified.init(job.policy.config, jax.random.key(0)),
                                      a.lora.rank, a.lora.target, jax.random.key(0)))

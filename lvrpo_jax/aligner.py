@@ -121,8 +121,8 @@ class Aligner:
 
   @property
   def params(self) -> types.Params:
-    """The policy as it is now, adapters merged: a tree of its own, which what trains never makes.
-    """
+    """The policy as it is now: adapters merged into a new tree, or the state's own parameters,
+    which the next step takes."""
     return self._whole(self._policy(self.state.params))
 
   @property
@@ -154,9 +154,15 @@ class Aligner:
     c, rounds = self.collector, self.job.config.align.refill
     found, metrics = self._sample(tasks, iteration, check)
     if rounds:
-      found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, lambda names: (
-          self._sample(draw(names), iteration, check)[0]))
-      metrics.update(filled)
+      drifts = [metrics[gaps.DECODE]] if gaps.DECODE in metrics else []
+
+      def again(names):
+        fresh, of_round = self._sample(draw(names), iteration, check)
+        drifts.extend([of_round[gaps.DECODE]] if gaps.DECODE in of_round else [])
+        return fresh
+      found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, again)
+      metrics.update(filled, **({gaps.DECODE: functools.reduce(jnp.maximum, drifts)} if drifts
+                                else {}))
     batch = {}
     for task, s in found.items():
       advantage = c.advantages[task](s.rewards)
@@ -195,7 +201,8 @@ class Aligner:
       metrics[gaps.DECODE] = functools.reduce(jnp.maximum, [t.drift for t in texts.values()])
     return out, {**metrics, **asked.metrics()}
 
-  def velocities(self, params: types.Params | lora.Adapted, batch: dict[str, Any]) -> dict[str, jax.Array]:
+  def velocities(self, params: types.Params | lora.Adapted, batch: dict[str, Any]
+                 ) -> dict[str, jax.Array]:
     """Velocities of any policy at the points of a batch."""
     images = {t: b for t, b in batch.items() if t not in pipeline.TEXTS}
     if not images:

@@ -191,7 +191,8 @@ class Collector:
         start = stop
     return texts, images, pixels
 
-  def rollout(self, policies: tuple[types.Params, ...], vae_params, tasks: Tasks, iteration: int):
+  def rollout(self, policies: tuple[types.Params | lora.Adapted, ...], vae_params, tasks: Tasks,
+              iteration: int):
     """Dispatches the rollouts of an iteration; see `sample`.
 
     Texts and pixels come back on the job's mesh; trajectories stay where they are until

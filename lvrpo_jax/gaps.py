@@ -21,6 +21,10 @@ from lvrpo_jax.objectives import flow as flow_objectives
 
 Array = jax.Array
 
+STAND_IN = .1
+"""Deviation of a step without noise, which has no density: about that of the others. Latents that
+were rounded to 16 bits then show."""
+
 DECODE = 'gap/decode'
 """Metric: largest |log-ratio| of a token between decoding and teacher forcing."""
 
@@ -35,7 +39,7 @@ def of_images(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
   - the logarithm of the ratio of their deviations, likewise;
   - `mean(d^2) / (2 std^2)`, with d from `mean + std * noise` as recorded to the latents that the
     rollout went on from: the KL of two such Gaussians.
-  A step without noise has no density. The deviation 1, that of noise at t = 1, stands in.
+  The deviation of a step without noise is `STAND_IN`.
 
   Args:
     v_BMNC: velocities at `transitions`, of the policy that drew.
@@ -45,7 +49,7 @@ def of_images(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
   if latents_BGNC is not None:
     s = s.replace(next_BMNC=s.next_BMNC.at[:, -group:].set(latents_BGNC))
   mean, std_BM11 = losses.transition(sampler, v_BMNC, s)
-  old, new = (jnp.where(x > 0, x, 1.) for x in (s.std_BM, std_BM11[..., 0, 0]))
+  old, new = (jnp.where(x > 0, x, STAND_IN) for x in (s.std_BM, std_BM11[..., 0, 0]))
   axes = flow_objectives.TOKENS
   missed = s.next_BMNC - (s.mean_BMNC + s.std_BM[..., None, None] * s.noise_BMNC)
   gap_BM = jnp.maximum(
@@ -80,8 +84,9 @@ def check(number: int, scalars: Mapping[str, float], limits: Mapping[str, float]
       raise ValueError(
           f'iteration {number}: {name} is {gap:g}, config.align.gap_limit.{kind} is '
           f'{limits[kind]:g}: before any update, the policy gives samples other densities than '
-          'those they were drawn with, so ratios mean nothing. Compute in float32, or raise the '
-          'limit where you know why: the same command then goes on from the last checkpoint')
+          'those they were drawn with, so ratios mean nothing. Compute in float32 in another '
+          'workdir; or, where you know why, raise the limit: this run then goes on where it was '
+          'saved last')
 
 
 def _limit_of(name: str) -> str:

@@ -21,9 +21,8 @@ class Inquiry:
   """Up to Q questions about each of the images that were drawn for B prompts.
 
   Attributes:
-    questions: the first, the second, ... of every prompt; an image takes the place of their blank
-      one.
-    blind: the same without an image, or None.
+    questions: the first, the second, ... of every prompt, without pictures.
+    blind: the same with the place of the image masked, or None.
     answer_BQ: numbers of the right answers.
     asked_BQ: False where a prompt has fewer questions.
     number_B: questions that a prompt has.
@@ -47,13 +46,18 @@ def derived(job: job_lib.Job, examples: Sequence[pipeline.Example], iteration: i
            for e, pairs in zip(examples, filled)] for q in range(most)]
   answer_BQ = np.array([[job.data.answers.index(answer) if answer else 0 for _, answer in pairs]
                         for pairs in filled], np.int32)
+  # The blank pictures stay here: what is asked about takes their place.
+  bare = lambda row: job.place(job.encoder(pipeline.UNDERSTAND, row).prompts.replace(
+      source_BYXC=np.zeros((len(row), 0, 0, 3), np.uint8)))
   return Inquiry(
-      tuple(job.place(job.encoder(pipeline.UNDERSTAND, row).prompts) for row in rows),
-      tuple(without_images(job, row) for row in rows) if blind else None,
+      tuple(map(bare, rows)), tuple(bare(_masked(row)) for row in rows) if blind else None,
       *job.place((answer_BQ, asked_BQ, np.array([len(e.questions) for e in examples], np.float32))))
 
 
 def without_images(job: job_lib.Job, examples: Sequence[pipeline.Example]) -> types.Prompts:
-  """Questions alone."""
-  alone = [dataclasses.replace(e, drop_vit=True) for e in examples]
-  return job.place(job.encoder(pipeline.UNDERSTAND, alone).prompts)
+  """Questions whose images are masked."""
+  return job.place(job.encoder(pipeline.UNDERSTAND, _masked(examples)).prompts)
+
+
+def _masked(examples: Sequence[pipeline.Example]) -> list[pipeline.Example]:
+  return [dataclasses.replace(e, drop_vit=True) for e in examples]

@@ -112,9 +112,8 @@ class Job:
     """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
 
     Callers hold parameters (of one policy, or a tuple of several, with adapters or without) and
-    prompts on the job's mesh.
-    They are moved to that of rollouts, and kernels are rounded; what comes back lies there, see
-    `place_rows`.
+    prompts on the job's mesh. They are moved to that of rollouts, and kernels are rounded; what
+    comes back lies there, see `place_rows`.
     """
     compiled = self.compile(function, self.rollout_mesh)
     elsewhere = self.rollout_mesh is not self.mesh
@@ -122,7 +121,8 @@ class Job:
       return compiled
 
     shapes = jax.eval_shape(lambda: unified.init(self.policy.config, jax.random.key(0)))
-    move = jax.jit(lambda x: self.rounded(lora.whole(x)), out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
+    move = jax.jit(lambda x: self.rounded(lora.whole(x)),
+                   out_shardings=sharding.tree_shardings(shapes, self.rollout_mesh))
 
     def run(params, vae_params, prompts, *rest):
       if elsewhere:

@@ -111,7 +111,9 @@ def _ask(job: job_lib.Job, answer_ids_A: Array, judges: Judges, vae_params: type
     probability = knowledge.answer_probabilities(seen, answer_ids_A).reshape(B, G, -1)
     if blind is None:
       return probability, None
-    without = first_token(job, judges, vae_params, blind)[:, None, answer_ids_A]
+    blank = jnp.zeros((B, *flat.shape[1:]), flat.dtype)
+    without = first_token(job, judges, vae_params, blind.replace(source_BYXC=blank))
+    without = without[:, None, answer_ids_A]
     return probability, mutual.gain(seen[:, answer_ids_A].reshape(B, G, -1), without,
                                     jnp.broadcast_to(answer_B[:, None], (B, G)))
 

@@ -90,8 +90,12 @@ def start_processes() -> None:
       logging.info('one process: %s', error)
 
 
-def prepare(workdir: pathlib.Path) -> None:
+def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Process-wide settings, before the first computation."""
+  if config.model.dtype == 'float32' and 'JAX_DEFAULT_MATMUL_PRECISION' not in os.environ:
+    # Accelerators else take fewer bits for products of float32, and no two passes would agree to
+    # `align.gap_limit`.
+    jax.config.update('jax_default_matmul_precision', 'highest')
   if cpu_only():
     # Halves the compile time of LLVM on CPU; steps are as fast, for their time is in libraries.
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
@@ -124,7 +128,7 @@ def execute(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Any:
   """Runs the program of a config; one that stops early ends the process, its status says why."""
   try:
     config_lib.validate(config)
-    prepare(workdir)
+    prepare(config, workdir)
     if config.program not in ('compile', 'describe'):
       start_processes()
     elif config.topology and 'JAX_PLATFORMS' not in os.environ:

@@ -32,14 +32,16 @@ def transitions(rollout: types.ImageRollout, steps: np.ndarray, grid: Array, eta
   """Cuts steps out of a trajectory; row m = k * G + g."""
   rows, group = rollout.latents_BGNC.shape[:2]
   count = len(steps)
-  def cut(x_TBGNC):
-    x_BKGNC = jnp.moveaxis(x_TBGNC[steps], 0, 1)
+  def cut(x_KBGNC):
+    x_BKGNC = jnp.moveaxis(x_KBGNC, 0, 1)
     return x_BKGNC.reshape(rows, count * group, *x_BKGNC.shape[3:])
   wide = lambda x_T: jnp.broadcast_to(jnp.repeat(x_T[steps], group), (rows, count * group))
-  after_TBGNC = jnp.concatenate([rollout.x_TBGNC[1:], rollout.latents_BGNC[None]])
+  last = len(rollout.x_TBGNC) - 1
+  after_KBGNC = jnp.stack([rollout.latents_BGNC if step == last else rollout.x_TBGNC[step + 1]
+                           for step in steps])
   return types.Transitions(
-      x_BMNC=cut(rollout.x_TBGNC), next_BMNC=cut(after_TBGNC), time_BM=wide(rollout.time_T),
+      x_BMNC=cut(rollout.x_TBGNC[steps]), next_BMNC=cut(after_KBGNC), time_BM=wide(rollout.time_T),
       next_time_BM=wide(rollout.next_time_T),
       first_time_BM=jnp.broadcast_to(grid[1], (rows, count * group)), eta_BM=wide(eta_T),
-      noise_BMNC=cut(rollout.noise_TBGNC), mean_BMNC=cut(rollout.mean_TBGNC),
+      noise_BMNC=cut(rollout.noise_TBGNC[steps]), mean_BMNC=cut(rollout.mean_TBGNC[steps]),
       std_BM=wide(rollout.std_T))

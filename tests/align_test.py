@@ -116,6 +116,19 @@ class IterationTest(parameterized.TestCase):
     for task in ('generate', 'understand'):
       self.assertGreater(float(aligner.gaps(batch)[f'gap/{task}']), 1e-3)
 
+  def test_the_gap_of_decoding_is_that_of_all_rounds(self):
+    aligner, tasks = self.make(refill=1, generate=0)
+    sample, rounds = aligner._sample, []
+
+    def with_drift(*args):
+      found, metrics = sample(*args)
+      rounds.append(.25 * len(rounds))
+      return found, {**metrics, gaps.DECODE: jnp.float32(rounds[-1])}
+    aligner._sample = with_drift
+    _, metrics, _ = aligner.collect(tasks, 1, lambda names: tasks)
+    self.assertEqual(rounds, [0., .25])
+    self.assertEqual(float(metrics[gaps.DECODE]), .25)
+
   def test_images_are_drawn_and_replayed_by_the_old_policy(self):
     aligner, tasks = self.make(updates=2)
     batch, _, pictures = aligner.collect(tasks, 1)

@@ -76,6 +76,7 @@ class AskedTest(absltest.TestCase):
           time.sleep(.05)
           asked.result('edit')
         raised.append(type(caught.exception))
+        self.assertEqual(questions, [False, error is other, error is away][:len(questions)])
       self.assertEqual(raised, [kind, kind], errors)
 
 

@@ -106,7 +106,7 @@ class GapTest(parameterized.TestCase):
     self.assertEqual(steps.x_BMNC.dtype, jnp.float32)
     rounded = steps.replace(x_BMNC=steps.x_BMNC.astype(jnp.bfloat16).astype(jnp.float32))
     gap = self.gaps(self.changed('generate', transitions=rounded, x_BMNC=rounded.x_BMNC))
-    self.assertGreater(gap['gap/generate'], 10 * NONE)
+    self.assertGreater(gap['gap/generate'], LIMITS.images)
 
   @parameterized.parameters(
       ('generate', 'guidance_BM', lambda x: x - .5), ('edit', 'guidance_BM', lambda x: None),
@@ -121,7 +121,7 @@ class GapTest(parameterized.TestCase):
     batch = self.changed(task, **{field: change(getattr(self.batch[task], field))})
     kind = 'texts' if task in pipeline.TEXTS else 'images'
     with self.assertRaisesRegex(
-        ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 0.0001'):
+        ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 1e-05'):
       gaps.check(3, self.gaps(batch), LIMITS)
 
 
@@ -141,8 +141,9 @@ class FinalImagesTest(parameterized.TestCase):
   @parameterized.parameters(*TASKS)
   def test_are_the_ones_that_were_drawn(self, task):
     gaps.check(1, self.changed(task, lambda x: x), dict.fromkeys(LIMITS, NONE))
-    for change in (lambda x: x + .1, lambda x: x[::-1], lambda x: 1.1 * x):
-      with self.assertRaisesRegex(ValueError, f'gap/{task} is .*gap_limit.images is 0.0001'):
+    rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+    for change in (lambda x: x + .1, lambda x: x[::-1], lambda x: 1.1 * x, rounded):
+      with self.assertRaisesRegex(ValueError, f'gap/{task} is .*gap_limit.images is 1e-05'):
         gaps.check(1, self.changed(task, change), LIMITS)
 
 
@@ -155,6 +156,10 @@ class MeasurementTest(absltest.TestCase):
     with self.assertNoLogs(level='WARNING'):
       align.check(build(guidance=4., objective='nft'))  # Trains the plain one.
       align.check(build())
+    for settings in (dict(gap_limit=dict(images=3e-4)), dict(image_clip=2e-6)):
+      with self.assertLogs(level='WARNING') as logged:
+        align.check(build(**settings))
+      self.assertIn('a fifth of the clip range', logged.output[0])
 
   def test_pictures_are_measured_as_configured(self):
     job = build()

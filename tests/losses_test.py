@@ -77,9 +77,10 @@ def image_case(B, G, K, N, C, prompts, seed=0, objective='nft'):
   steps = None
   if objective in losses.REPLAYED:
     steps = types.Transitions(
-        x_BMNC=x, next_BMNC=x, time_BM=time, next_time_BM=time - .2, first_time_BM=np.full((B, M), .95),
-        eta_BM=np.full((B, M), .7), noise_BMNC=draw(B, M, N, C), mean_BMNC=x + .1 * draw(
-            B, M, N, C), std_BM=rng.uniform(.1, .4, (B, M)))
+        x_BMNC=x, next_BMNC=x, time_BM=time, next_time_BM=time - .2,
+        first_time_BM=np.full((B, M), .95), eta_BM=np.full((B, M), .7),
+        noise_BMNC=draw(B, M, N, C), mean_BMNC=x + .1 * draw(B, M, N, C),
+        std_BM=rng.uniform(.1, .4, (B, M)))
   valid = np.ones((B, G), bool)
   valid[1, 0] = False
   return types.ImageExperience(

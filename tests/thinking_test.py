@@ -102,8 +102,8 @@ class ThinkingTest(absltest.TestCase):
     K, N, C = 2, 3, 5
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     wide = draw(B, K * G)
-    steps = types.Transitions(draw(B, K * G, N, C), draw(B, K * G, N, C), *([wide] * 4), draw(B, K * G, N, C),
-                              draw(B, K * G, N, C), wide)
+    x = lambda: draw(B, K * G, N, C)
+    steps = types.Transitions(x(), x(), *([wide] * 4), x(), x(), wide)
     image = types.ImageExperience(None, draw(B, G, N, C), steps, steps.x_BMNC, wide, None, None,
                                   None, None)
     plan = types.TextExperience(self.prompts, self.tokens, draw(B, G, 5), self.mask, draw(B), None,

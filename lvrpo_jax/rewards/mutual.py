@@ -16,10 +16,10 @@ SHARE = .05
 def log_q(logits_A: Array, answer: Array) -> Array:
   """`log q(answer)` in nats: the model's, mixed with a guess.
 
-  `q = (1 - SHARE) p + SHARE / A`, where p is the model's among the A answers there may be. That is a
-  distribution as well, and one of values that are bounded from below, which a bound on the logarithm
-  alone would not be. Among all tokens p would also tell whether the model answers at once or thinks
-  first, and pictures would be paid for that.
+  `q = (1 - SHARE) p + SHARE / A`, where p is the model's among the A answers there may be. That is
+  a distribution as well, and one of values that are bounded from below, which a bound on the
+  logarithm alone would not be. Among all tokens p would also tell whether the model answers at once
+  or thinks first, and pictures would be paid for that.
 
   Args:
     logits_A: of the first tokens of the answers, in which these differ.
@@ -36,7 +36,9 @@ def gain(seen_A: Array, blind_A: Array, answer: Array) -> Array:
   Where the answer follows from the text T of a prompt and the image V was drawn for it, the mean of
   `log q(T | V)` plus the entropy of T is a lower bound on I(T; V) for any q (Barber and Agakov
   2003, eq. 3). Answers to questions about T are functions of T, and q may be a product over them.
-  For answers that the policy chose this is a pointwise information, and no bound.
+  What is subtracted here is the model's own cross-entropy, no less than that entropy: a constant of
+  the prompts, by which the mean may exceed the information. For answers that the policy chose this
+  is a pointwise information, and no bound.
 
   Args:
     seen_A: logits (..., A) of the answers after image and question, see `log_q`.
