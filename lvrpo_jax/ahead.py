@@ -207,7 +207,9 @@ def programs(job: job_lib.Job) -> dict[str, Callable[[], Traced]]:
     scales = abstract(collector.eta_T, NamedSharding(mesh, P()))
     held = {weights.BASE: mine, weights.VAE: vae(mesh)}
     arguments = (mine,), held[weights.VAE], asked, step, scales
-    return Traced(jax.jit(collector.sample), arguments, mesh, held, bytes_of(state),
+    # The copy of the other rollout, of texts or of images, is made before this one has ended.
+    resident = bytes_of(state) + (bytes_of(mine) if job.copies_weights else 0.)
+    return Traced(jax.jit(collector.sample), arguments, mesh, held, resident,
                   job.config.data.answer_words + 1)
 
   def train() -> Traced:
@@ -329,7 +331,7 @@ def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   job = build(config, workdir) if config.topology else job_lib.build(config, workdir)
   total = whole = 0.
   rows = [('parameter', 'shape', 'partition', 'bytes a device')]
-  for kind in (weights.BASE, weights.VAE):
+  for kind in (weights.BASE, weights.VAE, weights.JUDGE):
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights.template(job, kind)):
       size = bytes_of(leaf)
       total, whole = total + size, whole + np.prod(leaf.shape) * leaf.dtype.itemsize

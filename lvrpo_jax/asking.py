@@ -1,15 +1,32 @@
-"""What a remote judge was asked in an iteration, and a wait that all processes end together."""
+"""What a remote judge was asked in an iteration, and waits that end where a run should stop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent import futures
+import time
+
+import jax
 
 from lvrpo_jax import checkpoint
 from lvrpo_jax.rewards import remote
 
 POLL_S = 1.
 """Seconds between two looks at whether to stop."""
+
+
+LOOK_S = .02
+"""Seconds between two looks at what devices compute."""
+
+
+def until_ready(x: jax.Array, check: Callable[[], None]) -> None:
+  """Waits for what devices compute, and asks meanwhile whether to stop; `check` may raise.
+
+  Of several processes none may look by itself, for all have to stop at one place.
+  """
+  while jax.process_count() == 1 and not x.is_ready():
+    check()
+    time.sleep(LOOK_S)
 
 
 class Asked:
@@ -49,6 +66,10 @@ class Asked:
           f'the remote judge of another process failed for {task!r}; its log says why. Run the '
           'same command: the run resumes from its checkpoint.')
     return future.result()
+
+  def until_ready(self, x: jax.Array) -> None:
+    """Waits for samples, see above."""
+    until_ready(x, self._check)
 
   def metrics(self) -> dict[str, float]:
     """Counts of all calls, see `remote.Scored`; after `result`."""

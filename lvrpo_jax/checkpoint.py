@@ -50,6 +50,8 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path, keep: int = 2, best: int = 0):
     """Keeps the newest `keep`, and the `best` ones of highest score."""
     self._folder = folder.resolve()
+    # What the end of a process left of saves; the manager may clear it away.
+    self._cut_off = sorted(path.name for path in self._folder.glob('[0-9]*.orbax-checkpoint-tmp*'))
     policies = [preservation_policy.LatestN(keep)]
     if best:
       policies.append(preservation_policy.BestN(
@@ -92,8 +94,9 @@ class Checkpoints:
     """The newest complete (state, record), of at most step `newest`, laid out like `target`; None
     where nothing has been saved.
 
-    A checkpoint that cannot be read is set aside as `<step>.unreadable<n>`, with a warning, and
-    the one before is used; the same step can then be saved again.
+    A save that was cut off is skipped, with a warning. A checkpoint that cannot be read is set aside
+    as `<step>.unreadable<n>`, with a warning, and the one before is used; the same step can then be
+    saved again.
 
     Raises:
       ValueError: a checkpoint holds other arrays than `target`, or none can be read. Everything
@@ -102,6 +105,11 @@ class Checkpoints:
     self._manager.wait_until_finished()
     steps = agreed([s for s in sorted(self._manager.all_steps(), reverse=True)
                     if newest is None or s <= newest])
+    latest = -1 if self.latest() is None else self.latest()
+    cut_off = [name for name in self._cut_off if int(name.split('.')[0]) > latest]
+    if cut_off and jax.process_index() == 0:
+      logging.warning('in %s a save was cut off and is skipped: %s', self._folder,
+                      ', '.join(cut_off))
     unreadable = []
     for step in steps:
       out, error = self._read(step, target)

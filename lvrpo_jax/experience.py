@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import functools
 from typing import Any, NamedTuple
 
@@ -207,19 +207,28 @@ class Collector:
       parts = [part for writes in (True, False) if (part := {
           task: p for task, p in tasks.prompts.items()
           if (task == pipeline.UNDERSTAND) == writes})]
-    found = [self._rollout(policies, vae_params, prompts, jnp.int32(iteration),
-                           self.noise_scales(iteration)) for prompts in parts]
+    found = [self._rollout(self.needed(policies, prompts), vae_params, prompts,
+                           jnp.int32(iteration), self.noise_scales(iteration)) for prompts in parts]
     texts, images, pixels = ({t: x for part in found for t, x in part[n].items()}
                              for n in range(3))
     return self.job.place_rows(texts), images, self.job.place_rows(pixels)
+
+  def needed(self, policies: tuple[types.Params | lora.Adapted, ...], names: Iterable[str]
+             ) -> tuple[types.Params | lora.Adapted, ...]:
+    """The policies that tasks read: the one that writes, the one that draws, or both."""
+    writes = pipeline.UNDERSTAND in names or pipeline.THINK in names
+    draws = any(task != pipeline.UNDERSTAND for task in names)
+    return policies[:1] if not draws else policies if writes else policies[-1:]
 
   def ask(self, tasks: Tasks, texts: dict[str, types.TextRollout], pixels: dict[str, Array],
           iteration: int, check: Callable[[], None] = lambda: None) -> asking.Asked:
     """Sends what was sampled to the remote judge; the scores come later, see `asking`."""
     out = {}
     for task in (t for t in self._remote_tasks if t in tasks.prompts):
-      outputs = (self._texts(texts[task].tokens_BGT) if task == pipeline.UNDERSTAND else
-                 sharding.local_rows(pixels[task]))
+      samples = texts[task].tokens_BGT if task == pipeline.UNDERSTAND else pixels[task]
+      asking.until_ready(samples, check)
+      outputs = (self._texts(samples) if task == pipeline.UNDERSTAND else
+                 sharding.local_rows(samples))
       out[task] = self.remote.submit(task, tasks.examples[task], outputs, iteration)
     return asking.Asked(out, check)
 
@@ -240,6 +249,7 @@ class Collector:
     judged = self._judge_images(judges, vae_params, pixels, *job.place((
         job.captions(prompts) if 'semantic' in wanted else None,
         job_lib.key_words(job, prompts) if 'dense' in wanted else None)), inquiry)
+    asked_remote.until_ready(pixels)
     images, facts = sharding.local_rows(pixels), {}
     everywhere = np.ones(images.shape[:2], bool)
     has_question = np.array([bool(e.questions) for e in examples])[:, None] & everywhere
@@ -263,6 +273,7 @@ class Collector:
     """Reward components of answers, and facts for the log: see `reward_metrics`."""
     job, task = self.job, pipeline.UNDERSTAND
     examples = tasks.examples[task]
+    asked_remote.until_ready(tokens_BGT)
     texts = self._texts(tokens_BGT)
     wanted = self.weights(task)
     words = [[job.data.read_answer(text) for text in row] for row in texts]

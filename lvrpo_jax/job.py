@@ -98,6 +98,11 @@ class Job:
     where = sharding.rows_sharding(self.mesh)
     return jax.tree.map(lambda x: jax.device_put(x, where) if x.ndim else x, rows)
 
+  @property
+  def copies_weights(self) -> bool:
+    """Whether rollouts read copies of the weights: on another mesh, or in other numbers."""
+    return self.rollout_mesh is not self.mesh or self.config.model.dtype != 'float32'
+
   def rollout_dtype(self, name: str, dtype: Any) -> Any:
     """Of a parameter in rollouts: kernels, which every pass rounds anyway, in the compute dtype."""
     rounded = name.endswith(('kernel', 'embed_tokens')) and jnp.issubdtype(dtype, jnp.floating)
@@ -117,7 +122,7 @@ class Job:
     """
     compiled = self.compile(function, self.rollout_mesh)
     elsewhere = self.rollout_mesh is not self.mesh
-    if not elsewhere and self.config.model.dtype == 'float32':
+    if not self.copies_weights:
       return compiled
 
     shapes = jax.eval_shape(lambda: unified.init(self.policy.config, jax.random.key(0)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
 
+from absl import logging
 from jax.sharding import Mesh, PartitionSpec as P
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -77,6 +79,13 @@ def _check_whole(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
                      'layout.TABLE, or to layout.WHOLE if every device should hold all of it')
 
 
+@functools.cache
+def _warn_whole(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+  """Once for each, for sizes of the judge are no reason to refuse a mesh."""
+  logging.warning('%s of shape %s, of the judge, does not divide over parallel.mesh = %s: every '
+                  'device holds all of it', name, shape, sizes)
+
+
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """Partition of one parameter, or of a part of the state that is `RESTING`.
 
@@ -92,6 +101,8 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   if JUDGE.search(name):
     fits = math.prod(shape) > SMALL and not any(
         axis and size % mesh.shape[axis] for size, axis in zip(shape, spec))
+    if math.prod(shape) > SMALL and not fits and any(spec):
+      _warn_whole(name, shape, tuple(mesh.shape.values()))
     return P(*spec) if fits else P()
   for size, axis in zip(shape, spec):
     if axis and size % mesh.shape[axis]:

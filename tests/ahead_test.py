@@ -109,7 +109,7 @@ class DescribeTest(absltest.TestCase):
     self.assertRegex(found['base/trunk/layers/und/q_proj/kernel'],
                      r'\(2, 16, 16\) +\(-, fsdp, tensor\) +2,048$')
     job = job_lib.build(tiny.get_config(), pathlib.Path('unused'))
-    leaves = [leaf for kind in (weights.BASE, weights.VAE)
+    leaves = [leaf for kind in (weights.BASE, weights.VAE, weights.JUDGE)
               for leaf in jax.tree.leaves(weights.template(job, kind))]
     self.assertLen(found, len(leaves))
     size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -16,6 +16,35 @@ SCORED = remote.Scored(np.ones((1, 1), np.float32), np.ones((1, 1), bool),
                        {'asked': 1., 'failed': 0.})
 
 
+class ReadyTest(absltest.TestCase):
+
+  def samples(self, looks):
+    """Ready at the last of so many looks."""
+    array = mock.Mock()
+    array.is_ready.side_effect = [False] * (looks - 1) + [True]
+    return array
+
+  def test_devices_are_waited_for(self):
+    checks, array = [], self.samples(4)
+    asking.until_ready(array, lambda: checks.append(1))
+    self.assertLen(checks, 3)
+    asking.until_ready(self.samples(1), self.fail)
+
+  def test_a_stop_does_not_wait_for_them(self):
+    def stop():
+      raise checkpoint.Preempted('asked to stop')
+    array = self.samples(100)
+    with self.assertRaises(checkpoint.Preempted):
+      asking.Asked({}, stop).until_ready(array)
+    array.is_ready.assert_called_once()
+
+  def test_processes_do_not_look_by_themselves(self):
+    array = self.samples(4)
+    with mock.patch.object(asking.jax, 'process_count', return_value=2):
+      asking.until_ready(array, self.fail)
+    array.is_ready.assert_not_called()
+
+
 class AskedTest(absltest.TestCase):
 
   def future(self, delay, **outcome):

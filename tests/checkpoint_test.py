@@ -120,7 +120,12 @@ class CheckpointsTest(parameterized.TestCase):
   def test_half_written_checkpoint_is_no_checkpoint(self):
     self.save(1)
     shutil.copytree(self.folder / '1', self.folder / '2.orbax-checkpoint-tmp-0')
-    self.assertEqual(self.restore()[1], {'iteration': 1})
+    with self.assertLogs(level='WARNING') as logged:
+      self.assertEqual(self.restore()[1], {'iteration': 1})
+    self.assertIn('a save was cut off and is skipped: 2.orbax-checkpoint-tmp-0', logged.output[0])
+    with self.assertNoLogs(level='WARNING'):
+      self.save(2)
+      self.assertEqual(self.restore()[1], {'iteration': 2})
 
   @parameterized.product(
       name=('state/ocdbt.process_0/d/*', 'state/manifest.ocdbt', 'state/_METADATA',
@@ -129,7 +134,9 @@ class CheckpointsTest(parameterized.TestCase):
   def test_damaged_newest_is_skipped(self, name, truncate):
     self.save(1, 2)
     self.damage(2, name, truncate)
-    state, record = self.restore()
+    with self.assertLogs(level='WARNING') as logged:
+      state, record = self.restore()
+    self.assertIn('checkpoint of step 2 cannot be read', ' '.join(logged.output))
     self.assertEqual(record, {'iteration': 1})
     jax.tree.map(np.testing.assert_array_equal, state, make_state(1))
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from configs import tiny
 from lvrpo_jax import align
+from lvrpo_jax import asking
 from lvrpo_jax import experience
 from lvrpo_jax import inquiries
 from lvrpo_jax import job as job_lib
@@ -25,6 +26,7 @@ from lvrpo_jax.rewards import rules
 from tests import noise
 
 ROWS, GROUP = 3, 4
+NOBODY = asking.Asked({}, lambda: None)
 GIVEN = {}
 """What `own_reward` gives."""
 
@@ -72,11 +74,11 @@ class Scene:
 
   def images(self, task='generate', judges=None, vae=None, **kwargs):
     return self.collector.image_rewards(task, self.tasks(task, **kwargs), self.pixels,
-                                        judges or self.judges(), vae or self.vae, 1, {})
+                                        judges or self.judges(), vae or self.vae, 1, NOBODY)
 
   def answers(self, judges=None, vae=None, **kwargs):
     return self.collector.text_rewards(self.tasks('understand', **kwargs), self.tokens,
-                                       judges or self.judges(), vae or self.vae, {})
+                                       judges or self.judges(), vae or self.vae, NOBODY)
 
 
 class WeightsTest(parameterized.TestCase):

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import special
 
 from configs import tiny
+from lvrpo_jax import asking
 from lvrpo_jax import experience
 from lvrpo_jax import inquiries
 from lvrpo_jax import job as job_lib
@@ -20,6 +21,7 @@ from lvrpo_jax.data import pipeline
 from tests import noise
 
 ROWS, GROUP, QUESTIONS, TOP = 3, 2, 2, 2
+NOBODY = asking.Asked({}, lambda: None)
 COMPONENTS = ('semantic', 'dense', 'knowledge', 'mutual')
 
 
@@ -89,7 +91,7 @@ class ImagesTest(parameterized.TestCase):
     examples.append(next(e for e in rows if number(e) == 2 and e not in examples))
     tasks = experience.Tasks({task: examples}, {})
     found, _ = self.collector.image_rewards(task, tasks, jnp.asarray(self.pixels), self.judges,
-                                            self.vae, iteration, {})
+                                            self.vae, iteration, NOBODY)
     want = [[self.oracle(e, image, iteration) for image in group]
             for e, group in zip(examples, self.pixels)]
     self.assertEqual(found.keys(), set(COMPONENTS))
@@ -104,7 +106,7 @@ class ImagesTest(parameterized.TestCase):
         ((), (('what colour is the cross ?', 'red'),), ()))]
     found, _ = self.collector.image_rewards(
         'generate', experience.Tasks({'generate': examples}, {}), jnp.asarray(self.pixels),
-        self.judges, self.vae, 1, {})
+        self.judges, self.vae, 1, NOBODY)
     for name in ('knowledge', 'mutual'):
       np.testing.assert_array_equal(found[name].valid_BG, [[False] * 2, [True] * 2, [False] * 2])
     self.assertTrue(np.all(found['semantic'].valid_BG))

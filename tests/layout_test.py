@@ -140,10 +140,18 @@ class JudgeTest(parameterized.TestCase):
       ('text/tokens/embedding', (151669, 96), P(None, 'fsdp')),
       ('vision/positions', (729, 1152), P(None, 'fsdp')),
       ('vision/layers_0/attention/q_proj/kernel', (96, 4, 24), P()),  # At most 1 MB.
-      ('text/tokens/embedding', (151669, 100), P()),  # Its width does not divide.
   )
   def test_large_parameters_are_split_by_width(self, name, shape, want):
     self.assertEqual(layout.partition(name, shape, described(fsdp=32, tensor=4)), want)
+
+  def test_what_does_not_divide_is_whole_and_said_so_once(self):
+    case = 'text/tokens/embedding', (151669, 100), described(fsdp=32, tensor=4)
+    with self.assertLogs(level='WARNING') as logged:
+      self.assertEqual(layout.partition(*case), P())
+    self.assertIn('text/tokens/embedding of shape (151669, 100), of the judge, does not divide',
+                  logged.output[0])
+    with self.assertNoLogs(level='WARNING'):
+      layout.partition(*case)
 
   @parameterized.product(config=('tiny', 'base', 'bagel_7b'),
                          mesh=((1, 8, 1), (1, 32, 1), (1, 64, 1), (2, 32, 1), (2, 4, 4)))
