@@ -216,6 +216,7 @@ def get_config() -> config_dict.ConfigDict:
   # Largest |log-ratio| between rollout and replay before an update; more ends the run. 0: any
   config.align.gap_limit = config_dict.ConfigDict(dict(
       texts=1e-5,  # of a token, as teacher forcing scores it
+      texts_mean=1e-5,  # the same, the mean over tokens
       decode=1e-3,  # of a token, between decoding and teacher forcing
       images=1e-5))  # of a step, a mean over latents; well below image_clip
   config.align.learning_rate = 3e-4

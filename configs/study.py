@@ -38,6 +38,7 @@ VARIANTS = {
     'default': {},
     'paper': paper.CHANGES,
     'sum': dict(align=dict(advantage='sum')),
+    'low_floor': dict(align=dict(floor=.005)),
     'control': dict(program='control', control=dict(steps=2333)),
     'repa': dict(program='control', control=dict(steps=2333, repa=.5)),
     'rules': only('rules'),

@@ -77,7 +77,8 @@ CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
                                          'batch')),
     *((f'{k}.guidance', (lambda v: v >= 1, 'at least 1, which is none')) for k in (
         'align', 'evaluate')),
-    *((f'align.gap_limit.{k}', NATURAL) for k in ('texts', 'images', 'decode')),
+    *((f'align.gap_limit.{k}', NATURAL) for k in (
+        'texts', 'texts_mean', 'images', 'decode')),
     ('evaluate.guided', NATURAL), ('evaluate.think_generate', NATURAL),
     ('sample.task', one_of(*TASKS[:3])), ('convert.direction', one_of('import', 'export')),
     ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),

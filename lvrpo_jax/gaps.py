@@ -73,7 +73,7 @@ def check(number: int, scalars: Mapping[str, float], limits: Mapping[str, float]
 
   Args:
     number: of the iteration.
-    limits: largest gaps of 'images', of 'texts' and of 'decode'; 0 for any.
+    limits: largest gaps of 'images', of 'texts', of 'texts_mean' and of 'decode'; 0 for any.
 
   Raises:
     ValueError: a gap is above its limit, or no number.
@@ -94,6 +94,8 @@ def _limit_of(name: str) -> str:
   if name == DECODE:
     return 'decode'
   kind, _, task = name.partition('/')
-  if kind != 'gap' or task not in (*pipeline.TASKS, pipeline.PLAN):
-    return ''
-  return 'texts' if task in pipeline.TEXTS else 'images'
+  if kind == 'gap' and task in pipeline.TEXTS:
+    return 'texts'
+  if kind == 'gap' and task.removesuffix('/mean') in pipeline.TEXTS:
+    return 'texts_mean'
+  return 'images' if kind == 'gap' and task in pipeline.TASKS else ''

@@ -147,7 +147,7 @@ class CombineTest(parameterized.TestCase):
     centred = x - x.mean(1, keepdims=True)
     deviation = (x.std(1, ddof=ddof, keepdims=True) if scope == 'group' else x.std(ddof=ddof))
     expected = centred / (np.sqrt(deviation ** 2 + floor) if form == 'root' else deviation + floor)
-    np.testing.assert_allclose(out.value_BG, expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(out.value_BG, expected, rtol=0, atol=1e-6)
 
   def test_unknown_form(self):
     with self.assertRaisesRegex(ValueError, "'plus'.*'max', 'add', 'root'"):

@@ -14,6 +14,7 @@ import numpy as np
 from configs import tiny
 from lvrpo_jax import align
 from lvrpo_jax import aligner as aligner_lib
+from lvrpo_jax import checkpoint
 from lvrpo_jax import gaps
 from lvrpo_jax import job as job_lib
 from lvrpo_jax import losses
@@ -107,6 +108,21 @@ class IterationTest(parameterized.TestCase):
     self.assertIs(aligner.sampling[-1].base, aligner.frozen['base'])
     kernel = lambda tree: np.asarray(tree['trunk']['layers']['gen']['q_proj']['kernel'])
     self.assertGreater(np.abs(kernel(aligner.params) - kernel(aligner.reference)).max(), .01)
+
+  def test_adapters_go_on_from_a_checkpoint_bit_for_bit(self):
+    aligner, tasks = self.make(lora=dict(rank=2), understand=0)
+    fresh, _ = self.make(lora=dict(rank=2), understand=0)
+    aligner.iterate(tasks, 1)
+    store = checkpoint.Checkpoints(pathlib.Path(self.create_tempdir().full_path))
+    store.save(1, aligner.state, {'iteration': 1})
+    aligner.iterate(tasks, 2)
+    fresh.state, _ = store.restore(fresh.state)
+    store.close()
+    fresh.iterate(tasks, 2)
+    jax.tree.map(np.testing.assert_array_equal, fresh.state, aligner.state)
+    for name in ('a', 'b'):
+      change = np.asarray(aligner.state.params['trunk']['layers']['gen']['q_proj']['kernel'][name])
+      self.assertGreater(np.abs(change).max(), 0.)
 
   def test_a_gap_shows_adapters_that_did_not_draw(self):
     aligner, tasks = self.make(lora=dict(rank=2), objective='sde')

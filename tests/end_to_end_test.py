@@ -110,6 +110,21 @@ class EndToEndTest(absltest.TestCase):
       # Decoding adds up in another order, and logits of order ten are rounded to 1e-6.
       self.assertLessEqual(line['gap/decode'], 5e-6)
 
+  def test_every_run_is_diagnosed(self):
+    first, *_, last = self.lines('align')
+    tasks = ('generate', 'edit', 'understand')
+    self.assertContainsSubset(
+        {f'{kind}/{task}/rules' for kind in ('reward', 'deviation', 'share', 'dead', 'invalid')
+         for task in tasks}
+        | {f'gap/{task}/step{k}' for task in ('generate', 'edit') for k in range(2)}
+        | {f'{task}/velocity_mse' for task in ('generate', 'edit')}
+        | {f'understand/{name}' for name in ('kl_k3', 'entropy', 'clip_fraction')}
+        | {f'pictures/{name}' for name in ('luminance', 'dark', 'edge_density', 'hue_entropy')}
+        | {f'gradient/{name}' for name in ('understanding_expert', 'generation_expert',
+                                           'answers_on_shared', 'images_on_shared', 'cosine')}
+        | {'alarms', 'gap/understand/mean', 'grad_norm'}, first)
+    self.assertContainsSubset({'held_out/gold', 'held_out/diversity'}, last)
+
   def test_nothing_is_compiled_after_the_first_step_of_a_stage(self):
     for stage in ('judge', 'pretrain', 'align'):
       last = self.lines(stage)[-1]

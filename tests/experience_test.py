@@ -257,6 +257,30 @@ class AnswersTest(absltest.TestCase):
     self.assertLess(constant.std(axis=1).max(), 1e-6)
 
 
+class KnowledgeTest(absltest.TestCase):
+
+  def test_every_answer_is_worth_what_the_reference_gives_it(self):
+    scene = Scene(dict(knowledge=1.))
+    words = [['red', 'two', 'yes', 'circle'], ['circle', 'no', 'one', 'red'],
+             ['blue', 'blue', 'the', 'two']]  # 'the' answers nothing.
+    encode = scene.job.data.tokenizer.encode
+    scene.tokens = scene.tokens.at[:, :, 0].set(
+        np.array([[encode(word)[0] for word in row] for row in words]))
+    found = scene.answers()[0]['knowledge'].value_BG
+    ids = scene.job.answer_ids
+    ask = jax.jit(functools.partial(judging.first_token, scene.job))
+    for b, row in enumerate(words):
+      example = scene.job.data.prompt('understand', b)
+      prompts = scene.job.encoder('understand', [example]).prompts
+      logits = np.asarray(ask(scene.judges(), scene.vae, prompts)[0], np.float64)[ids]
+      p = np.exp(logits - logits.max())
+      p /= p.sum()
+      want = [p[scene.job.data.answers.index(w)] if w in scene.job.data.answers else 0.
+              for w in row]
+      np.testing.assert_allclose(found[b], want, rtol=1e-4, atol=1e-6)
+    self.assertEqual(found[2, 2], 0.)
+
+
 class BlindTest(absltest.TestCase):
 
   @classmethod

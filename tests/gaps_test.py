@@ -119,12 +119,13 @@ class TextsTest(absltest.TestCase):
 
 
 class CheckTest(parameterized.TestCase):
-  LIMITS = dict(texts=.1, images=.01, decode=.2)
+  LIMITS = dict(texts=.1, texts_mean=.05, images=.01, decode=.2)
 
   @parameterized.parameters(
       ('gap/generate', 'images', .02), ('gap/edit', 'images', .02), ('gap/plan', 'texts', .15),
       ('gap/think_generate', 'images', .02), ('gap/understand', 'texts', np.nan),
-      ('gap/decode', 'decode', .25))
+      ('gap/decode', 'decode', .25), ('gap/understand/mean', 'texts_mean', .06),
+      ('gap/plan/mean', 'texts_mean', .06))
   def test_each_has_its_limit(self, name, kind, gap):
     with self.assertRaisesRegex(
         ValueError, f'iteration 7: {name} is {gap:g}, config.align.gap_limit.{kind} is '
@@ -134,7 +135,7 @@ class CheckTest(parameterized.TestCase):
     gaps.check(7, {name: self.LIMITS[kind]}, self.LIMITS)
 
   def test_other_metrics_have_none(self):
-    gaps.check(1, {'gap/generate/step0': 9., 'gap/plan/mean': 9., 'loss': 9.}, self.LIMITS)
+    gaps.check(1, {'gap/generate/step0': 9., 'gap/edit/mean': 9., 'loss': 9.}, self.LIMITS)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from configs import bagel_7b
 from configs import base
 from configs import tiny
 from lvrpo_jax import align
@@ -123,6 +124,19 @@ class GapTest(parameterized.TestCase):
     with self.assertRaisesRegex(
         ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 1e-05'):
       gaps.check(3, self.gaps(batch), LIMITS)
+
+
+class LargeModelTest(absltest.TestCase):
+
+  def test_its_limits_tell_another_temperature(self):
+    aligner, batch = collected(objective='nft', dtype='bfloat16', think_generate=0, edit=0)
+    limits = bagel_7b.get_config().align.gap_limit
+    found = lambda b: {name: float(jnp.max(x)) for name, x in aligner.gaps(
+        {**batch, 'understand': b}).items()}
+    b = batch['understand']
+    gaps.check(1, found(b), limits)
+    with self.assertRaisesRegex(ValueError, 'gap/understand/mean is .*limit.texts_mean is 0.02'):
+      gaps.check(1, found(b.replace(temperature_B=b.temperature_B / 2)), limits)
 
 
 class FinalImagesTest(parameterized.TestCase):

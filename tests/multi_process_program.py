@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -42,7 +43,8 @@ def iteration(job):
   """Runs the production loop for one iteration and returns its metrics."""
   job.workdir.mkdir(parents=True, exist_ok=True)
   writer = metrics_lib.MetricWriter(job.workdir, jax.process_index())
-  align.run(job, *noise.parameters(job, .2), writer)
+  with mock.patch.object(align, 'PICTURES_EVERY', 1):
+    align.run(job, *noise.parameters(job, .2), writer)
   writer.close()
 
 
@@ -73,6 +75,8 @@ def compare(folder):
       moved=distance(start, mine), difference=distance(mine, theirs), step=int(theirs.step),
       iterations=[record['iteration'], their_record['iteration']],
       reference=distance(*(s.replace(params=s.reference) for s in (mine, theirs))),
+      old=distance(*(s.replace(params=s.old) for s in (mine, theirs))),
+      optimizer=distance(*(s.replace(params=s.opt_state) for s in (mine, theirs))),
       metrics=[lines(folder / name)[-1] for name in ('one', 'several')])
 
 
@@ -84,7 +88,10 @@ def main():
   assert len(jax.devices()) == 8 and jax.process_count() == processes, jax.devices()
   if processes > 1:
     iteration(make_job(folder, several=True))
-    print(json.dumps(sorted(os.listdir(folder / 'several'))))
+    several = folder / 'several'
+    print(json.dumps(dict(
+        files=sorted(os.listdir(several)), lines=len(lines(several)),
+        events=len(list(several.rglob('*tfevents*'))))))
   else:
     print(json.dumps(compare(folder)))
 

@@ -65,6 +65,8 @@ class MultiProcessTest(absltest.TestCase):
     self.assertGreater(self.out['moved'], 2e-4)
     self.assertLess(self.out['difference'], TOLERANCE)
     self.assertEqual(self.out['reference'], 0.)
+    self.assertLess(self.out['old'], TOLERANCE)
+    self.assertLess(self.out['optimizer'], TOLERANCE)
     self.assertEqual((self.out['step'], self.out['iterations']), (1, [1, 1]))
 
   def test_metrics_equal_those_of_one_process(self):
@@ -78,8 +80,10 @@ class MultiProcessTest(absltest.TestCase):
                                msg=name)
 
   def test_one_process_writes(self):
-    self.assertEqual(self.files[0], self.files[1])
-    self.assertIn('metrics.jsonl', self.files[0])
+    self.assertEqual(*(found['files'] for found in self.files))
+    self.assertIn('metrics.jsonl', self.files[0]['files'])
+    for found in self.files:
+      self.assertEqual((found['lines'], found['events']), (1, 1))  # One iteration, one writer.
 
 
 class RowBlockTest(parameterized.TestCase):

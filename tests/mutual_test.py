@@ -51,6 +51,28 @@ class GainTest(absltest.TestCase):
         self.assertLess(bound(q_VT), information + .01)
 
 
+class QuestionsTest(absltest.TestCase):
+
+  def test_questions_that_tell_of_the_text_leave_a_bound(self):
+    """T is a shape and a colour of two each, V a noisy picture of both. What is asked, the colour of
+    a shape that the question names, gives the shape away."""
+    rng = np.random.default_rng(2)
+    count = 60_000
+    shape, color = rng.integers(0, 2, (2, count))
+    seen_shape, seen_color = (np.where(rng.random(count) < .9, x, 1 - x) for x in (shape, color))
+    entropy = lambda p: -np.sum(p * np.log(p))
+    one = np.log(2) - entropy(np.array([.9, .1]))  # Of each attribute: a symmetric channel.
+    information = 2 * one
+    posterior = np.where(np.arange(2) == seen_color[:, None], .9, .1)
+    del shape, seen_shape
+    gain = mutual.gain(np.log(posterior)[None, :, None], np.zeros((1, count, 1, 2)),
+                       color[None, :, None])
+    mean = float(np.mean(mutual.total(gain, np.ones((count, 1), bool), np.ones(count))))
+    # Blind q is the entropy of the colour given the question here, so nothing is exceeded.
+    self.assertBetween(mean, one - .03, one + .01)
+    self.assertLess(mean, information)
+
+
 class TotalTest(absltest.TestCase):
   GAIN = np.random.default_rng(0).normal(size=(4, 2, 3))
   NUMBER = np.array([3., 4.])

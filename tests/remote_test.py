@@ -245,7 +245,7 @@ class SecretTest(fixtures.JudgeTestCase):
     self.assertLen(imported(source) & PICKLES, 1)
 
   def test_no_pickle(self):
-    for folder in ('lvrpo_jax', 'launch'):
+    for folder in ('lvrpo_jax', 'launch', 'configs', 'tests'):
       paths = sorted((fixtures.ROOT / folder).rglob('*.py'))
       self.assertNotEmpty(paths)
       for path in paths:

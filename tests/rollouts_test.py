@@ -295,6 +295,18 @@ class ImageTest(parameterized.TestCase):
     np.testing.assert_array_equal(part.latents_BGNC, whole.latents_BGNC[1:2])
 
 
+class FirstHalfTest(absltest.TestCase):
+
+  def test_the_time_that_bounds_it(self):
+    """Flow-GRPO-Fast: windows at random in the first half of the steps."""
+    for steps, shift in ((10, 2.2), (16, 3.), (28, 1.)):
+      grid = flow.time_grid(steps + 1, shift)
+      eta = image.eta_schedule(.7, steps, shift / (1 + shift), 1., grid)
+      noisy = np.flatnonzero(np.asarray(eta))
+      np.testing.assert_array_equal(noisy, np.arange(len(noisy)))
+      self.assertBetween(len(noisy), steps // 2 - 1, steps // 2)
+
+
 class WindowTest(parameterized.TestCase):
 
   @parameterized.product(

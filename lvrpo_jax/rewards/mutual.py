@@ -33,12 +33,12 @@ def log_q(logits_A: Array, answer: Array) -> Array:
 def gain(seen_A: Array, blind_A: Array, answer: Array) -> Array:
   """`log q(answer | image, question) - log q(answer | question)`, in nats.
 
-  Where the answer follows from the text T of a prompt and the image V was drawn for it, the mean of
-  `log q(T | V)` plus the entropy of T is a lower bound on I(T; V) for any q (Barber and Agakov
-  2003, eq. 3). Answers to questions about T are functions of T, and q may be a product over them.
-  What is subtracted here is the model's own cross-entropy, no less than that entropy: a constant of
-  the prompts, by which the mean may exceed the information. For answers that the policy chose this
-  is a pointwise information, and no bound.
+  Where the answers A to questions Q follow from the text T of a prompt, and the image V was drawn
+  for it, the mean of `log q(A | V, Q)` plus the entropy of A given Q is at most I(A; V | Q), which
+  is at most I(T; V), for any q, also a product over the questions (Barber and Agakov 2003, eq. 3).
+  What is subtracted here is the model's own cross-entropy instead, no less than that entropy: a
+  constant of the prompts, by which the mean may exceed the information. For answers that the policy
+  chose this is a pointwise information, and no bound.
 
   Args:
     seen_A: logits (..., A) of the answers after image and question, see `log_q`.
