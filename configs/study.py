@@ -1,6 +1,6 @@
 """The study: which part of the method helps, at equal compute, over three seeds.
 
-    python -m lvrpo_jax.main --config=configs/study.py                       # about 4 hours
+    python -m lvrpo_jax.main --config=configs/study.py                       # about 3 hours
     python -m lvrpo_jax.main --config=configs/study.py --config.study=quick  # about 20 minutes
 
 Two CPU cores, a run on each (`workers`). Every variant starts from the pretrained model of its seed

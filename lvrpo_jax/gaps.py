@@ -21,9 +21,9 @@ from lvrpo_jax.objectives import flow as flow_objectives
 
 Array = jax.Array
 
-STAND_IN = .1
-"""Deviation of a step without noise, which has no density: about that of the others. Latents that
-were rounded to 16 bits then show."""
+FINE = .1
+"""Deviation, about that of the other steps, against which the end of a step without noise is
+measured: latents that were rounded to 16 bits then show."""
 
 DECODE = 'gap/decode'
 """Metric: largest |log-ratio| of a token between decoding and teacher forcing."""
@@ -39,7 +39,7 @@ def of_images(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
   - the logarithm of the ratio of their deviations, likewise;
   - `mean(d^2) / (2 std^2)`, with d from `mean + std * noise` as recorded to the latents that the
     rollout went on from: the KL of two such Gaussians.
-  The deviation of a step without noise is `STAND_IN`.
+  A step without noise has no density: the deviation 1 stands in, and `FINE` for the last of these.
 
   Args:
     v_BMNC: velocities at `transitions`, of the policy that drew.
@@ -49,13 +49,13 @@ def of_images(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
   if latents_BGNC is not None:
     s = s.replace(next_BMNC=s.next_BMNC.at[:, -group:].set(latents_BGNC))
   mean, std_BM11 = losses.transition(sampler, v_BMNC, s)
-  old, new = (jnp.where(x > 0, x, STAND_IN) for x in (s.std_BM, std_BM11[..., 0, 0]))
+  old, new = (jnp.where(x > 0, x, 1.) for x in (s.std_BM, std_BM11[..., 0, 0]))
   axes = flow_objectives.TOKENS
   missed = s.next_BMNC - (s.mean_BMNC + s.std_BM[..., None, None] * s.noise_BMNC)
   gap_BM = jnp.maximum(
       jnp.maximum(jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, old, axes)),
                   jnp.abs(jnp.log(new / old))),
-      jnp.mean(jnp.square(missed), axes) / (2 * jnp.square(old)))
+      jnp.mean(jnp.square(missed), axes) / (2 * jnp.square(jnp.where(s.std_BM > 0, old, FINE))))
   return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
 
 
