@@ -36,7 +36,8 @@ def of_images(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
   The largest of three, each 0 where a step is recorded as it was drawn:
   - the log-ratio of the step that the replay's velocities give to the recorded one, at the sample
     (`flow.log_ratio`), its absolute value;
-  - the logarithm of the ratio of their deviations, likewise;
+  - the squared logarithm of the ratio of their deviations: the KL of two such Gaussians, to second
+    order;
   - `mean(d^2) / (2 std^2)`, with d from `mean + std * noise` as recorded to the latents that the
     rollout went on from: the KL of two such Gaussians.
   A step without noise has no density: the deviation 1 stands in, and `FINE` for the last of these.
@@ -54,7 +55,7 @@ def of_images(sampler: str, v_BMNC: Array, transitions: types.Transitions, group
   missed = s.next_BMNC - (s.mean_BMNC + s.std_BM[..., None, None] * s.noise_BMNC)
   gap_BM = jnp.maximum(
       jnp.maximum(jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, old, axes)),
-                  jnp.abs(jnp.log(new / old))),
+                  jnp.square(jnp.log(new / old))),
       jnp.mean(jnp.square(missed), axes) / (2 * jnp.square(jnp.where(s.std_BM > 0, old, FINE))))
   return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
 

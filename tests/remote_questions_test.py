@@ -8,6 +8,7 @@ import numpy as np
 
 import judge_fixtures as fixtures
 from configs import base
+from lvrpo_jax import asking
 from lvrpo_jax import config as config_lib
 from lvrpo_jax import experience
 from lvrpo_jax.data import pipeline
@@ -133,7 +134,9 @@ class ConfigTest(parameterized.TestCase):
     collector = mock.Mock(_remote_tasks=['generate'])
     tasks = experience.Tasks({'generate': fixtures.prompts()}, {'generate': None})
     pixels = fixtures.images()
-    experience.Collector.ask(collector, tasks, {}, {'generate': pixels}, 7)
+    with mock.patch.object(asking, 'until_ready') as waited:
+      experience.Collector.ask(collector, tasks, {}, {'generate': pixels}, 7)
+    self.assertIs(waited.call_args.args[0], pixels)
     collector.remote.submit.assert_called_once_with('generate', tasks.examples['generate'], pixels,
                                                     7)
 
