@@ -105,8 +105,11 @@ class EndToEndTest(absltest.TestCase):
     lines = self.lines('align')
     self.assertLen(lines, STEPS)
     for line in lines:
-      for task in ('generate', 'edit', 'understand'):
+      for task in ('generate', 'edit'):
         self.assertLessEqual(line[f'gap/{task}'], 1e-6)
+      # Compiled as quickly as tests are, two programs round log-probabilities of order ten in their
+      # own ways, by 1e-6 each; compiled as usual they agree to the last digit.
+      self.assertLessEqual(line['gap/understand'], 2e-6)
       # Decoding adds up in another order, and logits of order ten are rounded to 1e-6.
       self.assertLessEqual(line['gap/decode'], 5e-6)
 
