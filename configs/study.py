@@ -23,9 +23,9 @@ TASKS = ('generate', 'understand', 'edit')
 COMPONENTS = ('rules', 'semantic', 'knowledge', 'mutual')
 
 
-def only(*names):
-  """Rewards of the components named, with weight 1, for every task."""
-  return dict(align=dict(rewards={
+def only(*names, **settings):
+  """Rewards of the components named, with weight 1, for every task; and settings of alignment."""
+  return dict(align=dict(settings, rewards={
       task: {name: float(name in names) for name in COMPONENTS} for task in TASKS}))
 
 
@@ -44,8 +44,8 @@ VARIANTS = {
     'rules': only('rules'),
     'semantic': only('semantic'),
     'knowledge': only('knowledge'),
-    'mutual': dict(align=dict(only('mutual')['align'], questions=4)),
-    'rules_mutual': dict(align=dict(only('rules', 'mutual')['align'], questions=4)),
+    'mutual': only('mutual', questions=4),
+    'rules_mutual': only('rules', 'mutual', questions=4),
     'generation': rows(24, 0, 0),
     'understanding': rows(0, 96, 0),
     'both': rows(24, 32, 0),

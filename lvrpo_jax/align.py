@@ -116,6 +116,16 @@ def resume(aligner: aligner_lib.Aligner, store: checkpoint.Checkpoints,
   return record
 
 
+def end_on_gap(number: int, scalars: dict[str, float], limits: dict[str, float],
+               store: checkpoint.Checkpoints) -> None:
+  """`gaps.check`; where it raises, what was saved before is whole when the process ends."""
+  try:
+    gaps.check(number, scalars, limits)
+  except ValueError:  # In all processes: these numbers are everybody's.
+    store.close()
+    raise
+
+
 def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
         siglip_params: types.Params, writer: metrics_lib.MetricWriter, gold: Gold | None = None
         ) -> types.Params:
@@ -144,11 +154,7 @@ def run(job: job_lib.Job, params: types.Params, vae_params: types.Params,
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
-      try:
-        gaps.check(number, scalars, a.gap_limit)  # The record shows what ends a run.
-      except ValueError:  # In all processes: these numbers are everybody's.
-        store.close()
-        raise
+      end_on_gap(number, scalars, a.gap_limit, store)  # The record shows what ends a run.
       scores.append(score(scalars, a.score))
     late = metrics_lib.Late('align', consume)
     def fresh(names):

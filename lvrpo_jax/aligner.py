@@ -154,15 +154,17 @@ class Aligner:
     c, rounds = self.collector, self.job.config.align.refill
     found, metrics = self._sample(tasks, iteration, check)
     if rounds:
-      drifts = [metrics[gaps.DECODE]] if gaps.DECODE in metrics else []
+      seen = [metrics]
 
       def again(names):
         fresh, of_round = self._sample(draw(names), iteration, check)
-        drifts.extend([of_round[gaps.DECODE]] if gaps.DECODE in of_round else [])
+        seen.append(of_round)
         return fresh
       found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, again)
-      metrics.update(filled, **({gaps.DECODE: functools.reduce(jnp.maximum, drifts)} if drifts
-                                else {}))
+      drifts = [m[gaps.DECODE] for m in seen if gaps.DECODE in m]
+      if drifts:
+        metrics[gaps.DECODE] = functools.reduce(jnp.maximum, drifts)
+      metrics.update(filled)
     batch = {}
     for task, s in found.items():
       advantage = c.advantages[task](s.rewards)

@@ -105,7 +105,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
     steps = agreed([s for s in sorted(self._manager.all_steps(), reverse=True)
                     if newest is None or s <= newest])
-    latest = -1 if self.latest() is None else self.latest()
+    latest = max(self._manager.all_steps(), default=-1)
     cut_off = [name for name in self._cut_off if int(name.split('.')[0]) > latest]
     if cut_off and jax.process_index() == 0:
       logging.warning('in %s a save was cut off and is skipped: %s', self._folder,

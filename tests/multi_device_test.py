@@ -1,18 +1,9 @@
 """Updates and rollouts on eight devices equal those on one; see `multi_device_program`."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax_settings
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = (f'{jax_settings.QUICK_COMPILE} --xla_cpu_multi_thread_eigen=false '
-         '--xla_force_host_platform_device_count=8')
 TOLERANCE = 1e-5
 ALL = ('generate', 'understand', 'edit', 'plan', 'think_generate')
 
@@ -22,14 +13,9 @@ class MultiDeviceTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tests' / 'multi_device_program.py')], cwd=ROOT,
-        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FLAGS, 'PYTHONPATH': path},
-        capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode:
-      raise AssertionError(f'the program failed:\n{done.stderr[-4000:]}')
-    cls.out = json.loads(done.stdout.splitlines()[-1])
+    cls.out = jax_settings.on_devices(
+        'multi_device_program.py', 8, timeout=900,
+        flags='--xla_cpu_multi_thread_eigen=false')
 
   @parameterized.product(mesh=('data', 'fsdp', 'mixed', 'pmap'),
                          batch=('mixed', 'text', 'image', 'edit', 'thinking'))

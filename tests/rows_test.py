@@ -1,17 +1,8 @@
 """Rows and heads that do not divide over four devices are refused; see `rows_program`."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax_settings
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = f'{jax_settings.QUICK_COMPILE} --xla_force_host_platform_device_count=4'
 
 
 class RowsTest(parameterized.TestCase):
@@ -19,14 +10,7 @@ class RowsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tests' / 'rows_program.py')], cwd=ROOT,
-        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FLAGS, 'PYTHONPATH': path},
-        capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-      raise AssertionError(f'the program failed:\n{done.stderr[-4000:]}')
-    cls.out = json.loads(done.stdout.splitlines()[-1])
+    cls.out = jax_settings.on_devices('rows_program.py', 4, timeout=300)
 
   @parameterized.parameters(
       ('rows_8', [2, 3]), ('rows_1', [1, 3]), ('heads_4', [1, 5, 2, 3]),
