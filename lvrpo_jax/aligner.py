@@ -160,7 +160,9 @@ class Aligner:
         fresh, of_round = self._sample(draw(names), iteration, check)
         seen.append(of_round)
         return fresh
-      found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, again)
+      where = sharding.rows_sharding(self.job.mesh)
+      found, filled = refill.fill(found, rounds, self.job.config.align.refill_by, again,
+                                  lambda rows: jax.device_put(rows, where))
       drifts = [m[gaps.DECODE] for m in seen if gaps.DECODE in m]
       if drifts:
         metrics[gaps.DECODE] = functools.reduce(jnp.maximum, drifts)

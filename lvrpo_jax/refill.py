@@ -62,13 +62,14 @@ def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
 
 
 def fill(found: dict[str, Sampled], rounds: int, component: str,
-         draw: Callable[[list[str]], dict[str, Sampled]]
+         draw: Callable[[list[str]], dict[str, Sampled]], place: Callable[[Any], Any]
          ) -> tuple[dict[str, Sampled], dict[str, float]]:
   """Replaces prompts of constant groups, for at most so many rounds.
 
   Args:
     component: see `informative`.
     draw: samples fresh prompts of the named tasks.
+    place: puts rows on the devices of the run's mesh.
 
   Returns:
     What was sampled, and for every task how many rounds it took and the fraction of prompts that
@@ -83,9 +84,9 @@ def fill(found: dict[str, Sampled], rounds: int, component: str,
     for task, fresh in draw(wanted).items():
       used[task] += 1
       alive = informative(fresh.rewards, component)
-      where = jax.tree.map(lambda x: x.sharding, found[task])
       rows = places(dead[task], alive)
-      found[task] = jax.device_put(_take(found[task], fresh, rows), where)
+      # Some arrays were made on one device and follow the others as long as they are not moved.
+      found[task] = place(_take(found[task], fresh, rows))
       dead[task] &= rows < len(rows)
   return found, {**{f'refill/{task}/rounds': float(n) for task, n in used.items()},
                  **{f'refill/{task}/dead': float(rows.mean()) for task, rows in dead.items()}}

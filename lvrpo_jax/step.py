@@ -134,12 +134,14 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation, mesh, *,
                     devices=mesh.devices.reshape(-1).tolist())
   count = mesh.devices.size
   line = Mesh(mesh.devices.reshape(-1), ('devices',))
-  # What rests is split over data, and rows lie on the axes of the mesh; pmap moves neither.
-  whole, parts = NamedSharding(line, P()), NamedSharding(line, P('devices'))
-  split = lambda x: isinstance(x, jax.Array) and not x.is_fully_replicated
+  replicated, parts = NamedSharding(line, P()), NamedSharding(line, P('devices'))
 
   def run(state, frozen, batch):
-    state, frozen = jax.tree.map(
-        lambda x: jax.device_put(x, whole) if split(x) else x, (state, frozen))
-    return mapped(state, frozen, jax.device_put(sharding.split_rows(batch, count), parts))
+    # pmap reads and returns arrays on a mesh of its own, while all other programs keep theirs on
+    # the mesh of the config: both sides are moved, and the layout of the state is that of before.
+    before = sharding.tree_shardings(state, mesh)
+    state, frozen = jax.device_put((state, frozen), replicated)
+    state, metrics = mapped(state, frozen,
+                            jax.device_put(sharding.split_rows(batch, count), parts))
+    return jax.device_put(state, before), jax.device_put(metrics, NamedSharding(mesh, P()))
   return run

@@ -56,7 +56,7 @@ class RefillTest(parameterized.TestCase):
       return next(rounds)
     found = {'a': sampled(0, [False, True, False]), 'b': sampled(5, [True, True, False]),
              'c': sampled(8, [True] * 3)}
-    got, metrics = refill.fill(found, 4, '', draw)
+    got, metrics = refill.fill(found, 4, '', draw, lambda rows: rows)
     self.assertEqual(asked, [['a', 'b'], ['a']])  # No third round: nothing is dead.
     numbers = {task: s.experience['number'].tolist() for task, s in got.items()}
     self.assertEqual(numbers, {'a': [11., 1., 32.], 'b': [5., 6., 20.], 'c': [8., 9., 10.]})
@@ -70,7 +70,8 @@ class RefillTest(parameterized.TestCase):
 
   def test_rounds_are_bounded(self):
     draw = lambda names: {'a': sampled(10, [False, False])}
-    got, metrics = refill.fill({'a': sampled(0, [True, False])}, 3, 'rules', draw)
+    got, metrics = refill.fill({'a': sampled(0, [True, False])}, 3, 'rules', draw,
+                               lambda rows: rows)
     self.assertEqual(got['a'].experience['number'].tolist(), [0., 1.])
     self.assertEqual(metrics, {'refill/a/rounds': 3., 'refill/a/dead': .5})
 
