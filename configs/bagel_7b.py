@@ -11,12 +11,12 @@ the tokenizer, as they were released. The data of an alignment are the shapes wo
 from ml_collections import config_dict
 
 from configs import base
-from lvrpo_jax.models import released
+from lvrpo_jax.models.bagel import config as bagel_config
 
 LLM = dict(
     vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
     num_key_value_heads=4, intermediate_size=18944, rms_norm_eps=1e-6, rope_theta=1e6,
-    hidden_act='silu', **released.SCRIPT_LLM)
+    hidden_act='silu', **bagel_config.SCRIPT_LLM)
 """Qwen2.5-7B."""
 
 VIT = dict(
@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
   """Returns the configuration of the released model."""
   config = base.get_config()
   config.architecture = config_dict.ConfigDict(
-      {**released.SCRIPT, 'llm_config': LLM, 'vit_config': VIT})
+      {**bagel_config.SCRIPT, 'llm_config': LLM, 'vit_config': VIT})
   config.model.update(dtype='bfloat16', unroll=1, remat='full')
   config.data.update(prompt_words=64, answer_words=64, uniform=False)
   config.parallel.update(mesh=(-1, 0, 1), rollout_mesh=(-1, 1, 0), joint=True,

@@ -23,7 +23,7 @@ def get_config() -> config_dict.ConfigDict:
   config.architecture = config_dict.ConfigDict()
 
   config.data = config_dict.ConfigDict()
-  config.data.source = 'lvrpo_jax.data.mixture:ShapesData'  # import path of the data class
+  config.data.source = 'lvrpo_jax.data.shapes.source:ShapesData'  # import path of the data class
   config.data.prompt_words = 14  # tokens of the longest caption, question or instruction
   config.data.answer_words = 14  # tokens of the longest answer, reasoning included
   config.data.uniform = True  # one row shape for all tasks: one pass, less to compile
@@ -158,7 +158,7 @@ def get_config() -> config_dict.ConfigDict:
       garbage_limit=3,  # calls in a row for a task that may be answered without a score; 0 any
       cache='',  # local file that keeps scores over restarts; of one run, with .<number> a process
       api_key_env=''))  # environment variable with the key
-  config.align.detector = 'lvrpo_jax.data.detect:detect_components'  # import path; of 'rules'
+  config.align.detector = 'lvrpo_jax.data.shapes.detect_moments:detect_components'  # import path; of 'rules'
   config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
       generate='', generate_weight=1., understand='', understand_weight=1., edit='',
       edit_weight=1., think_generate='', think_generate_weight=1.))
@@ -236,7 +236,7 @@ def get_config() -> config_dict.ConfigDict:
   config.align.finish = 'last'  # the policy that is measured and exported, or 'best'
 
   config.evaluate = config_dict.ConfigDict()
-  config.evaluate.detector = 'lvrpo_jax.data.detect:detect_by_rendering'  # not the reward's
+  config.evaluate.detector = 'lvrpo_jax.data.shapes.detect_rendering:detect_by_rendering'  # not the reward's
   config.evaluate.generate = 60  # prompts of every kind
   config.evaluate.unseen = 60
   config.evaluate.understand = 60

@@ -19,16 +19,17 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
-from lvrpo_jax import ahead
-from lvrpo_jax import checkpoint
-from lvrpo_jax import config as config_lib
-from lvrpo_jax import job as job_lib
-from lvrpo_jax import report
-from lvrpo_jax import run
-from lvrpo_jax import sample
-from lvrpo_jax import study
-from lvrpo_jax import weights
-from lvrpo_jax.rewards import remote
+from lvrpo_jax.aot import compile as aot_compile
+from lvrpo_jax.aot import describe
+from lvrpo_jax.programs import sample
+from lvrpo_jax.programs import study
+from lvrpo_jax.programs import train
+from lvrpo_jax.reports import report
+from lvrpo_jax.rewards.remote import client as remote_client
+from lvrpo_jax.runtime import experiment as experiment_lib
+from lvrpo_jax.runtime import preemption
+from lvrpo_jax.runtime import validate
+from lvrpo_jax.runtime import weights
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', 'Configuration file.',
                                          lock_config=True)
@@ -111,39 +112,39 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def convert(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Imports a released model into the workdir, or exports the aligned one."""
-  job = job_lib.build(config, workdir)
+  job = experiment_lib.build(config, workdir)
   if config.convert.direction == 'import':
     weights.import_released(job)
   else:
     weights.export(job, config.convert.target, config.convert.shards)
 
 
-PROGRAMS = {'run': run.run, 'pretrain': run.run, 'control': run.run, 'study': study.run,
+PROGRAMS = {'run': train.run, 'pretrain': train.run, 'control': train.run, 'study': study.run,
             'sample': sample.run, 'convert': convert,
-            'describe': ahead.describe, 'compile': ahead.run}
+            'describe': describe.describe, 'compile': aot_compile.run}
 """What `config.program` names; each takes (config, workdir)."""
 
 
 def execute(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Any:
   """Runs the program of a config; one that stops early ends the process, its status says why."""
   try:
-    config_lib.validate(config)
+    validate.validate(config)
     prepare(config, workdir)
     if config.program not in ('compile', 'describe'):
       start_processes()
     elif config.topology and 'JAX_PLATFORMS' not in os.environ:
       jax.config.update('jax_platforms', 'cpu')  # libtpu without a TPU looks for one.
     return PROGRAMS[config.program](config, workdir)
-  except ahead.Exceeded as error:
+  except aot_compile.Exceeded as error:
     logging.error('%s', error)
     sys.exit(1)
   except ValueError as error:
     logging.error('%s', error, exc_info=logging.vlog_is_on(1))
     sys.exit(2)
-  except remote.JudgeUnavailable as error:
+  except remote_client.JudgeUnavailable as error:
     logging.error('%s; what was done is saved, and the same command goes on from there', error)
     sys.exit(os.EX_UNAVAILABLE)
-  except checkpoint.Preempted as stopped:
+  except preemption.Preempted as stopped:
     logging.warning('%s and saved; the same command goes on from there', stopped)
     sys.exit(128 + signal.SIGTERM)
 

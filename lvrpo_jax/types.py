@@ -98,7 +98,7 @@ class Cache:
 
 
 @struct.dataclass
-class TextRollout:
+class TextTrajectory:
   """Sampled answers. `logp_BGT` is the log-probability under the sampling distribution.
 
   `tokens_BGT` holds the answer and its end token; `mask_BGT` is True on both. The temperature
@@ -113,7 +113,7 @@ class TextRollout:
 
 
 @struct.dataclass
-class ImageRollout:
+class ImageTrajectory:
   """Trajectories of the flow.
 
   Attributes:
@@ -181,7 +181,7 @@ class Prompts:
 
 
 @struct.dataclass
-class Batch:
+class SupervisedBatch:
   """Prompts with what should follow them, for supervised training.
 
   Attributes:
@@ -196,7 +196,7 @@ class Batch:
 
 
 @struct.dataclass
-class TextExperience:
+class TextTrainBatch:
   """Answers with their advantages, as the update reads them.
 
   `reference_BGT` holds the log-probabilities of the tokens under the reference.
@@ -229,7 +229,7 @@ class Transitions:
 
 
 @struct.dataclass
-class ImageExperience:
+class ImageTrainBatch:
   """Images with their advantages, as the update reads them.
 
   Attributes:

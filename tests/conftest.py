@@ -5,7 +5,8 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # Read as jax is imported.
 
 from absl import flags
-import jax_settings
+
+from tests.helpers import jax_settings
 
 if os.environ['JAX_PLATFORMS'] == 'cpu':
   os.environ.setdefault('XLA_FLAGS', jax_settings.QUICK_COMPILE)

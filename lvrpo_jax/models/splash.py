@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
-from lvrpo_jax.models import partitioning
+from lvrpo_jax.parallel import activations
 
 Array = jax.Array
 
@@ -45,7 +45,7 @@ def attend(q_BMLHK: Array, k_BMSJK: Array, v_BMSJK: Array, dense_BLS: Array | No
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return run(q_BMLHK, k_BMSJK, v_BMSJK, dense_BLS, valid_BS)
-  rows, heads = partitioning.resolve('rows'), partitioning.resolve('heads')
+  rows, heads = activations.resolve('rows'), activations.resolve('heads')
   split = P(rows, None, None, heads)
   specs = [split] * 3 + [None if x is None else P(rows) for x in (dense_BLS, valid_BS)]
   # The kernel is opaque to the partitioner; rows and heads are independent.

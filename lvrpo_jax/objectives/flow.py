@@ -6,9 +6,11 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import flow
-from lvrpo_jax.objectives import text
+from lvrpo_jax.objectives import text as text_objectives
 
 Array = jax.Array
+
+
 TOKENS = (-2, -1)
 """Axes of one sample: image tokens and channels."""
 
@@ -25,7 +27,7 @@ def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
     (loss, log_ratio), both (...).
   """
   log_ratio = flow.log_ratio(noise, mean, old_mean, std, TOKENS)
-  return text.clipped(log_ratio, advantage, clip, clip), log_ratio
+  return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
 def cps(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
@@ -40,7 +42,7 @@ def cps(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
   """
   moved = mean - old_mean
   log_ratio = jnp.mean((2 * std[..., None, None] * noise - moved) * moved, TOKENS)
-  return text.clipped(log_ratio, advantage, clip, clip), log_ratio
+  return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
 def guard(mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantage: Array,
@@ -55,7 +57,7 @@ def guard(mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantag
     (loss, log_ratio), both (...).
   """
   log_ratio = jnp.mean(noise * (mean - old_mean), TOKENS)
-  loss = text.clipped(log_ratio, advantage, clip, clip)
+  loss = text_objectives.clipped(log_ratio, advantage, clip, clip)
   return loss if dt is None else loss / jnp.abs(dt), log_ratio
 
 
@@ -76,7 +78,7 @@ def awm(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Arra
   target = (x_t - x0) / jnp.maximum(t, 1e-3)[..., None, None]
   # A difference of squares as a product: equal velocities give exactly 0.
   log_ratio = jnp.mean((v_old - v) * (v_old + v - 2 * target), TOKENS)
-  return text.clipped(log_ratio, advantage, clip, clip), log_ratio
+  return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
 def nft(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, beta: float,
@@ -129,3 +131,11 @@ def old_policy_decay(iteration: int, flat: int, rise: float, hold: float) -> flo
   d is 0 up to `flat`, then rises by `rise` an iteration up to `hold`.
   """
   return 0. if iteration < flat else min((iteration - flat) * rise, hold)
+
+
+DECOUPLED = ('nft', 'awm')
+"""Objectives on freshly noised final images."""
+
+
+COUPLED = ('sde', 'cps', 'guard', 'guard_plain')
+"""Objectives on steps of the rollout."""

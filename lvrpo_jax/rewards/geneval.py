@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from lvrpo_jax.data.detect import UNKNOWN, Detection
+from lvrpo_jax.data import detection as detection_lib
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -37,7 +37,7 @@ class Verdict:
   parts: float
 
 
-def relations(a: Detection, b: Detection, strict: bool = False) -> frozenset[str]:
+def relations(a: detection_lib.Detection, b: detection_lib.Detection, strict: bool = False) -> frozenset[str]:
   """Relations of a to b that hold: 'left of', 'right of', 'above', 'below'.
 
   The offset of the centres is reduced by POSITION_MARGIN of the summed box sizes on each axis,
@@ -77,7 +77,7 @@ def in_region(centre: tuple[float, float], region: str, size: tuple[float, float
   return True
 
 
-def _by_class(detections: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
+def _by_class(detections: Sequence[detection_lib.Detection], threshold: float) -> dict[str, list[detection_lib.Detection]]:
   """The detections above the threshold, by class, the most certain first."""
   found = {}
   for detection in sorted(detections, key=lambda d: -d.score):
@@ -86,8 +86,8 @@ def _by_class(detections: Sequence[Detection], threshold: float) -> dict[str, li
   return {label: items[:MAX_OBJECTS] for label, items in found.items()}
 
 
-def _take(found: dict[str, list[Detection]], entry: dict,
-          size: tuple[float, float]) -> tuple[list[Detection], list[float]]:
+def _take(found: dict[str, list[detection_lib.Detection]], entry: dict,
+          size: tuple[float, float]) -> tuple[list[detection_lib.Detection], list[float]]:
   """Boxes that stand for an include entry, and the entry's parts so far, each in [0, 1].
 
   As in GenEval, the `count` most certain boxes of the class stand for the entry, and colour and
@@ -104,14 +104,14 @@ def _take(found: dict[str, list[Detection]], entry: dict,
   return taken, parts
 
 
-def evaluate(detections: Sequence[Detection], spec: dict, strict: bool = False,
+def evaluate(detections: Sequence[detection_lib.Detection], spec: dict, strict: bool = False,
              size: tuple[float, float] = (32.0, 32.0), threshold: float = THRESHOLD,
              counting_threshold: float = COUNTING_THRESHOLD) -> Verdict:
   """Judges the detections of one image by a GenEval record.
 
   Args:
     detections: objects found in the image.
-    spec: {"tag", "include": [...], "exclude": [...]}, see `data.grammar`.
+    spec: {"tag", "include": [...], "exclude": [...]}, see `data.shapes.world`.
     strict: relations must lie within 30 degrees of their axis, and no UNKNOWN object may score
       above `threshold`.
     size: (width, height) of the image in pixels, for regions.
@@ -141,17 +141,17 @@ def evaluate(detections: Sequence[Detection], spec: dict, strict: bool = False,
     surplus = len(boxes) - (entry['count'] - 1)
     parts.append(min(1.0, max(0.0, 1.0 - surplus / max(entry['count'] - 1, 1))))
   if strict:
-    unknown = any(d.label == UNKNOWN and d.score > threshold for d in detections)
+    unknown = any(d.label == detection_lib.UNKNOWN and d.score > threshold for d in detections)
     parts.append(float(not unknown))
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
-def surplus(detections: Sequence[Detection], spec: dict, threshold: float = THRESHOLD,
+def surplus(detections: Sequence[detection_lib.Detection], spec: dict, threshold: float = THRESHOLD,
             counting_threshold: float = COUNTING_THRESHOLD) -> int:
   """How many more known objects score above the threshold of `evaluate` than the record asks for.
   """
   threshold = counting_threshold if spec['tag'] == 'counting' else threshold
-  known = sum(d.label != UNKNOWN and d.score > threshold for d in detections)
+  known = sum(d.label != detection_lib.UNKNOWN and d.score > threshold for d in detections)
   return max(known - sum(entry['count'] for entry in spec['include']), 0)
 
 
@@ -180,7 +180,7 @@ def _inside(centre: tuple[float, float], box: Sequence[float]) -> bool:
 
 
 def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
-                  detections: Sequence[Detection], spec: dict, strict: bool = False,
+                  detections: Sequence[detection_lib.Detection], spec: dict, strict: bool = False,
                   threshold: float = THRESHOLD, tolerance: float = KEEP_TOLERANCE) -> Verdict:
   """Judges an edited image by its source, its detections and the edit's record.
 
@@ -192,7 +192,7 @@ def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
     source_image_YXC: the image before the edit, uint8 or float in [0, 255].
     image_YXC: the image after it, of the same shape.
     detections: objects found in the edited image.
-    spec: {"tag", "keep", "gone", "new"}, see `data.grammar_edits`.
+    spec: {"tag", "keep", "gone", "new"}, see `data.shapes.edits`.
     strict: no UNKNOWN object may score above `threshold`.
     threshold: objects of a score at or below it do not count.
     tolerance: mean absolute difference in grey levels allowed outside the touched quarters.
@@ -203,7 +203,7 @@ def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
   if source_image_YXC.shape != image_YXC.shape:
     raise ValueError(f'images of shapes {source_image_YXC.shape} and {image_YXC.shape}')
   height, width = image_YXC.shape[:2]
-  left = sorted((d for d in detections if d.label != UNKNOWN and d.score > threshold),
+  left = sorted((d for d in detections if d.label != detection_lib.UNKNOWN and d.score > threshold),
                 key=lambda d: -d.score)
   parts = []
   for entry in spec['keep']:
@@ -222,13 +222,13 @@ def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
   if untouched_YX.any():
     parts.append(float(change_YX[untouched_YX].mean() <= tolerance))
   if strict:
-    unknown = any(d.label == UNKNOWN and d.score > threshold for d in detections)
+    unknown = any(d.label == detection_lib.UNKNOWN and d.score > threshold for d in detections)
     parts.append(float(not unknown))
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
-def _claim(left: list[Detection], entry: dict,
-           fits: Callable[[Detection], bool]) -> float:
+def _claim(left: list[detection_lib.Detection], entry: dict,
+           fits: Callable[[detection_lib.Detection], bool]) -> float:
   """1.0 and takes the object out of `left` if one of the entry's class and colour fits."""
   for detection in left:
     if (detection.label, detection.color) == (entry['class'], entry['color']) and fits(detection):

@@ -7,15 +7,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lvrpo_jax.data import detect
-from lvrpo_jax.data import pipeline
+from lvrpo_jax.data import detection
+from lvrpo_jax.data import examples as examples_lib
+from lvrpo_jax.data import tasks
 from lvrpo_jax.rewards import geneval
 
 
 class Detector(Protocol):
   """Finds objects. It sees pixels alone, never what an image was drawn for."""
 
-  def __call__(self, images_RYXC: np.ndarray) -> Sequence[Sequence[detect.Detection]]:
+  def __call__(self, images_RYXC: np.ndarray) -> Sequence[Sequence[detection.Detection]]:
     """Detections (class, colour, box in pixels, score) of every uint8 image."""
 
 
@@ -43,7 +44,7 @@ RECORDS = {
 """What a spec looks like; see `geneval` for all that may stand there."""
 
 
-def targets(task: str, examples: Sequence[pipeline.Example], reader: str) -> list[Any]:
+def targets(task: str, examples: Sequence[examples_lib.Example], reader: str) -> list[Any]:
   """What the rules of a task compare with: right answers, or records of images and edits.
 
   Args:
@@ -53,8 +54,8 @@ def targets(task: str, examples: Sequence[pipeline.Example], reader: str) -> lis
     ValueError: an example has none.
   """
   field, form = {
-      pipeline.UNDERSTAND: ('answer', "a text such as 'red'"),
-      pipeline.EDIT: ('spec', f'a record such as {RECORDS["edits"]}')}.get(
+      tasks.UNDERSTAND: ('answer', "a text such as 'red'"),
+      tasks.EDIT: ('spec', f'a record such as {RECORDS["edits"]}')}.get(
           task, ('spec', f'a record such as {RECORDS["images"]}'))
   out = [e.answer if field == 'answer' else e.spec for e in examples]
   for e, target in zip(examples, out):

@@ -12,6 +12,8 @@ from lvrpo_jax import ops
 from lvrpo_jax import types
 
 Array = jax.Array
+
+
 Velocity = Callable[[Array, Array], Array]
 """`velocity(x_BGNC, time_BG) -> v_BGNC`: the policy that samples, guidance included."""
 
@@ -28,8 +30,8 @@ def transition(velocity: Velocity, sampler: str, x: Array, t: Array, t_next: Arr
   return flow.STEPS[sampler](x, v, t, t_next, first_t, eta)
 
 
-def rollout(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array, eta_T: Array,
-            sampler: str) -> types.ImageRollout:
+def sample_sde(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array, eta_T: Array,
+            sampler: str) -> types.ImageTrajectory:
   """Samples a trajectory for every row.
 
   Args:
@@ -48,29 +50,20 @@ def rollout(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Arr
   x, (xs, noises, means, stds) = jax.lax.scan(
       step, initial_noise(key_BG, shape),
       (jnp.arange(len(times)), times, next_times, eta_T))
-  return types.ImageRollout(xs, noises, means, times, next_times, stds, x)
+  return types.ImageTrajectory(xs, noises, means, times, next_times, stds, x)
 
 
-def rows(rollout: types.ImageRollout, start: int, stop: int) -> types.ImageRollout:
+def slice_prompts(rollout: types.ImageTrajectory, start: int, stop: int) -> types.ImageTrajectory:
   """Prompts start..stop of a rollout."""
   return rollout.replace(
       x_TBGNC=rollout.x_TBGNC[:, start:stop], noise_TBGNC=rollout.noise_TBGNC[:, start:stop],
       mean_TBGNC=rollout.mean_TBGNC[:, start:stop], latents_BGNC=rollout.latents_BGNC[start:stop])
 
 
-def sample(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array) -> Array:
+def sample_ode(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array) -> Array:
   """Final latents of the probability-flow ODE, keeping no trajectory."""
   def step(x, times):
     t, t_next = times
     v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
     return flow.ode_step(x, v, t, t_next), None
   return jax.lax.scan(step, initial_noise(key_BG, shape), (grid[:-1], grid[1:]))[0]
-
-
-def eta_schedule(eta: float, steps: int, low: float, high: float, grid: Array) -> Array:
-  """Noise scales: `eta` on steps whose start time is in (low, high], never on the last step.
-
-  The last step stays deterministic, or the scored image would keep its noise.
-  """
-  inside = (grid[:-1] > low) & (grid[:-1] <= high) & (jnp.arange(steps) < steps - 1)
-  return jnp.where(inside, eta, 0.)

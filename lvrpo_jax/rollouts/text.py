@@ -16,8 +16,8 @@ Decode = Callable[[Any, Array, Array], tuple[Array, Any]]
 """`decode(row, index, token_BG) -> (logits_BGV, row)`."""
 
 
-def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length: int,
-            temperature: float, top_p: float = 1.) -> types.TextRollout:
+def sample(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length: int,
+            temperature: float, top_p: float = 1.) -> types.TextTrajectory:
   """Samples an answer for every row; stops when all rows have ended.
 
   Args:
@@ -60,7 +60,7 @@ def rollout(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length:
            jnp.zeros((B, G, length), bool))
   unfinished = lambda carry: (carry[0] < length) & ~jnp.all(carry[3])
   _, _, _, _, tokens, logps, mask = jax.lax.while_loop(unfinished, step, start)
-  return types.TextRollout(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.))
+  return types.TextTrajectory(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.))
 
 
 def nucleus(logits_V: Array, temperature: float, top_p: float) -> Array:
@@ -74,7 +74,7 @@ def nucleus(logits_V: Array, temperature: float, top_p: float) -> Array:
   return jnp.where(keep_V, logits_V, -jnp.inf)
 
 
-def rescore(rollout: types.TextRollout, logits_BGTV: Array) -> types.TextRollout:
+def rescore(rollout: types.TextTrajectory, logits_BGTV: Array) -> types.TextTrajectory:
   """The rollout with log-probabilities of teacher forcing in place of those of decoding.
 
   Decoding adds up in another order, and a float32 logit of 16 has steps of 1e-6. Kept as they are,

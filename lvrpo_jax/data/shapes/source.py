@@ -1,0 +1,172 @@
+"""The shapes world as training and evaluation data.
+
+A data set of your own is a class with the methods of `ShapesData`, named in
+`config.data.source` by import path.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from lvrpo_jax.data import examples
+from lvrpo_jax.data import tasks
+from lvrpo_jax.data import tokenizer as tokenizer_lib
+from lvrpo_jax.data.shapes import questions
+from lvrpo_jax.data.shapes import render
+from lvrpo_jax.data.shapes import wording
+from lvrpo_jax.data.shapes import world
+
+ALIGN_OFFSET = 1 << 30
+"""First index of the prompts for alignment: none of them is a row of pretraining."""
+THINK_OFFSET = 1 << 27
+"""Between the captions of training with and without a plan; held-out captions are the same."""
+
+_SALTS = {'pretrain': 1, 'judge': 2, 'kind': 3}
+
+
+class ShapesData:
+  """Random access to the shapes world: the index is the seed.
+
+  Args:
+    seed: of the world's items.
+    generate_kinds, question_kinds: relative frequency of every kind in training.
+    wrong, chatty: fractions of pretraining answers that are wrong, and that keep no format.
+    plan: fraction of pretraining answers that reason before they answer, where a plan exists.
+    describe: fraction of pretraining's questions that ask for a description of the whole image.
+    drop: probability of leaving the text out, for guidance.
+    tokenizer: of the model; None makes one of the world's words.
+  """
+
+  def __init__(self, seed: int, generate_kinds: dict[str, float],
+               question_kinds: dict[str, float], wrong: float, chatty: float, plan: float,
+               describe: float, drop: float,
+               tokenizer: tokenizer_lib.Tokenizer | None = None):
+    self.world = world.World(seed)
+    self.seed = seed
+    self._kinds = {tasks.GENERATE: _shares(generate_kinds),
+                   tasks.THINK_GENERATE: _shares(generate_kinds),
+                   tasks.UNDERSTAND: _shares(question_kinds),
+                   tasks.EDIT: _shares(dict.fromkeys(world.EDIT_KINDS, 1.))}
+    self._wrong, self._chatty, self._plan = wrong, chatty, plan
+    self._describe, self._drop = describe, drop
+    self.tokenizer = tokenizer or tokenizer_lib.from_words(wording.vocabulary())
+
+  @property
+  def answers(self) -> tuple[str, ...]:
+    """All words that answer a question."""
+    return wording.ANSWERS
+
+  @property
+  def key_words(self) -> frozenset[str]:
+    """Words with a visual meaning."""
+    return wording.CONTENT_WORDS
+
+  def read_answer(self, text: str) -> str | None:
+    """The answer that a reply states, or None."""
+    return wording.read_answer(text)[0]
+
+  def well_formed(self, text: str) -> bool:
+    """Whether a reply has the form that the rules pay for: one word, or a plan and a word."""
+    return wording.read_answer(text)[1]
+
+  @property
+  def image_size(self) -> int:
+    return render.SIZE
+
+  def images(self, count: int) -> np.ndarray:
+    """uint8 (count, Y, X, 3) training images, to fit the autoencoder."""
+    return np.stack([render.render(self.world.generate(i, 'train').scene) for i in range(count)])
+
+  def pretraining(self, task: str, index: int) -> examples.Example:
+    """A row of pretraining: answers as found, conditions sometimes left out."""
+    if task == tasks.THINK_GENERATE:
+      return self._example(task, index + THINK_OFFSET, 'train', self._kind(task, index))
+    rng = self._rng('pretrain', index)
+    example = self._example(task, index, 'train', self._kind(task, index))
+    if task != tasks.UNDERSTAND:
+      return _replace(example, drop_text=bool(rng.random() < self._drop))
+    item = self.world.question(index, 'train', example.kind)
+    if rng.random() < self._describe:
+      prompt, answer = questions.describe(item.scene, rng)
+      return _replace(example, prompt=prompt, answer=answer)
+    answer = questions.web_answer(item, rng, self._wrong, self._chatty)
+    if item.plan and rng.random() < self._plan:
+      answer = f'think : {item.plan} ; {item.answer}'
+    return _replace(example, answer=answer)
+
+  def prompt(self, task: str, index: int) -> examples.Example:
+    """A prompt for alignment, never one of pretraining or evaluation."""
+    index += ALIGN_OFFSET + (THINK_OFFSET if task == tasks.THINK_GENERATE else 0)
+    return self._example(task, index, 'train', self._kind(task, index))
+
+  def evaluation(self, task: str, split: str, kind: str, index: int) -> examples.Example:
+    """A held-out prompt of a kind; `split` is 'eval' or 'unseen'."""
+    return self._example(task, index, split, kind)
+
+  def kinds(self, task: str, split: str) -> tuple[str, ...]:
+    """Kinds of held-out prompts of a task in a split."""
+    if task == tasks.GENERATE:
+      return world.UNSEEN_GENERATE_KINDS if split == 'unseen' else world.GENERATE_KINDS
+    if split == 'unseen':
+      return ()
+    if task == tasks.THINK_GENERATE:
+      return world.GENERATE_KINDS
+    return world.QUESTION_KINDS if task == tasks.UNDERSTAND else world.EDIT_KINDS
+
+  def judge_pair(self, index: int) -> tuple[np.ndarray, str]:
+    """An image and a text that is true of it: a reading, a statement, a caption, or a phrase.
+
+    Colours alone tell most images apart, so most readings leave them out: shapes are learned too.
+    """
+    rng = self._rng('judge', index)
+    kind, words = rng.random(2)
+    if kind < .65:
+      item = self.world.question(index, 'train')
+      image = render.render(item.scene)
+      if kind < .15:
+        return image, questions.statement(item.record, item.answer)
+      words = ('shape',) if words < .55 else ('color',) if words < .7 else ('color', 'shape')
+      return image, questions.reading(item.scene.objects, words)
+    item = self.world.generate(index, 'train')
+    image = render.render(item.scene)
+    if kind < .8:
+      return image, item.caption
+    one = item.scene.objects[rng.integers(len(item.scene.objects))]
+    return image, str(rng.choice([one.color, one.shape, f'{one.color} {one.shape}']))
+
+  def _rng(self, salt: str, index: int) -> np.random.Generator:
+    return np.random.default_rng((self.seed, _SALTS[salt], index))
+
+  def _kind(self, task: str, index: int) -> str:
+    names, bounds = self._kinds[task]
+    return names[int(np.searchsorted(bounds, self._rng('kind', index).random(), side='right'))]
+
+  def _example(self, task: str, index: int, split: str, kind: str) -> examples.Example:
+    if task in (tasks.GENERATE, tasks.THINK_GENERATE):
+      item = self.world.generate(index, split, kind)
+      return examples.Example(
+          index, item.caption, target=render.render(item.scene), kind=kind, meaning=item.meaning,
+          answer=questions.reading(item.scene.objects) if task == tasks.THINK_GENERATE else None,
+          spec=item.spec, questions=tuple(questions.derived_questions(item.spec)))
+    if task == tasks.EDIT:
+      item = self.world.edit(index, split, kind)
+      return examples.Example(
+          index, item.instruction, source=render.render(item.scene),
+          target=render.render(item.target), kind=kind, meaning=item.meaning, spec=item.spec,
+          questions=tuple(questions.derived_questions(item.spec)))
+    item = self.world.question(index, split, kind)
+    return examples.Example(
+        index, item.question, source=render.render(item.scene), answer=item.answer, kind=kind,
+        meaning=item.meaning, spec=item.record,
+        statement=functools.partial(questions.statement, item.record))
+
+
+def _replace(example: examples.Example, **changes) -> examples.Example:
+  return examples.Example(**{**example.__dict__, **changes})
+
+
+def _shares(weights: dict[str, float]) -> tuple[tuple[str, ...], np.ndarray]:
+  total = sum(weights.values())
+  return tuple(weights), np.cumsum([w / total for w in weights.values()][:-1])

@@ -1,0 +1,102 @@
+"""Gaps between what a rollout recorded and what a replay finds, before any update.
+
+Ratios of an update are to recorded densities. Where these are not the densities that samples were
+drawn with, be it by a temperature, a mask, a scale of guidance or a rounding that was lost on the
+way, ratios mean nothing, and no loss shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import flow
+from lvrpo_jax import ops
+from lvrpo_jax import types
+from lvrpo_jax.data import tasks
+from lvrpo_jax.objectives import flow as flow_objectives
+from lvrpo_jax.rollouts import replay
+
+Array = jax.Array
+
+DETERMINISTIC_STD = .1
+"""Deviation, about that of the other steps, against which the end of a step without noise is
+measured: latents that were rounded to 16 bits then show."""
+
+DECODE = 'gap/decode'
+"""Metric: largest |log-ratio| of a token between decoding and teacher forcing."""
+
+
+def image_mismatch(sampler: str, v_BMNC: Array, transitions: types.Transitions, group: int,
+              latents_BGNC: Array | None = None) -> Array:
+  """Largest gap of any sample at every step, (K,), in nats per latent value.
+
+  The largest of three, each 0 where a step is recorded as it was drawn:
+  - the log-ratio of the step that the replay's velocities give to the recorded one, at the sample
+    (`flow.log_ratio`), its absolute value;
+  - the squared logarithm of the ratio of their deviations: the KL of two such Gaussians, to second
+    order;
+  - `mean(d^2) / (2 std^2)`, with d from `mean + std * noise` as recorded to the latents that the
+    rollout went on from: the KL of two such Gaussians.
+  A step without noise has no density: the deviation 1 stands in, and `FINE` for the last of these.
+
+  Args:
+    v_BMNC: velocities at `transitions`, of the policy that drew.
+    latents_BGNC: the final latents, where the last of the steps ends in them.
+  """
+  s = transitions
+  if latents_BGNC is not None:
+    s = s.replace(next_BMNC=s.next_BMNC.at[:, -group:].set(latents_BGNC))
+  mean, std_BM11 = replay.transition(sampler, v_BMNC, s)
+  old, new = (jnp.where(x > 0, x, 1.) for x in (s.std_BM, std_BM11[..., 0, 0]))
+  axes = flow_objectives.TOKENS
+  missed = s.next_BMNC - (s.mean_BMNC + s.std_BM[..., None, None] * s.noise_BMNC)
+  gap_BM = jnp.maximum(
+      jnp.maximum(jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, old, axes)),
+                  jnp.square(jnp.log(new / old))),
+      jnp.mean(jnp.square(missed), axes) / (2 * jnp.square(jnp.where(s.std_BM > 0, old, DETERMINISTIC_STD))))
+  return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
+
+
+def text_mismatch(logp_BGT: Array, b: types.TextTrainBatch) -> tuple[Array, Array]:
+  """Largest and mean absolute log-ratio of a token between rollout and teacher forcing.
+
+  Both are 0 outside the answers, so a mask that is not the rollout's opens a gap as well.
+  """
+  gap_BGT = jnp.abs(logp_BGT - b.logp_BGT)
+  return jnp.max(gap_BGT), ops.masked_mean(gap_BGT, b.mask_BGT)
+
+
+def check(number: int, scalars: Mapping[str, float], limits: Mapping[str, float]) -> None:
+  """Refuses to go on where what is replayed is not what was drawn.
+
+  Args:
+    number: of the iteration.
+    limits: largest gaps of 'images', of 'texts', of 'texts_mean' and of 'decode'; 0 for any.
+
+  Raises:
+    ValueError: a gap is above its limit, or no number.
+  """
+  for name, gap in scalars.items():
+    kind = _limit_of(name)
+    if kind and limits[kind] and not gap <= limits[kind]:
+      raise ValueError(
+          f'iteration {number}: {name} is {gap:g}, config.align.gap_limit.{kind} is '
+          f'{limits[kind]:g}: before any update, the policy gives samples other densities than '
+          'those they were drawn with, so ratios mean nothing. Compute in float32 in another '
+          'workdir; or, where you know why, raise the limit: this run then goes on where it was '
+          'saved last')
+
+
+def _limit_of(name: str) -> str:
+  """Which limit a metric has; '' for none."""
+  if name == DECODE:
+    return 'decode'
+  kind, _, task = name.partition('/')
+  if kind == 'gap' and task in tasks.TEXT_OUTPUTS:
+    return 'texts'
+  if kind == 'gap' and task.removesuffix('/mean') in tasks.TEXT_OUTPUTS:
+    return 'texts_mean'
+  return 'images' if kind == 'gap' and task in tasks.TASKS else ''

@@ -1,0 +1,210 @@
+"""Where a policy's weights come from, and where they go: workdirs and released folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from absl import logging
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import types
+from lvrpo_jax.models.bagel import model as bagel
+from lvrpo_jax.models.bagel import params as bagel_params
+from lvrpo_jax.parallel import multihost
+from lvrpo_jax.parallel import placement
+from lvrpo_jax.runtime import checkpoint
+from lvrpo_jax.runtime import experiment as experiment_lib
+from lvrpo_jax.runtime import workdir as workdir_lib
+
+BASE, ALIGNED, VAE, JUDGE = 'base', 'aligned', 'vae', 'judge'
+"""Checkpoints of parameters alone, by their folder in `<workdir>/checkpoints`."""
+
+COPIED = ('config.json', 'llm_config.json', 'vit_config.json', 'generation_config.json',
+          'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt',
+          'special_tokens_map.json', 'added_tokens.json')
+"""Files of a released folder that alignment does not change."""
+
+
+SHAPED_BY = ('architecture', 'checkpoint', 'data.source', 'model.', 'vae.')
+"""Keys of the config on which the shapes of parameters depend."""
+
+
+def template(job: experiment_lib.Experiment, name: str) -> types.Params:
+  """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or judge."""
+  def make():
+    if name == JUDGE:
+      side = job.judge.vision_config.image_size
+      return job.judge.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), job.captions(['']))[
+          'params']
+    if name != VAE:
+      return bagel.init(job.policy.config, jax.random.key(0))
+    side = job.policy.image_size
+    return job.policy.vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))['params']
+  shapes = jax.eval_shape(make)
+  return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+                      shapes, placement.tree_shardings(shapes, job.mesh))
+
+
+def make_or_restore(workdir: pathlib.Path, name: str, like: types.Params,
+         make: Callable[[], types.Params], record: dict[str, Any] | None = None) -> types.Params:
+  """Parameters that are made once and then read back."""
+  folder = workdir / 'checkpoints' / name
+  if multihost.path_exists(folder):
+    restored = _restored(folder, like)
+    if restored is not None:
+      return restored
+  # Made first: what cannot be made leaves no folder.
+  params = placement.put_tree(make(), jax.tree.map(lambda leaf: leaf.sharding, like))
+  store = checkpoint.Checkpoints(folder, keep=1)
+  store.save(0, params, record or {})
+  store.close()
+  return params
+
+
+def _restored(folder: pathlib.Path, like: types.Params) -> types.Params | None:
+  store = checkpoint.Checkpoints(folder, keep=1)
+  restored = store.restore(like)
+  store.close()
+  return restored[0] if restored else None
+
+
+def restore(job: experiment_lib.Experiment, name: str) -> types.Params | None:
+  """Parameters kept in the workdir, or None.
+
+  Raises:
+    ValueError: they were imported from another model than that of `config.checkpoint`.
+  """
+  folder = job.workdir / 'checkpoints' / name
+  if not multihost.path_exists(folder):
+    return None
+  if job.config.checkpoint and name in (BASE, VAE):
+    _check_source(job, name, folder)
+  return _restored(folder, template(job, name))
+
+
+def _check_source(job: experiment_lib.Experiment, name: str, folder: pathlib.Path) -> None:
+  store = checkpoint.Checkpoints(folder, keep=1)
+  record = store.record() or {}
+  store.close()
+  mine, here = source(job, name), record.get('source', {})
+  if here and here['digest'] != mine['digest']:
+    raise ValueError(f"config.checkpoint is {job.config.checkpoint!r}, but {folder} was imported "
+                     f"from {here['folder']}, whose weights differ; use another --workdir")
+
+
+def _config_of(job: experiment_lib.Experiment, name: str) -> bagel_params.Config:
+  return job.policy.vae if name == VAE else job.policy.config
+
+
+def source(job: experiment_lib.Experiment, name: str) -> dict[str, str]:
+  """Where the released weights of the policy or the autoencoder come from."""
+  folder = pathlib.Path(job.config.checkpoint)
+  return {'folder': str(folder.resolve()), 'digest': bagel_params.fingerprint(folder, _config_of(job, name))}
+
+
+def read_released(job: experiment_lib.Experiment, name: str) -> types.Params:
+  """Parameters of the released folder, read straight into their shards."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, template(job, name))
+  return bagel_params.load(job.config.checkpoint, _config_of(job, name), shardings)
+
+
+def base(job: experiment_lib.Experiment, name: str) -> types.Params:
+  """The parameters before alignment of a job with a released model."""
+  found = restore(job, name)
+  return read_released(job, name) if found is None else found
+
+
+def load_newest(job: experiment_lib.Experiment) -> tuple[types.Params, types.Params]:
+  """Policy and autoencoder: aligned in the workdir if there is such, else the released ones.
+
+  Raises:
+    ValueError: there are none, or the workdir's model has other sizes than the config.
+  """
+  released = bool(job.config.checkpoint)
+  if (job.workdir / 'config.json').exists():
+    # Before any checkpoint is opened: keys of the config say more than names of arrays.
+    workdir_lib.compare_config(job.workdir, job.config, SHAPED_BY)
+  params, vae_params = restore(job, ALIGNED), restore(job, VAE)
+  logging.info('policy: %s', f'aligned, from {job.workdir}' if params else
+               job.config.checkpoint or 'missing')
+  if params is None and released:
+    params = base(job, BASE)
+  if vae_params is None and released:
+    vae_params = read_released(job, VAE)
+  if params is None or vae_params is None:
+    raise ValueError(f'{job.workdir} holds no aligned model; run the job with this --workdir '
+                     'first, or set config.checkpoint to the folder of a released model')
+  return params, vae_params
+
+
+def import_released(job: experiment_lib.Experiment) -> None:
+  """Writes a released model into the workdir as Orbax checkpoints, sharded over the mesh.
+
+  Nothing is written before all of it has been read.
+
+  Raises:
+    ValueError: `config.checkpoint` is not set, its files cannot be read, or the workdir holds
+      another model.
+  """
+  if not job.config.checkpoint:
+    raise ValueError("config.checkpoint is ''; allowed: the folder of a released model")
+  for name, params in {name: base(job, name) for name in (VAE, BASE)}.items():
+    make_or_restore(job.workdir, name, template(job, name), lambda params=params: params,
+         {'source': source(job, name)})
+    logging.info('imported %s into %s', name, job.workdir / 'checkpoints' / name)
+
+
+def export(job: experiment_lib.Experiment, target: str | os.PathLike, shards: int) -> None:
+  """Writes the workdir's aligned model as a folder of the released form.
+
+  The folder appears when it is complete.
+
+  Raises:
+    ValueError: the target exists, or the workdir has no aligned model of a released family.
+  """
+  if not target:
+    raise ValueError("config.convert.target is ''; allowed: a folder that does not exist yet")
+  target = pathlib.Path(target)
+  if target.exists():
+    raise ValueError(f'config.convert.target is {str(target)!r}, which exists; allowed: a new '
+                     'folder')
+  folder = job.config.checkpoint
+  if not folder:
+    raise ValueError("config.checkpoint is ''; allowed: the folder of the released model that was "
+                     'aligned, whose configuration and tokenizer are copied')
+  params, vae_params = load_newest(job)
+  partial = target.with_name(target.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+    bagel_params.save(params, partial / 'ema.safetensors', job.policy.config, shards)
+    bagel_params.save(vae_params, partial / 'ae.safetensors', job.policy.vae)
+    for name in COPIED:
+      if (pathlib.Path(folder) / name).is_file():
+        shutil.copy(pathlib.Path(folder) / name, partial / name)
+    _set_vocabulary(partial, job.policy.config.vocab)
+    partial.rename(target)
+  except OSError as error:
+    raise ValueError(f'config.convert.target is {str(target)!r}, which cannot be written: {error}'
+                     ) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  logging.info('exported to %s', target)
+
+
+def _set_vocabulary(folder: pathlib.Path, size: int) -> None:
+  """Makes the configuration say how many rows the exported table has: special tokens may have been
+  appended."""
+  for name, part in (('llm_config.json', ''), ('config.json', 'llm_config')):
+    path = folder / name
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    config = found.get(part, {}) if part else found
+    if config.get('vocab_size', size) != size:
+      config['vocab_size'] = size
+      path.write_text(json.dumps(found, indent=1))

@@ -1,0 +1,267 @@
+"""Losses of whole batches: the objectives applied to a policy and its contexts.
+
+A batch is a dict by task. Every loss is a `step.Loss`: sums and weights, never means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from lvrpo_jax import ops
+from lvrpo_jax import types
+from lvrpo_jax.data import tasks
+from lvrpo_jax.models.bagel import policy as policy_lib
+from lvrpo_jax.objectives import flow as flow_objectives
+from lvrpo_jax.objectives import kl as kl_lib
+from lvrpo_jax.objectives import repa as repa_lib
+from lvrpo_jax.objectives import sft
+from lvrpo_jax.objectives import text as text_objectives
+from lvrpo_jax.parallel import placement
+from lvrpo_jax.rollouts import replay
+from lvrpo_jax.training import step as step_lib
+
+Array = jax.Array
+
+
+def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], draws: int,
+                shift: float, seed: int, repa: repa_lib.Repa | None = None) -> step_lib.Loss:
+  """Next token on answers and flow matching on images.
+
+  Args:
+    coefficients: weight of every task in the batch; the batch is a dict of `types.Batch`.
+    draws: noised copies of every image, sharing one encoded context.
+    shift: time shift of the logit-normal training times.
+    seed: with the step and a prompt's number it fixes all draws of a row.
+    repa: aligns states with an encoder's features as well; `frozen` then holds its 'judge'.
+  """
+  N = policy.latent_shape[0]
+  coefficients = dict(coefficients)
+  if tasks.THINK_GENERATE in coefficients:
+    coefficients[tasks.PLAN] = coefficients[tasks.THINK_GENERATE]
+  if repa:
+    coefficients['repa'] = repa.weight
+
+  def weights(batch):
+    out = {}
+    for task, b in batch.items():
+      if task != tasks.UNDERSTAND:
+        out[task] = jnp.float32(b.target_BYXC.shape[0] * draws * N)
+      if task in (tasks.UNDERSTAND, tasks.THINK_GENERATE):
+        out[_text_of(task)] = jnp.sum(b.answer_mask_BL)
+    if repa:
+      out['repa'] = sum(w for task, w in out.items() if task not in tasks.TEXT_OUTPUTS)
+    return out
+
+  def noised(frozen, b, root):
+    key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
+    key_BM = jax.vmap(lambda k: ops.fold_rows(k, (draws,)))(key_B)
+    x0 = policy.encode(frozen['vae'], b.target_BYXC)[:, None]
+    return replay.noise_points(key_BM, x0, shift)
+
+  def sums(params, state, frozen, batch):
+    root = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch = _halves(batch)
+    points = {t: noised(frozen, b, root) for t, b in batch.items() if t not in tasks.TEXT_OUTPUTS}
+    texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t in tasks.TEXT_OUTPUTS}
+    inputs = (params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
+              {t: p.x_t for t, p in points.items()}, {t: p.t for t, p in points.items()}, texts)
+    if repa:
+      v, logits, states = policy.follow_with_states(*inputs)
+    else:
+      v, logits = policy.follow(*inputs)
+    totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
+    if repa:
+      found = [repa.loss(policy, params, states[t], repa.target(
+          frozen['judge'], batch[t].target_BYXC, N)) for t in points]
+      totals['repa'] = tuple(map(sum, zip(*found)))
+    for task in texts:
+      b = batch[task]
+      totals[task] = sft.next_token(logits[task][:, 0], b.answer_BL[:, 1:], b.answer_mask_BL)
+    return ({t: total for t, (total, _) in totals.items()},
+            {f'{t}_loss': total for t, total in totals.items()})
+
+  return step_lib.Loss(weights, sums, coefficients)
+
+
+def _text_of(task: str) -> str:
+  """Name of the text among a task's outputs."""
+  return tasks.PLAN if task == tasks.THINK_GENERATE else task
+
+
+def _halves(batch: dict[str, types.SupervisedBatch]) -> dict[str, types.SupervisedBatch]:
+  """Plans as texts after captions, and their images after captions and plans."""
+  if tasks.THINK_GENERATE not in batch:
+    return batch
+  b = batch[tasks.THINK_GENERATE]
+  said = jnp.pad(b.answer_mask_BL, ((0, 0), (1, 0)), constant_values=True)
+  return {**batch, tasks.PLAN: b, tasks.THINK_GENERATE: b.replace(
+      prompts=policy_lib.with_text(b.prompts, b.answer_BL, said))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+  """Numbers of the alignment loss; see `configs/base.py` for units and meaning."""
+  weights: Mapping[str, float]
+  objective: str
+  sampler: str
+  nft_beta: float
+  nft_scale: float
+  image_clip: float
+  velocity_penalty: float
+  text_low: float
+  text_high: float
+  text_objective: str
+  text_penalty: float
+  text_kl: str = 'k3'
+  image_kl: str = 'velocity'
+
+
+FACTORS = ('answers', 'images', 'answers_penalty', 'images_penalty')
+"""What may scale the terms of an update while it runs."""
+
+
+def alignment(policy: policy_lib.Policy, a: Alignment) -> step_lib.Loss:
+  """The GRPO loss of a mixed batch of `types.TextExperience` and `types.ImageExperience`.
+
+  Every task is normalised by its own weight, so the total is the weighted sum of what each task
+  alone would give. `frozen` holds 'vae', and may hold 'factors' of `FACTORS`, which are arguments
+  and not constants: of all terms of 'answers' and 'images', and of their penalties.
+
+  Raises:
+    ValueError: unknown objective, or a penalty that does not go with it.
+  """
+  allowed = sorted(flow_objectives.DECOUPLED + flow_objectives.COUPLED)
+  if a.objective not in allowed:
+    raise ValueError(f'align.objective is {a.objective!r}; allowed: {allowed}')
+  if a.image_kl != 'velocity' and a.objective in flow_objectives.DECOUPLED:
+    raise ValueError(f"align.image_kl is {a.image_kl!r}, which is of steps of the rollout; allowed "
+                     f"with align.objective {a.objective!r}: 'velocity'")
+
+  def weights(batch):
+    out = {}
+    for task, b in batch.items():
+      if task in tasks.TEXT_OUTPUTS:
+        w = text_objectives.total_weight(b.mask_BGT, b.valid_BG,
+                              text_objectives.OBJECTIVES[a.text_objective].aggregation)
+      else:
+        w = jnp.sum(_per_point(b.valid_BG, b))
+      out[task] = out[f'{task}_penalty'] = w
+    return out
+
+  def sums(params, state, frozen, batch):
+    del state
+    v, logits = replay.forward(policy, params, frozen, batch)
+    parts = {t: _image_sums(a, v[t], batch[t]) for t in v}
+    parts.update({t: _text_sums(a, logits[t], batch[t]) for t in logits})
+    terms, metrics = {}, {}
+    for task, (loss, penalty, extra) in parts.items():
+      factors = frozen.get('factors')
+      if factors:
+        kind = 'answers' if task in tasks.TEXT_OUTPUTS else 'images'
+        loss = loss * factors[kind]
+        penalty = penalty * (factors[kind] * factors[f'{kind}_penalty'])
+      terms[task], terms[f'{task}_penalty'] = loss, penalty
+      metrics.update({f'{task}/{k}': value for k, value in extra.items()})
+    return terms, metrics
+
+  penalty = lambda task: a.text_penalty if task in tasks.TEXT_OUTPUTS else a.velocity_penalty
+  coefficients = dict(a.weights)
+  if tasks.THINK_GENERATE in coefficients:
+    # Both halves of a trajectory weigh the same (UniGRPO).
+    coefficients[tasks.PLAN] = coefficients[tasks.THINK_GENERATE]
+  coefficients.update({f'{t}_penalty': w * penalty(t) for t, w in coefficients.items()})
+  return step_lib.Loss(weights, sums, coefficients, split_group)
+
+
+def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
+  """A leading axis of parts, each with some samples of every group; their points stay with them.
+
+  Raises:
+    ValueError: the samples do not divide by the parts.
+  """
+  def cut(x, group):
+    B, M = x.shape[:2]
+    x = x.reshape(B, M // group, parts, group // parts, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0).reshape(parts, B, M // parts, *x.shape[4:])
+
+  def split(b):
+    group = b.valid_BG.shape[1]
+    if group == 1:  # Every row is a sample with a context of its own.
+      return placement.split_micro_batches(b, parts)
+    if group % parts:
+      raise ValueError(f'groups of {group} samples do not divide into parallel.group_parts = '
+                       f'{parts}')
+    whole = ('prompts', 'temperature_B')
+    repeat = lambda x: jnp.broadcast_to(x, (parts, *x.shape))
+    return b.replace(**{
+        f.name: jax.tree.map(repeat if f.name in whole else lambda x: cut(x, group),
+                             getattr(b, f.name)) for f in dataclasses.fields(b)})
+  return {task: split(b) for task, b in batch.items()}
+
+
+def _per_point(x_BG: Array, b: types.ImageTrainBatch) -> Array:
+  """Repeats a value of every sample for its points, (B, M)."""
+  return jnp.tile(x_BG.astype(jnp.float32), (1, b.time_BM.shape[1] // x_BG.shape[1]))
+
+
+def _text_sums(a: Alignment, logits: Array, b: types.TextTrainBatch):
+  """The text objective, and the penalty to the reference (arXiv 2402.03300)."""
+  logp = replay.token_logp(logits, b)
+  log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
+  objective = text_objectives.OBJECTIVES[a.text_objective]
+  weight = text_objectives.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
+  loss, log_ratio = text_objectives.loss(objective, log_ratio, logp, b.mask_BGT, b.advantage_BG, a.text_low,
+                              a.text_high)
+  sampled = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
+  kl = jnp.where(b.mask_BGT, kl_lib.of_text(a.text_kl, logp, b.reference_BGT, sampled), 0.)
+  ratio = jnp.exp(log_ratio)
+  clipped = ((ratio < 1 - a.text_low) & (not objective.cut)) | (ratio > 1 + a.text_high)
+  return jnp.sum(loss * weight), jnp.sum(kl * weight), {
+      f'kl_{a.text_kl}': (jnp.sum(kl * weight), jnp.sum(weight)),
+      'entropy': ops.masked_sum(ops.token_entropy(logits), weight),
+      'clip_fraction': ops.masked_sum(clipped, weight)}
+
+
+def _forward_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
+  """DiffusionNFT, or advantage-weighted matching, at freshly noised final images."""
+  x0 = jnp.tile(b.latents_BGNC, (1, v.shape[1] // b.latents_BGNC.shape[1], 1, 1))
+  points = (v, b.old_BMNC, x0, b.x_BMNC, b.time_BM, _per_point(b.advantage_BG, b))
+  if a.objective == 'nft':
+    loss = flow_objectives.nft(*points, a.nft_beta, a.nft_scale)
+    return loss, {'old_mse': flow_objectives.velocity_mse(v, b.old_BMNC)}
+  loss, log_ratio = flow_objectives.awm(*points, a.image_clip)
+  return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
+
+
+def _replayed_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
+  """The objectives on replayed steps of the rollout."""
+  s = b.transitions
+  moves = (replay.transition(a.sampler, v, s).mean, s.mean_BMNC, s.noise_BMNC)
+  advantage = _per_point(b.advantage_BG, b)
+  if a.objective in ('sde', 'cps'):
+    objective = flow_objectives.sde if a.objective == 'sde' else flow_objectives.cps
+    loss, log_ratio = objective(*moves, s.std_BM, advantage, a.image_clip)
+  else:
+    dt = s.next_time_BM - s.time_BM if a.objective == 'guard' else None
+    loss, log_ratio = flow_objectives.guard(*moves, dt, advantage, a.image_clip)
+  return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
+
+
+def _image_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
+  """The image objective, and the penalty to the reference."""
+  loss, extra = (_forward_sums if a.objective in flow_objectives.DECOUPLED else _replayed_sums)(a, v, b)
+  valid = _per_point(b.valid_BG, b)
+  drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
+  metrics, penalty = {'velocity_mse': drift, **extra}, drift
+  if a.image_kl != 'velocity':
+    s = b.transitions
+    means = (replay.transition(a.sampler, x, s).mean for x in (v, b.reference_BMNC))
+    penalty = kl_lib.of_steps(a.image_kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
+    metrics['kl'] = penalty
+  return jnp.sum(loss * valid), jnp.sum(penalty * valid), {
+      name: (jnp.sum(value * valid), jnp.sum(valid)) for name, value in metrics.items()}

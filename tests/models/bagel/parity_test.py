@@ -1,0 +1,729 @@
+"""Parity with the released BAGEL implementation: every array of a folder of golden numbers.
+
+The folder holds a tiny model with random weights, inputs and what the released code computes from
+them in float32. It is tests/goldens/bagel, or what the environment variable LVRPO_PARITY_DIR
+names; nothing here depends on its sizes.
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+from unittest import mock
+
+from absl.testing import absltest
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from lvrpo_jax import flow
+from lvrpo_jax import ops
+from lvrpo_jax import types
+from lvrpo_jax.data import images as image_files
+from lvrpo_jax.data import packing
+from lvrpo_jax.models import attention
+from lvrpo_jax.models import layers
+from lvrpo_jax.models import vae as vae_lib
+from lvrpo_jax.models.bagel import config as bagel_config
+from lvrpo_jax.models.bagel import model as bagel
+from lvrpo_jax.models.bagel import params as bagel_params
+from lvrpo_jax.models.bagel import trunk
+from lvrpo_jax.objectives import sft
+from lvrpo_jax.rollouts import guidance as guidance_lib
+from lvrpo_jax.rollouts import text as text_rollout
+from tests.helpers import jax_settings
+
+DEFAULT_DIR = pathlib.Path(__file__).resolve().parents[2] / 'goldens' / 'bagel'
+PARITY_DIR = pathlib.Path(os.environ.get('LVRPO_PARITY_DIR', DEFAULT_DIR))
+TOLERANCE = 1e-4  # both absolute and relative
+GREY_LEVEL_SHARE = 0.01  # of the bytes of an image may differ, by one grey level
+MISTAKE = 1000 * TOLERANCE  # a mistake moves some number by more than this
+THINK_POINTS = 4  # of the time grid of the think case; the golden folder's notes fix three steps
+GROUPS = ('train/grad', 'train/', 'pack/', 'und/', 'und2/', 'gen/batch', 'gen/', 'cfgmix/', 'edit/',
+          'think/', 'vit/', 'vae/', 'misc/')
+
+setUpModule, tearDownModule = jax_settings.of_module(
+    jax_default_matmul_precision='highest',
+    # Compilation takes nearly all the time; the numbers agree with full optimization too.
+    jax_disable_most_optimizations=True)
+
+to_last = lambda image_CYX: np.moveaxis(image_CYX, -3, -1)
+to_first = lambda image_YXC: np.moveaxis(np.asarray(image_YXC), -1, -3)
+
+
+def group_of(name: str) -> str:
+  """The first prefix in `GROUPS` of an array's name."""
+  return next(prefix for prefix in GROUPS if name.startswith(prefix))
+
+
+class World:
+  """Configuration, weights, inputs and golden outputs, and compiled calls of the model."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.config = bagel_config.read_config(folder)
+    self.model_config = bagel_config.model_config(self.config)
+    self.model = bagel.Unified(self.model_config)
+    self.vae = bagel_config.autoencoder(self.config)
+    self.params = bagel_params.load(folder, self.model_config)
+    self.vae_params = bagel_params.load(folder, self.vae)
+    self.inputs = dict(np.load(folder / 'inputs.npz'))
+    self.outputs = dict(np.load(folder / 'outputs.npz'))
+    special, self.patch = self.config['special_tokens'], self.config['latent_patch_size']
+    self.special = special
+    self.form = packing.Format(
+        bos=special['bos_token_id'], eos=special['eos_token_id'],
+        start_of_image=special['start_of_image'], end_of_image=special['end_of_image'],
+        patch_values=self.model_config.vit.patch ** 2 * 3,
+        latent_channels=self.model_config.latent_channels)
+
+    self.prefill = jax.jit(self._prefill)
+    self.velocity = jax.jit(lambda params, cache, x, t, position: self.apply(
+        params, cache, x[None, None], t[None, None], position[None], method='velocity')[0, 0])
+    self.read = jax.jit(functools.partial(self.apply, method='read'))
+    self.encode = jax.jit(lambda image, eps: self.vae.apply(
+        {'params': self.vae_params}, image, eps, method='encode'))
+    self.moments = jax.jit(lambda image: self.vae.apply(
+        {'params': self.vae_params}, image, method='moments'))
+    self.decode_image = jax.jit(lambda latent: self.vae.apply(
+        {'params': self.vae_params}, latent, method='decode'))
+
+  def apply(self, params, *args, method):
+    return self.model.apply({'params': params}, *args, method=method)
+
+  def _prefill(self, params, seq):
+    h_und, h_gen, _ = self.apply(params, seq, method='forward')
+    return self.apply(params, seq, method='prefill'), jnp.concatenate([h_und, h_gen], axis=1)
+
+  def text(self, name, **kwargs) -> packing.Text:
+    return packing.Text(self.inputs[name], **kwargs)
+
+  def vit(self, image_CYX, **kwargs) -> packing.Vit:
+    """A ViT segment of a pixel image (3, Y, X)."""
+    patch = self.model_config.vit.patch
+    patches = vae_lib.patchify(to_last(image_CYX)[None], patch)[0]
+    rows, columns = (side // patch for side in image_CYX.shape[-2:])
+    return packing.Vit(patches, layers.grid_positions(rows, columns, self.model_config.vit.side),
+                       **kwargs)
+
+  def grid(self, image_hw) -> tuple[int, int]:
+    """Latent tokens (rows, columns) of an image."""
+    return tuple(int(side) // (self.vae.downsample * self.patch) for side in image_hw)
+
+  def latent_position(self, image_hw):
+    return layers.grid_positions(*self.grid(image_hw), self.model_config.latent_side)
+
+  def tokens(self, latent_YXC, image_hw):
+    """Latent tokens (N, C) of the image at the top left of a latent."""
+    rows, columns = (n * self.patch for n in self.grid(image_hw))
+    return np.asarray(vae_lib.patchify(latent_YXC[None, :rows, :columns], self.patch)[0])
+
+  def clean(self, image_CYX, eps) -> packing.Latent:
+    """A clean condition from a pixel image (3, Y, X) and its draw (1, C, Y', X')."""
+    latent = self.encode(to_last(image_CYX)[None], to_last(eps))[0]
+    hw = image_CYX.shape[-2:]
+    return packing.Latent(self.latent_position(hw), tokens=self.tokens(latent, hw))
+
+  @functools.cached_property
+  def lengths(self) -> packing.Lengths:
+    """Room for any context of the inference cases, so that they share compiled calls."""
+    und = [[self.text('und2/system_ids'), *self.vits('und2'), self.text('und2/prompt_ids')],
+           [*self.vits('und'), self.text('und/prompt_ids')]]
+    prompts = [[self.text(name)] for name in self.inputs if '/prompt_ids' in name
+               or '/batch_prompt_ids' in name]
+    thought = packing.Text(self.outputs['think/thought_ids'])
+    edits = [segments['main'] for segments in (self.edit_segments, self.think_segments)]
+    return packing.Lengths(*np.max([
+        [array.shape[1] for array in (s.ids_BL, s.patches_BNP, s.latents_BNC)]
+        for s in (packing.pack([[*segments, thought]], self.form).sequence
+                  for segments in und + prompts + edits)], axis=0))
+
+  def vits(self, case: str) -> list[packing.Vit]:
+    names = sorted(name for name in self.inputs if name.startswith(f'{case}/image_'))
+    return [self.vit(self.inputs[name]) for name in names]
+
+  @functools.cached_property
+  def edit_segments(self) -> dict[str, list[packing.Segment]]:
+    clean = self.clean(self.inputs['edit/image_vae'], self.inputs['edit/vae_eps'])
+    vit, prompt = self.vit(self.inputs['edit/image_vit']), self.text('edit/prompt_ids')
+    return dict(main=[clean, vit, prompt], without_text=[clean, vit], without_images=[prompt])
+
+  @functools.cached_property
+  def think_pixels(self) -> tuple[np.ndarray, np.ndarray]:
+    """The source for the autoencoder and, from the resized bytes, for the tower; (3, Y, X)."""
+    rules = self.config['cases']['transform']
+    vae_rule, vit_rule = (image_files.ResizeRule(*rules[name]) for name in ('vae', 'vit'))
+    source = self.inputs['think/image_u8']
+    return (to_first(image_files.transform(source, vae_rule)),
+            to_first(image_files.transform(image_files.resize(source, vae_rule), vit_rule)))
+
+  @functools.cached_property
+  def think_segments(self) -> dict[str, list[packing.Segment]]:
+    vae_pixels, vit_pixels = self.think_pixels
+    system, prompt = self.text('think/system_ids'), self.text('think/prompt_ids')
+    picture = [self.clean(vae_pixels, self.inputs['think/vae_eps']), self.vit(vit_pixels)]
+    return dict(main=[system, *picture, prompt], without_text=[system, *picture],
+                without_images=[system, prompt])
+
+  def context(self, segments):
+    """Cache, hidden states and the places of the tokens in logical order."""
+    packed = packing.pack([segments], self.form, lengths=self.lengths)
+    seq = packed.sequence
+    cache, hidden = self.prefill(self.params, seq)
+    order = np.concatenate([seq.text.order_BL, seq.vit.order_BL, seq.gen.order_BL], axis=1)[0]
+    places = np.flatnonzero(np.asarray(cache.valid_BS[0]))
+    return cache, hidden[0], places[np.argsort(order[places])]
+
+  def contexts(self, segments: dict[str, list[packing.Segment]]) -> dict:
+    return {name: self.context(value)[0] for name, value in segments.items()}
+
+  @functools.cached_property
+  def answer(self):
+    """Compiled greedy decoding; the length is static."""
+    def run(params, cache, eos, length):
+      decode = lambda row, index, token: self.apply(
+          params, cache, row, index, token, method='decode')
+      row = bagel.empty_row(self.model_config, (1, 1), length)
+      keys = jax.random.split(jax.random.key(0), (1, 1))
+      return text_rollout.sample(decode, row, keys, self.form.bos, eos, length, 0.)
+    return jax.jit(run, static_argnames='length')
+
+  def greedy(self, cache, length: int, eos: int) -> np.ndarray:
+    """Most likely tokens; without the end token."""
+    out = self.answer(self.params, cache, eos, length=length)
+    tokens = np.asarray(out.tokens_BGT[0, 0])[np.asarray(out.mask_BGT[0, 0])]
+    return tokens[tokens != eos]
+
+  @functools.cached_property
+  def walk(self):
+    """Compiled guided sampling from noise (N, C); the renormalisation type is static."""
+    def run(params, caches, guidance, noise, position, grid):
+      branch = lambda cache: lambda x, time: self.apply(
+          params, cache, x, time, position[None], method='velocity')
+      branches = guidance_lib.Branches(**{name: branch(cache) for name, cache in caches.items()})
+      return guidance_lib.sample_guided(branches, guidance, noise[None, None], grid)
+    return jax.jit(run)
+
+
+@functools.cache
+def world() -> World:
+  return World(PARITY_DIR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The packed training sequence, built from the raw texts and images of the plan."""
+  samples: list
+  packed: packing.Packed
+  padded_YXC: np.ndarray
+  latent_YXC: np.ndarray
+  noise: np.ndarray
+  time: np.ndarray
+
+  @property
+  def clean(self):
+    return self.packed.sequence.latents_BNC[0]
+
+  @property
+  def x_t(self):
+    return flow.interpolate(self.clean, self.noise, self.time[:, None])
+
+  @property
+  def sequence(self):
+    return self.packed.sequence.replace(
+        latents_BNC=np.asarray(self.x_t)[None], time_BN=self.time[None])
+
+  @property
+  def batch(self):
+    """What `train_losses` takes, arrays only."""
+    places, = np.nonzero(self.packed.label_BL[0] >= 0)
+    target, = np.nonzero(self.packed.target_BN[0])
+    return dict(
+        seq=self.sequence, places=places, labels=self.packed.label_BL[0][places],
+        weights=self.packed.weight_BL[0][places], target=target,
+        v_target=flow.velocity_target(self.clean, self.noise)[target])
+
+  @property
+  def order(self):
+    """Logical places of the tokens in memory order."""
+    s = self.packed.sequence
+    return np.concatenate([s.text.order_BL, s.vit.order_BL, s.gen.order_BL], axis=1)[0]
+
+  def logical(self, x):
+    """Puts memory order into logical order along the next to last axis."""
+    return np.asarray(x)[..., np.argsort(self.order), :]
+
+
+def train_samples(w: World, latents=None) -> list:
+  """Segments of the training plan; `latents` are tokens by number of the latent image."""
+  samples, count = collections.defaultdict(list), 0
+  for sample, kind, index, loss, end_loss, end_label, droppable in w.inputs['train/plan'].tolist():
+    if kind == 0:
+      segment = w.text(f'train/raw_text_{index}', loss=bool(loss), droppable=bool(droppable),
+                       end_label=end_label if end_loss else None)
+    elif kind == 1:
+      segment = w.vit(w.inputs[f'train/raw_image_{index}'], droppable=bool(droppable))
+    else:
+      hw = w.inputs[f'train/raw_image_{index}'].shape[-2:]
+      segment = packing.Latent(
+          w.latent_position(hw), target=bool(loss), droppable=bool(droppable),
+          tokens=None if latents is None else w.tokens(latents[count], hw))
+      count += 1
+    samples[sample].append(segment)
+  return [samples[i] for i in sorted(samples)]
+
+
+def build_train(w: World) -> Train:
+  plan = w.inputs['train/plan'].tolist()
+  raw = [w.inputs[f'train/raw_image_{row[2]}'] for row in plan if row[1] == 2]
+  height, width = np.max([image.shape[-2:] for image in raw], axis=0)
+  padded = np.stack([np.pad(image, ((0, 0), (0, height - image.shape[1]),
+                                    (0, width - image.shape[2]))) for image in raw])
+  latent = np.asarray(w.encode(to_last(padded), to_last(w.inputs['train/vae_eps'])))
+  samples = train_samples(w, latent)
+  time = flow.logit_normal_time(
+      jnp.asarray(w.inputs['train/packed_timesteps']), w.config['timestep_shift'])
+  return Train(samples, packing.pack(samples, w.form), to_last(padded), latent,
+               w.inputs['train/noise'], np.asarray(time))
+
+
+@functools.cache
+def train() -> Train:
+  return build_train(world())
+
+
+def train_losses(w: World, params, batch):
+  """Total loss, and everything on the way to it."""
+  def both(model, seq):
+    h_und, h_gen, out = model.forward(seq)
+    hidden = jnp.concatenate([h_und, h_gen], axis=1)
+    return hidden, model.lm_head(hidden)[0], model.llm2vae(h_gen)[0], out['hidden']
+
+  hidden, logits, v, inner = w.apply(params, batch['seq'], method=both)
+  logits_at_loss, labels = logits[batch['places']], batch['labels']
+  v, v_target = v[batch['target']], batch['v_target']
+  ce = -ops.token_logp(logits_at_loss, labels)
+  loss_ce = ops.divide(*sft.next_token(logits_at_loss, labels, jnp.ones(len(labels))))
+  loss_mse = ops.divide(*sft.flow_matching(v, v_target))
+  total = w.config['ce_weight'] * loss_ce + w.config['mse_weight'] * loss_mse
+  return total, {
+      'last_hidden': hidden[0], 'text_logits_all': logits,
+      'layer_outputs': jnp.concatenate([x[:, 0, 0] for x in inner], axis=1),
+      'text_logits_at_loss': logits_at_loss, 'ce_per_token': ce, 'velocity_pred': v,
+      'velocity_target': v_target, 'mse_elementwise': jnp.square(v - v_target),
+      'loss_ce': loss_ce, 'loss_mse': loss_mse,
+      'loss_ce_reweighted': ops.masked_mean(ce, batch['weights'])}
+
+
+@functools.cache
+def train_results():
+  """((total, details), gradients) of the training loss."""
+  run = jax.jit(jax.value_and_grad(
+      functools.partial(train_losses, world()), has_aux=True))
+  return run(world().params, train().batch)
+
+
+class ParityTest(absltest.TestCase):
+  total = 0
+
+  def setUp(self):
+    super().setUp()
+    self.w = world()
+    self.checked = {}
+
+  @classmethod
+  def tearDownClass(cls):
+    print(f'parity: {cls.total} arrays checked in {PARITY_DIR}')
+    super().tearDownClass()
+
+  def check(self, name, value):
+    """Compares with a golden array; integers, booleans and strings exactly."""
+    want, value = self.w.outputs[name], np.asarray(value)
+    self.assertEqual(value.shape, want.shape, name)
+    if want.dtype.kind in 'biU':
+      np.testing.assert_array_equal(value, want, name)
+      self.checked[name] = 0.
+    elif want.dtype == np.uint8:
+      away = np.abs(value.astype(int) - want.astype(int))
+      self.assertLessEqual(away.max(), 1, name)
+      self.assertLessEqual(np.mean(away > 0), GREY_LEVEL_SHARE, name)
+      self.checked[name] = 0.
+    else:
+      np.testing.assert_allclose(value, want, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
+      self.checked[name] = float(np.max(np.abs(value - want), initial=0.))
+
+  def finish(self, *groups):
+    """Every array of the groups was checked; prints their largest deviations."""
+    for group in groups:
+      names = {name for name in self.w.outputs if group_of(name) == group}
+      done = {name for name in self.checked if group_of(name) == group}
+      self.assertEmpty(names - done, 'not checked')
+      worst = max(done, key=self.checked.get)
+      print(f'parity: {group:12} {len(done):3} arrays, largest deviation '
+            f'{self.checked[worst]:.1e} in {worst}')
+      type(self).total += len(done)
+
+  def test_every_array_has_a_group(self):
+    for name in self.w.outputs:
+      self.assertTrue(name.startswith(GROUPS), name)
+
+  def test_train(self):
+    w, t = self.w, train()
+    for name, value in packing.reference_arrays(t.packed).items():
+      np.testing.assert_allclose(value, w.inputs[f'train/{name}'], 1e-6, err_msg=name)
+    np.testing.assert_array_equal(to_first(t.padded_YXC), w.inputs['train/padded_images'])
+    embed = lambda method, *args: w.apply(w.params, *args, method=method)
+    seq = t.sequence
+    vit = (seq.patches_BNP, seq.patch_position_BN, seq.patch_image_BN)
+    connector = lambda m, *args: m.embed_patches(*args)
+    vit_tokens = embed(connector, *vit)[0]
+    position = w.params['vit_pos_embed'][seq.patch_position_BN[0]]
+    inputs = np.concatenate([
+        embed('embed_text', seq.ids_BL)[0], vit_tokens,
+        embed('embed_latents', seq.latents_BNC, seq.time_BN, seq.latent_position_BN)[0]])
+    everything = attention.join(attention.join(seq.text, seq.vit), seq.gen)
+    back = np.argsort(t.order)
+    (total, details), _ = train_results()
+    for name, value in {
+        'attention_keep': np.asarray(attention.keep_mask(everything, everything)[0])[back][:, back],
+        'padded_latent': to_first(t.latent_YXC), 'latents_clean': t.clean,
+        'timesteps_shifted': t.time, 'x_t': t.x_t,
+        'timestep_embed': embed(lambda m, x: m.time_embedder(x), t.time),
+        'latent_pos_embed': w.params['latent_pos_embed'][seq.latent_position_BN[0]],
+        'vae2llm': embed(lambda m, x: m.vae2llm(x), t.x_t),
+        'vit_features': embed(lambda m, *args: m.vit(*args)[0], *vit)[0],
+        'connector': vit_tokens - position, 'vit_pos_embed': position,
+        'input_sequence': inputs[back], 'loss_total': total}.items():
+      self.check(f'train/{name}', value)
+    for name, value in details.items():
+      inside = name in ('last_hidden', 'text_logits_all', 'layer_outputs')
+      self.check(f'train/{name}', t.logical(value) if inside else value)
+    self.finish('train/')
+
+  def test_gradients(self):
+    gradients = dict(bagel_params.tensors(train_results()[1], self.w.model_config))
+    names = self.w.outputs['train/grad_names']
+    norm = lambda name: np.sqrt(np.sum(np.square(gradients[name], dtype=np.float64)))
+    self.check('train/grad_names', names)
+    self.check('train/grad_l2', np.array([norm(name) for name in names]))
+    for name in gradients.keys() - set(names):
+      self.assertEqual(norm(name), 0., name)
+    for name in self.w.outputs:
+      if name.startswith('train/grad/'):
+        self.check(name, gradients[name.removeprefix('train/grad/')])
+    self.finish('train/grad')
+
+  def test_pack(self):
+    w = self.w
+    kinds = dict(text=packing.Text, vit=packing.Vit, vae=packing.Latent)
+    samples = train_samples(w)[2:4]
+    packs = {}
+    for case in ('text', 'vit', 'vae', 'all'):
+      kind = kinds.get(case, packing.Segment)
+      drops = [[s.droppable and isinstance(s, kind) for s in sample] for sample in samples]
+      packs[f'drop_{case}'] = packing.pack(samples, w.form, drops)
+    for case in ('loss', 'cond'):
+      prefix = f'pack/frames_{case}'
+      position = w.latent_position(w.inputs[f'{prefix}/frame_hw'])
+      frames = [packing.Latent(position, target=case == 'loss', frame_delta=delta)
+                for delta in (*w.inputs[f'{prefix}/frame_delta'].tolist(), None)]
+      packs[f'frames_{case}'] = packing.pack(
+          [[w.text(f'{prefix}/text_0'), *frames, w.text(f'{prefix}/text_1')]], w.form)
+    for name in (name for name in w.outputs if name.startswith('pack/')):
+      _, case, array = name.split('/')
+      packed = packs[case]
+      draws = np.where(packed.target_BN, packed.sequence.gen.split_BL, -1)
+      self.check(name, {**packing.reference_arrays(packed), 'number_of_distinct_timesteps':
+                        np.int32(len(np.unique(draws)))}[array])
+    self.finish('pack/')
+
+  def check_cache(self, case, cache, places):
+    self.check(f'{case}/k_cache', cache.k_EBSJK[:, 0, places])
+    self.check(f'{case}/v_cache', cache.v_EBSJK[:, 0, places])
+
+  def test_understanding(self):
+    w = self.w
+    for case in ('und', 'und2'):
+      system = [w.text(f'{case}/system_ids')] if f'{case}/system_ids' in w.inputs else []
+      cache, hidden, places = w.context([*system, *w.vits(case), w.text(f'{case}/prompt_ids')])
+      skipped = sum(len(text.ids) + 2 for text in system)
+      self.check(f'{case}/prefill_hidden', hidden[places[skipped:]])
+      self.check_cache(case, cache, places)
+      self.check(f'{case}/kv_len', np.int32(len(places)))
+      self.check(f'{case}/rope_next', cache.next_position_B[0])
+      length = len(w.outputs[f'{case}/generated'])
+      tokens = w.greedy(cache, length, eos=-1)
+      generated = np.array([w.form.bos, *tokens[:-1]])
+      self.check(f'{case}/generated', generated)
+      logits = w.read(w.params, cache, generated[None, None])[0, 0]
+      self.check(f'{case}/step_logits', logits)
+      np.testing.assert_array_equal(np.argmax(logits, axis=-1), tokens)
+      stopped = w.greedy(cache, length, int(w.inputs[f'{case}/stop_id']))
+      self.check(f'{case}/generated_until_stop', np.array([w.form.bos, *stopped]))
+    self.finish('und/', 'und2/')
+
+  def check_walk(self, prefix, settings, caches, noise, position, plain=False):
+    """Runs guided sampling with the settings of a case; returns the final latent tokens."""
+    w = self.w
+    scale = lambda name: 1. if plain else settings.get(name, 1.)
+    guidance = guidance_lib.Guidance(
+        scale('cfg_text_scale'), scale('cfg_img_scale'), *settings['interval'],
+        renorm=settings['renorm_type'])
+    grid = flow.time_grid(settings['num_timesteps'], settings['shift'])
+    walk = w.walk(w.params, caches, guidance, noise, position, grid)
+    if f'{prefix}_timesteps' in w.outputs:
+      self.check(f'{prefix}_timesteps', grid[:-1])
+      self.check(f'{prefix}_x_steps', walk.x_TBGNC[:, 0, 0])
+      self.check(f'{prefix}_v_steps', walk.v_TBGNC[:, 0, 0])
+      self.check(f'{prefix}_cfg_text_scale_used', walk.text_scale_T)
+      self.check(f'{prefix}_cfg_img_scale_used', walk.image_scale_T)
+    final = walk.latents_BGNC[0, 0]
+    name = f'{prefix}_final_latent'
+    self.check(name if name in w.outputs else f'{prefix}/final_latent', final)
+    return final
+
+  def decoded(self, tokens, image_hw):
+    """Latent (Y, X, C) and image (Y, X, 3) of latent tokens."""
+    latent = vae_lib.unpatchify(tokens[None], self.w.grid(image_hw), self.w.patch)
+    return latent[0], np.asarray(self.w.decode_image(latent)[0])
+
+  def test_generation(self):
+    w, hw = self.w, self.w.inputs['gen/image_hw']
+    position, noise = w.latent_position(hw), w.inputs['gen/noise']
+    segments = dict(main=[w.text('gen/prompt_ids')], without_text=[])
+    segments['without_images'] = segments['main']
+    caches = w.contexts(segments)
+    query = packing.Latent(position, target=True)
+    packed = {name: packing.reference_arrays(packing.pack([[*value, query]], w.form))
+              for name, value in segments.items()}
+    rope = {name: arrays['packed_position_ids'][-(len(position) + 2):]
+            for name, arrays in packed.items()}
+    self.check('gen/packed_position_ids', rope['main'])
+    self.check('gen/cfg_text_position_ids', rope['without_text'])
+    self.check('gen/packed_vae_position_ids', packed['main']['packed_latent_position_ids'])
+    self.check('gen/packed_text_ids', packed['main']['packed_text_ids'][-2:])
+    for name, cache in caches.items():
+      self.assertEqual(cache.next_position_B[0], rope[name][0])
+    velocity = lambda name, t: w.velocity(
+        w.params, caches[name], noise, jnp.float32(t), position)
+    v, u = velocity('main', 1.), velocity('without_text', 1.)
+    self.check('gen/v_t1', v)
+    self.check('gen/v_t1_uncond', u)
+    settings = w.config['cases']['gen']
+    scale = settings['cfg_text_scale']
+    for name in w.outputs:
+      if time := re.fullmatch(r'gen/v_t(0\.\d+)', name):
+        self.check(name, velocity('main', float(time[1])))
+      elif setting := re.fullmatch(r'gen/v_t1_cfg_(\w+)_min([\d.]+)', name):
+        self.check(name, flow.guide(v, u, v, scale, 1., setting[1], float(setting[2])))
+    self.check('gen/v_t1_cfg_norenorm', flow.guide(v, u, v, scale, 1., 'global', 1.))
+    self.check_walk('gen/plain', settings, caches, noise, position, plain=True)
+    final = self.check_walk('gen/cfg', settings, caches, noise, position)
+    latent, image = self.decoded(final, hw)
+    self.check('gen/cfg_unpacked_latent', to_first(latent))
+    self.check('gen/cfg_decoded', to_first(image))
+    self.check('gen/cfg_image_u8', image_files.to_bytes(image))
+    self.finish('gen/')
+
+  def test_generation_of_a_batch(self):
+    w, start, branches = self.w, 0, []
+    empty = w.context([])[0]
+    for i, hw in enumerate(w.inputs['gen/batch_image_hw']):
+      position = w.latent_position(hw)
+      noise = w.inputs['gen/batch_noise'][start:start + len(position)]
+      start += len(position)
+      cache = w.context([w.text(f'gen/batch_prompt_ids_{i}')])[0]
+      branches.append([w.velocity(w.params, c, noise, jnp.float32(1.), position)
+                       for c in (cache, empty)])
+    # The global norm is taken over all images of the batch.
+    v, u = (jnp.concatenate(parts) for parts in zip(*branches))
+    scale = w.config['cases']['gen']['cfg_text_scale']
+    self.check('gen/batch_v_t1', v)
+    for renorm in ('global', 'channel'):
+      self.check(f'gen/batch_v_t1_cfg_{renorm}', flow.guide(v, u, v, scale, 1., renorm, 0.))
+    self.finish('gen/batch')
+
+  def test_guidance_formula(self):
+    names = ('renorm_type', 'text_scale', 'img_scale', 'renorm_min')
+    settings = [self.w.outputs[f'cfgmix/{name}'] for name in names]
+    for name, value in zip(names, settings):
+      self.check(f'cfgmix/{name}', value)
+    self.check('cfgmix/result', guidance_results(self.w))
+    self.finish('cfgmix/')
+
+  def test_edit(self):
+    w = self.w
+    hw = w.inputs['edit/image_vae'].shape[-2:]
+    position, noise = w.latent_position(hw), w.inputs['edit/noise']
+    segments = w.edit_segments
+    caches = w.contexts(segments)
+    clean, vit, _ = segments['main']
+    start, end = w.apply(w.params, np.array([[w.form.start_of_image], [w.form.end_of_image]]),
+                         method='embed_text')
+    latents = w.apply(w.params, clean.tokens, np.zeros(len(clean.tokens)), clean.position_ids,
+                      method='embed_latents')
+    patches = w.apply(w.params, vit.patches[None], vit.position_ids[None],
+                      np.zeros((1, len(vit.patches)), int), method='embed_patches')[0]
+    self.check('edit/vae_context_input', jnp.concatenate([start, latents, end]))
+    self.check('edit/vit_context_input', jnp.concatenate([start, patches, end]))
+    _, _, places = w.context(segments['main'])
+    self.check_cache('edit', caches['main'], places)
+    for ours, name in (('main', 'main'), ('without_text', 'cfg_text'),
+                       ('without_images', 'cfg_img')):
+      self.check(f'edit/{name}_kv_len', np.sum(caches[ours].valid_BS, dtype=np.int32))
+      self.check(f'edit/{name}_rope_next', caches[ours].next_position_B[0])
+    velocity = lambda name, x, t: w.velocity(w.params, caches[name], x, jnp.float32(t), position)
+    v, v_text, v_image = (velocity(name, noise, 1.) for name in segments)
+    self.check('edit/v_t1', v)
+    self.check('edit/v_t1_cfg_text_branch', v_text)
+    self.check('edit/v_t1_cfg_img_branch', v_image)
+    self.check('edit/check_v', velocity('main', w.inputs['edit/check_x_t'],
+                                        w.inputs['edit/check_t']))
+    settings = w.config['cases']['edit']
+    a, b = settings['cfg_text_scale'], settings['cfg_img_scale']
+    for name in w.outputs:
+      if both := re.fullmatch(r'edit/v_t1_both_([a-z_]+?)(?:_min([\d.]+))?', name):
+        self.check(name, flow.guide(v, v_text, v_image, a, b, both[1], float(both[2] or 0.)))
+    self.check('edit/v_t1_text_only_global', flow.guide(v, v_text, v_image, a, 1., 'global', 0.))
+    self.check('edit/v_t1_img_only', flow.guide(v, v_text, v_image, 1., b, 'global', 0.))
+    _, image = self.decoded(self.check_walk('edit/cfg', settings, caches, noise, position), hw)
+    self.check('edit/cfg_decoded', to_first(image))
+    self.check('edit/cfg_image_u8', image_files.to_bytes(image))
+    self.finish('edit/')
+
+  def test_think(self):
+    w, segments = self.w, self.w.think_segments
+    vae_pixels, vit_pixels = w.think_pixels
+    self.check('think/vae_pixels', vae_pixels)
+    self.check('think/vit_pixels', vit_pixels)
+    length = len(w.outputs['think/thought_ids'])
+    thought = w.greedy(w.context(segments['main'])[0], length, w.form.eos)
+    self.check('think/thought_ids', thought)
+    hw = vae_pixels.shape[-2:]
+    caches = w.contexts({**segments, 'main': [*segments['main'], packing.Text(thought)]})
+    settings = {**w.config['cases']['edit'], 'num_timesteps': THINK_POINTS}
+    final = self.check_walk(
+        'think', settings, caches, w.inputs['think/noise'], w.latent_position(hw))
+    self.check('think/image_u8', image_files.to_bytes(self.decoded(final, hw)[1]))
+    self.finish('think/')
+
+  def test_vit(self):
+    w = self.w
+    packed = packing.pack([w.vits('vit')], w.form).sequence
+    vit = (packed.patches_BNP, packed.patch_position_BN, packed.patch_image_BN)
+    features, outputs = w.apply(w.params, *vit, method=lambda m, *args: m.vit(*args))
+    tokens = w.apply(w.params, *vit, method='embed_patches')[0]
+    self.check('vit/patches', packed.patches_BNP[0])
+    self.check('vit/position_ids', packed.patch_position_BN[0])
+    self.check('vit/layer_outputs', outputs[:, 0])
+    self.check('vit/features', features[0])
+    self.check('vit/llm_tokens', tokens)
+    self.check('vit/connector', tokens - w.params['vit_pos_embed'][packed.patch_position_BN[0]])
+    self.finish('vit/')
+
+  def test_vae(self):
+    w = self.w
+    a, b = (to_last(w.inputs[f'vae/image_{name}'])[None] for name in 'ab')
+    moments = lambda image: to_first(np.concatenate(w.moments(image), axis=-1))
+    padding = [(0, have - need) for have, need in zip(a.shape, b.shape)]
+    self.check('vae/moments_a', moments(a))
+    self.check('vae/mean_a', to_first(w.moments(a)[0]))
+    self.check('vae/moments_b', moments(b))
+    self.check('vae/moments_padded_batch', moments(np.concatenate([a, np.pad(b, padding)])))
+    self.check('vae/latent_mean_a', to_first(w.vae.apply(
+        {'params': w.vae_params}, a, method='encode_mean')))
+    self.check('vae/latent_sampled_a', to_first(w.encode(a, to_last(w.inputs['vae/eps_a']))))
+    self.check('vae/decode_out', to_first(w.decode_image(to_last(w.inputs['vae/decode_in']))))
+    self.finish('vae/')
+
+  def test_misc(self):
+    w, c = self.w, self.w.model_config
+    t = jnp.asarray(w.inputs['misc/t'])
+    self.check('misc/sinusoid', layers.time_features(t))
+    self.check('misc/time_embed', w.apply(w.params, t, method=lambda m, x: m.time_embedder(x)))
+    cos, sin = attention.rope_table(
+        jnp.asarray(w.inputs['misc/rope_positions']), c.width // c.heads, c.rope_theta)
+    self.check('misc/rope_cos', cos)
+    self.check('misc/rope_sin', sin)
+    positions = dict(extrapolate=layers.grid_positions, interpolate=layers.interpolated_positions)
+    for name in (name for name in w.outputs if name.startswith('misc/')):
+      if grid := re.fullmatch(r'misc/grid_n(\d+)_shift([\d.]+)', name):
+        self.check(name, flow.time_grid(int(grid[1]), float(grid[2])))
+      elif ids := re.fullmatch(r'misc/pos_ids_(\w+?)_(\d+)x(\d+)', name):
+        rows, columns = int(ids[2]) // c.vit.patch, int(ids[3]) // c.vit.patch
+        self.check(name, positions[ids[1]](rows, columns, c.vit.side))
+      elif rule := re.fullmatch(r'misc/resize_[a-z]+_(\d+)_(\d+)_(\d+)', name):
+        self.check(name, self.resized(image_files.ResizeRule(*map(int, rule.groups()))))
+      elif rule := re.fullmatch(
+          r'misc/resize_[a-z]+_(\d+)_(\d+)_(\d+)_px(\d+)_imgnum(\d+)_and_(\d+)', name):
+        *sizes, first, second = map(int, rule.groups())
+        self.check(name, np.stack([self.resized(image_files.ResizeRule(*sizes, number))
+                                   for number in (first, second)], axis=1))
+    rule = image_files.ResizeRule(*w.config['cases']['transform']['vae'])
+    self.check('misc/pixels_transformed',
+               to_first(image_files.transform(w.inputs['misc/pixels_u8'], rule)))
+    self.finish('misc/')
+
+  def resized(self, rule):
+    sizes = self.w.inputs['misc/sizes_wh'].tolist()
+    return np.array([image_files.resize_rule(*size, *rule) for size in sizes])
+
+
+def guidance_results(w: World) -> np.ndarray:
+  """All combinations of the guidance case."""
+  fields = [w.inputs[f'cfgmix/v_{name}'] for name in ('main', 'cfg_text', 'cfg_img')]
+  settings = (w.outputs[f'cfgmix/{name}'].tolist()
+              for name in ('text_scale', 'img_scale', 'renorm_type', 'renorm_min'))
+  return np.stack([flow.guide(*fields, *setting) for setting in zip(*settings)])
+
+
+class MistakesTest(absltest.TestCase):
+  """Parity notices each mistake: the numbers above depend on what they claim to prove."""
+
+  def deviation(self, name='last_hidden') -> float:
+    """Largest deviation of a training array, with samples, layout and model made anew."""
+    w = world()
+    t = build_train(w)
+    _, details = jax.jit(functools.partial(train_losses, w))(w.params, t.batch)
+    return float(np.max(np.abs(t.logical(details[name]) - w.outputs[f'train/{name}'])))
+
+  def test_mask(self):
+    honest = attention.keep_mask
+    visible = lambda query, key: honest(
+        query, key.replace(mode_BL=jnp.minimum(key.mode_BL, types.FULL)))
+    with mock.patch.object(attention, 'keep_mask', visible):
+      self.assertGreater(self.deviation(), MISTAKE)
+
+  def test_positions(self):
+    honest = packing._advance
+    with mock.patch.object(packing, '_advance', lambda segment: max(honest(segment), 1)):
+      self.assertGreater(self.deviation(), MISTAKE)
+    own_width = lambda rows, columns, side: np.arange(rows * columns)
+    with mock.patch.object(layers, 'grid_positions', own_width):
+      self.assertGreater(self.deviation(), MISTAKE)
+
+  def test_expert_slices(self):
+    honest, other = trunk.Expert, {'und': 'gen', 'gen': 'und'}
+    swapped = lambda name, **kwargs: honest(name=other[name], **kwargs)
+    with mock.patch.object(trunk, 'Expert', swapped):
+      self.assertGreater(self.deviation(), MISTAKE)
+
+  def test_time_features(self):
+    honest = layers.time_features
+    sines_first = lambda t: jnp.concatenate(jnp.split(honest(t), 2, axis=-1)[::-1], axis=-1)
+    with mock.patch.object(layers, 'time_features', sines_first):
+      self.assertGreater(self.deviation(), MISTAKE)
+
+  def test_guidance(self):
+    w = world()
+    honest = flow.guide
+    late = lambda v, u, w, a, b, renorm, floor: honest(
+        v, u, w, a, b, 'channel' if renorm == 'text_channel' else renorm, floor)
+    with mock.patch.object(flow, 'guide', late):
+      away = np.abs(guidance_results(w) - w.outputs['cfgmix/result'])
+    self.assertGreater(away.max(), MISTAKE)
+
+
+if __name__ == '__main__':
+  absltest.main()

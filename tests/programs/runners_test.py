@@ -1,0 +1,105 @@
+"""Whole jobs under `pmap` give the numbers of `jit`, on one device and on eight, also where a run
+goes on under the other runner."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tests.helpers import jax_settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-5
+ROWS = {f'config.{part}.{task}': 8 for part in ('pretrain', 'align')
+        for task in ('generate', 'understand', 'edit')}
+CASES = {
+    'nft': {},
+    'thinking_adapters': {
+        'config.align.objective': 'sde', 'config.align.text_objective': 'grpo',
+        'config.align.lora.rank': 2, 'config.align.think_generate': 8,
+        'config.pretrain.think_generate': 8, 'config.align.edit': 0, 'config.align.refill': 1},
+}
+"""Changes to the tiny job; between them both kinds of image objectives, adapters, plans and dynamic
+sampling."""
+
+CALM = {'config.optimizer.kind': 'adamw', 'config.optimizer.eps': 1e-3}
+"""Updates that are continuous in the gradient: Adam with its usual eps divides gradients of pure
+rounding by themselves."""
+
+
+def numbers(line):
+  """Metrics without times and counts of compiled programs."""
+  return {k: v for k, v in line.items() if k not in ('seconds', 'compiled', 'stage')}
+
+
+class RunnersTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.base = pathlib.Path(absltest.get_default_test_tmpdir()) / f'runners{os.getpid()}'
+
+  def run_job(self, name, runner, devices, case, *program):
+    """Runs the job by its command line; returns the workdir."""
+    workdir = self.base / name
+    changes = {**(ROWS if devices > 1 else {}), **CASES[case], **CALM,
+               'config.parallel.runner': runner,
+               'config.report': False, 'config.align.gold_every': 0, 'config.evaluate.guided': 0}
+    cached = jax_settings.cached(self.base / 'cache')
+    flags = f'{cached["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+    path = os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))
+    done = subprocess.run(
+        [sys.executable, *(program or ('-m', 'lvrpo_jax.main')), '--config=configs/tiny.py',
+         f'--workdir={workdir}', *(f'--{key}={value}' for key, value in changes.items())],
+        cwd=ROOT, env={**os.environ, **cached, 'XLA_FLAGS': flags, 'PYTHONPATH': path},
+        capture_output=True, text=True, check=False)
+    self.assertEqual(done.returncode, 143 if program else 0, done.stderr[-4000:])
+    return workdir
+
+  def assert_same_run(self, one, two):
+    """Same parameters, moments, metrics and scores, up to the order of sums."""
+    def state(workdir):
+      folder = epath.Path(workdir) / 'checkpoints/align/4/state'
+      reader = ocp.PyTreeCheckpointHandler()
+      # As NumPy arrays: the devices that wrote them are not here.
+      where = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                           reader.metadata(folder).tree)
+      return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=where))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), state(one),
+                 state(two))
+    mine, theirs = ([json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()]
+                    for w in (one, two))
+    self.assertLen(mine, len(theirs))
+    for a, b in zip(mine, theirs):
+      self.assertEqual(a['stage'], b['stage'])
+      self.assertEqual(a.keys(), b.keys())
+      for key, value in numbers(a).items():
+        np.testing.assert_allclose(value, b[key], rtol=10 * TOLERANCE, atol=TOLERANCE,
+                                   err_msg=f'{a["stage"]} {a["step"]} {key}')
+    scores = [json.loads((w / 'scores.json').read_text()) for w in (one, two)]
+    self.assertEqual(scores[0]['after'].keys(), scores[1]['after'].keys())
+
+  @parameterized.parameters((1, 'nft'), (8, 'thinking_adapters'))
+  def test_pmap_equals_jit(self, devices, case):
+    one = self.run_job(f'jit{devices}{case}', 'jit', devices, case)
+    two = self.run_job(f'pmap{devices}{case}', 'pmap', devices, case)
+    self.assert_same_run(one, two)
+
+  def test_a_run_goes_on_under_the_other_runner(self):
+    whole = self.run_job('jit8nft', 'jit', 8, 'nft')
+    report = str(self.base / 'report')
+    stop = ('-m', 'tests.helpers.interruptions', 'done', 'align', '2', '15', report)
+    self.run_job('mixed', 'pmap', 8, 'nft', *stop)
+    self.assert_same_run(whole, self.run_job('mixed', 'jit', 8, 'nft'))
+
+
+if __name__ == '__main__':
+  absltest.main()
