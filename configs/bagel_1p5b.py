@@ -7,8 +7,14 @@ from ml_collections import config_dict
 
 from configs import bagel_7b
 
-LLM = dict(bagel_7b.LLM, vocab_size=151936, hidden_size=1536, num_attention_heads=12,
-           num_key_value_heads=2, intermediate_size=8960)
+LLM = dict(
+  bagel_7b.LLM,
+  vocab_size=151936,
+  hidden_size=1536,
+  num_attention_heads=12,
+  num_key_value_heads=2,
+  intermediate_size=8960,
+)
 
 
 def get_config() -> config_dict.ConfigDict:

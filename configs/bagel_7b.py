@@ -14,19 +14,37 @@ from configs import base
 from lvrpo_jax.models.bagel import config as bagel_config
 
 LLM = dict(
-    vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4, intermediate_size=18944, rms_norm_eps=1e-6, rope_theta=1e6,
-    hidden_act='silu', **bagel_config.SCRIPT_LLM)
+  vocab_size=152064,
+  hidden_size=3584,
+  num_hidden_layers=28,
+  num_attention_heads=28,
+  num_key_value_heads=4,
+  intermediate_size=18944,
+  rms_norm_eps=1e-6,
+  rope_theta=1e6,
+  hidden_act='silu',
+  **bagel_config.SCRIPT_LLM,
+)
 """Qwen2.5-7B."""
 
 VIT = dict(
-    hidden_size=1152, num_hidden_layers=26, num_attention_heads=16, intermediate_size=4304,
-    patch_size=14, image_size=980, num_channels=3, layer_norm_eps=1e-6,
-    hidden_act='gelu_pytorch_tanh', rope=False)
+  hidden_size=1152,
+  num_hidden_layers=26,
+  num_attention_heads=16,
+  intermediate_size=4304,
+  patch_size=14,
+  image_size=980,
+  num_channels=3,
+  layer_norm_eps=1e-6,
+  hidden_act='gelu_pytorch_tanh',
+  rope=False,
+)
 """SigLIP so400m at 980 pixels, without its last layer."""
 
-THINK = ('You should first think about the {} process in the mind and then {}. \nThe {} process is '
-         'enclosed within <think> </think> tags, i.e. <think> {} process here </think> {} here')
+THINK = (
+  'You should first think about the {} process in the mind and then {}. \nThe {} process is '
+  'enclosed within <think> </think> tags, i.e. <think> {} process here </think> {} here'
+)
 """The system prompt that the released model was trained with."""
 
 
@@ -34,29 +52,43 @@ def get_config() -> config_dict.ConfigDict:
   """Returns the configuration of the released model."""
   config = base.get_config()
   config.architecture = config_dict.ConfigDict(
-      {**bagel_config.SCRIPT, 'llm_config': LLM, 'vit_config': VIT})
+    {**bagel_config.SCRIPT, 'llm_config': LLM, 'vit_config': VIT}
+  )
   config.model.update(dtype='bfloat16', unroll=1, remat='full')
   config.data.update(prompt_words=64, answer_words=64, uniform=False)
-  config.parallel.update(mesh=(-1, 0, 1), rollout_mesh=(-1, 1, 0), joint=True,
-                         group_parts=0)
+  config.parallel.update(mesh=(-1, 0, 1), rollout_mesh=(-1, 1, 0), joint=True, group_parts=0)
   config.compile.image_size = 1024
 
-  config.sample.shift = 3.
-  config.sample.guidance.generate.update(text_scale=4., low=0.4)
-  config.sample.guidance.edit.update(text_scale=4., image_scale=2., low=0., renorm='text_channel')
+  config.sample.shift = 3.0
+  config.sample.guidance.generate.update(text_scale=4.0, low=0.4)
+  config.sample.guidance.edit.update(
+    text_scale=4.0, image_scale=2.0, low=0.0, renorm='text_channel'
+  )
   planning = THINK.format('planning', 'generate the image', 'planning', 'planning', 'image')
   config.sample.system.update(
-      generate=planning, edit=planning, understand=THINK.format(
-          'reasoning', 'provide the user with the answer', 'reasoning', 'reasoning', 'answer'))
+    generate=planning,
+    edit=planning,
+    understand=THINK.format(
+      'reasoning', 'provide the user with the answer', 'reasoning', 'reasoning', 'answer'
+    ),
+  )
   config.sample.max_tokens = 1000
-  config.sampling.update(steps=49, shift=3., guidance=(4.,))
+  config.sampling.update(steps=49, shift=3.0, guidance=(4.0,))
 
   config.align.update(
-      learning_rate=1e-5, steps=1000, steps_per_image=15, save_every=50, generate=64, understand=64,
-      edit=64, draws=1, gold_every=50)
+    learning_rate=1e-5,
+    steps=1000,
+    steps_per_image=15,
+    save_every=50,
+    generate=64,
+    understand=64,
+    edit=64,
+    draws=1,
+    gold_every=50,
+  )
   # A logit of 16 in bfloat16 has steps of 0.125, so single tokens may be off by any ratio that is
   # clipped, and their mean by far less. Of a step of 16-bit models others measured 2e-5, and 5e-4
   # with guidance.
-  config.align.gap_limit.update(texts=0., texts_mean=.02, decode=0., images=1e-3)
+  config.align.gap_limit.update(texts=0.0, texts_mean=0.02, decode=0.0, images=1e-3)
   config.align.diagnose_every = 0  # It copies the state; ask for it where the update leaves room.
   return config

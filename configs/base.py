@@ -32,10 +32,16 @@ def get_config() -> config_dict.ConfigDict:
   config.data.plan = 0.7  # fraction of answers that reason first, where one word is not enough
   config.data.describe = 0.3  # fraction of pretraining questions that ask for the whole image
   config.data.drop = 0.1  # probability of leaving the text out, which trains guidance
-  config.data.generate_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
-      single_object=2., two_object=3., counting=3., colors=2., position=7., color_attr=3.))
-  config.data.question_kinds = config_dict.ConfigDict(dict(  # relative frequency in training
-      color=1., shape=1., count=3., relation=6., compare=3., reason=3.))
+  config.data.generate_kinds = config_dict.ConfigDict(
+    dict(  # relative frequency in training
+      single_object=2.0, two_object=3.0, counting=3.0, colors=2.0, position=7.0, color_attr=3.0
+    )
+  )
+  config.data.question_kinds = config_dict.ConfigDict(
+    dict(  # relative frequency in training
+      color=1.0, shape=1.0, count=3.0, relation=6.0, compare=3.0, reason=3.0
+    )
+  )
   config.data.prefetch = 4  # batches made ahead in the background
 
   config.model = config_dict.ConfigDict()
@@ -81,16 +87,19 @@ def get_config() -> config_dict.ConfigDict:
   config.pretrain.edit = 24  # edits a step
   config.pretrain.think_generate = 0  # captions with a plan before the image
   config.pretrain.draws = 2  # noised copies of every image; they share one encoded context
-  config.pretrain.weights = config_dict.ConfigDict(dict(  # of the task losses
-      generate=1., understand=1., edit=1., think_generate=1.))
+  config.pretrain.weights = config_dict.ConfigDict(
+    dict(  # of the task losses
+      generate=1.0, understand=1.0, edit=1.0, think_generate=1.0
+    )
+  )
   config.pretrain.shift = 2.2  # time shift of the logit-normal training times
-  config.pretrain.ema = 0.  # decay of the running mean of parameters; 0 keeps none
+  config.pretrain.ema = 0.0  # decay of the running mean of parameters; 0 keeps none
   config.pretrain.save_every = 200  # steps
 
   config.control = config_dict.ConfigDict()  # continued pretraining, see configs/base_control.py
   config.control.steps = 600
   config.control.rate = 0.5  # factor of the pretraining learning rates
-  config.control.repa = 0.  # weight of representation alignment (REPA uses 0.5); 0 leaves it out
+  config.control.repa = 0.0  # weight of representation alignment (REPA uses 0.5); 0 leaves it out
   config.control.repa_layer = 2  # layers after which states are aligned
 
   config.optimizer = config_dict.ConfigDict()  # of pretraining
@@ -103,12 +112,12 @@ def get_config() -> config_dict.ConfigDict:
   config.optimizer.b2 = 0.98
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.01  # on kernels
-  config.optimizer.clip_norm = 1.  # of the global gradient norm
+  config.optimizer.clip_norm = 1.0  # of the global gradient norm
 
   config.sampling = config_dict.ConfigDict()  # of evaluation
   config.sampling.steps = 10  # Euler steps
   config.sampling.shift = 2.2  # time shift of the grid
-  config.sampling.guidance = (2., 3.)  # scales tried for the guided baseline
+  config.sampling.guidance = (2.0, 3.0)  # scales tried for the guided baseline
 
   config.align = config_dict.ConfigDict()
   config.align.steps = 70  # iterations: rollout, reward, advantage, updates
@@ -118,28 +127,36 @@ def get_config() -> config_dict.ConfigDict:
   config.align.edit = 8
   # A text plan and the image after it, one trajectory with one reward; see configs/think.py
   config.align.think_generate = 0
-  config.align.weights = config_dict.ConfigDict(dict(  # of the task losses
-      generate=1., understand=1., edit=1., think_generate=1.))
+  config.align.weights = config_dict.ConfigDict(
+    dict(  # of the task losses
+      generate=1.0, understand=1.0, edit=1.0, think_generate=1.0
+    )
+  )
   # Further rounds of fresh prompts that replace those whose samples are all worth the same (DAPO)
   config.align.refill = 0
   config.align.refill_by = 'rules'  # the component that has to vary; '': any
   config.align.updates = 2  # optimizer steps on every rollout
   config.align.rewards = config_dict.ConfigDict()  # component: weight; 0 leaves it out
-  config.align.rewards.generate = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.25, dense=0., knowledge=0.25, mutual=0., remote=0.))
-  config.align.rewards.understand = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.1, knowledge=0.1, mutual=0., remote=0.))
-  config.align.rewards.edit = config_dict.ConfigDict(dict(
-      rules=1., semantic=0., dense=0., knowledge=0.25, mutual=0., remote=0.))
-  config.align.rewards.think_generate = config_dict.ConfigDict(dict(
-      rules=1., semantic=0.25, dense=0., knowledge=0.25, mutual=0., remote=0.))
+  config.align.rewards.generate = config_dict.ConfigDict(
+    dict(rules=1.0, semantic=0.25, dense=0.0, knowledge=0.25, mutual=0.0, remote=0.0)
+  )
+  config.align.rewards.understand = config_dict.ConfigDict(
+    dict(rules=1.0, semantic=0.1, knowledge=0.1, mutual=0.0, remote=0.0)
+  )
+  config.align.rewards.edit = config_dict.ConfigDict(
+    dict(rules=1.0, semantic=0.0, dense=0.0, knowledge=0.25, mutual=0.0, remote=0.0)
+  )
+  config.align.rewards.think_generate = config_dict.ConfigDict(
+    dict(rules=1.0, semantic=0.25, dense=0.0, knowledge=0.25, mutual=0.0, remote=0.0)
+  )
   # Whether the rules pay parts of what was asked, and the format of answers; or all or nothing
   config.align.graded = True
   # Questions of a prompt that are asked about each of its images in an iteration, the next ones in
   # the next: 'knowledge' is the mean over them. At as many as a prompt has (4 in the shapes world)
   # 'mutual' is their whole sum, at fewer an estimate of it
   config.align.questions = 1
-  config.align.remote = config_dict.ConfigDict(dict(  # the judge of the component 'remote'
+  config.align.remote = config_dict.ConfigDict(
+    dict(  # the judge of the component 'remote'
       url='',  # such as http://localhost:8000/score
       protocol='batch',  # or 'chat' (OpenAI-compatible)
       model='',  # sent with chat requests
@@ -148,20 +165,35 @@ def get_config() -> config_dict.ConfigDict:
       # implies about its image: 'Question: {question} Is the answer {expected}? yes or no'
       template='',
       templates=dict(  # of single tasks; '' takes template
-          generate='', understand='', edit='', think_generate=''),
+        generate='', understand='', edit='', think_generate=''
+      ),
       batch=8,  # samples a request; 'chat' sends one
       concurrency=8,  # requests under way at once
       retries=3,  # after a connection error, a timeout, 429 or 5xx
-      timeout_s=60.,  # seconds of one try
-      deadline_s=300.,  # seconds until a sample without a score is invalid
-      low=0., high=1.,  # smallest and largest score that is valid
+      timeout_s=60.0,  # seconds of one try
+      deadline_s=300.0,  # seconds until a sample without a score is invalid
+      low=0.0,
+      high=1.0,  # smallest and largest score that is valid
       garbage_limit=3,  # calls in a row for a task that may be answered without a score; 0 any
       cache='',  # local file that keeps scores over restarts; of one run, with .<number> a process
-      api_key_env=''))  # environment variable with the key
-  config.align.detector = 'lvrpo_jax.data.shapes.detect_moments:detect_components'  # import path; of 'rules'
-  config.align.custom = config_dict.ConfigDict(dict(  # your reward, 'module:function', and weight
-      generate='', generate_weight=1., understand='', understand_weight=1., edit='',
-      edit_weight=1., think_generate='', think_generate_weight=1.))
+      api_key_env='',
+    )
+  )  # environment variable with the key
+  config.align.detector = (
+    'lvrpo_jax.data.shapes.detect_moments:detect_components'  # import path; of 'rules'
+  )
+  config.align.custom = config_dict.ConfigDict(
+    dict(  # your reward, 'module:function', and weight
+      generate='',
+      generate_weight=1.0,
+      understand='',
+      understand_weight=1.0,
+      edit='',
+      edit_weight=1.0,
+      think_generate='',
+      think_generate_weight=1.0,
+    )
+  )
   # Best patches over which 'dense' takes the mean for a word; 1 is the paper's maximum
   config.align.dense_top = 2
   config.align.advantage = 'gdpo'  # 'gdpo': normalise each component; 'sum': the paper's form
@@ -179,9 +211,9 @@ def get_config() -> config_dict.ConfigDict:
   config.align.eta = 0.7  # noise scale of the sampler
   # Scale of classifier-free guidance while sampling; objectives on replayed steps train the guided
   # policy. 1: none
-  config.align.guidance = 1.
+  config.align.guidance = 1.0
   config.align.noise_low = 0.4  # steps that start at a time in (low, high] are noisy
-  config.align.noise_high = 1.
+  config.align.noise_high = 1.0
   # Noisy steps replayed an iteration; 'sde' and 'guard' train on them. 0: all. (The first half of
   # the steps has times above shift / (1 + shift), a value for noise_low.)
   config.align.window = 2
@@ -190,8 +222,8 @@ def get_config() -> config_dict.ConfigDict:
   config.align.window_schedule = 'random'  # or 'sliding' (MixGRPO)
   config.align.window_every = 25  # iterations between two moves of a sliding window
   config.align.draws = 2  # noised copies of every sample for 'nft' and 'awm'
-  config.align.nft_beta = 1.  # mixture of policy and old policy
-  config.align.nft_scale = 2.  # advantage at which the optimality probability saturates
+  config.align.nft_beta = 1.0  # mixture of policy and old policy
+  config.align.nft_scale = 2.0  # advantage at which the optimality probability saturates
   config.align.old_flat = 0  # old policy: iterations of plain copies,
   config.align.old_rise = 0.02  # rise of its decay an iteration,
   config.align.old_hold = 0.5  # and its largest decay
@@ -200,28 +232,34 @@ def get_config() -> config_dict.ConfigDict:
   # 'velocity' (mean squared difference); with 'sde' and 'guard' also 'gaussian' (the exact KL of a
   # step), or 'gaussian_per_time' (without the step's length, as Flow-GRPO's code)
   config.align.image_kl = 'velocity'
-  config.align.image_target = 0.  # where the images' penalty should be; 0 leaves its weight fixed
-  config.align.temperature = 1.  # of sampled answers
+  config.align.image_target = 0.0  # where the images' penalty should be; 0 leaves its weight fixed
+  config.align.temperature = 1.0  # of sampled answers
   config.align.text_low = 0.2  # clip range of the token ratio
   config.align.text_high = 0.28
   config.align.text_objective = 'dapo'  # 'grpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo'
   config.align.text_penalty = 0.02  # weight of the answers' penalty to the reference:
   config.align.text_kl = 'k3'  # 'k1', 'k2', 'k3', or 'k3_ratio' (weighted by the policy's ratio)
-  config.align.text_target = 0.  # where the answers' penalty should be; 0 leaves its weight fixed
+  config.align.text_target = 0.0  # where the answers' penalty should be; 0 leaves its weight fixed
   config.align.adapt = 0.1  # largest change of an adapting weight an iteration is a fifth of this
-  config.align.lora = config_dict.ConfigDict(dict(  # adapters instead of all parameters
+  config.align.lora = config_dict.ConfigDict(
+    dict(  # adapters instead of all parameters
       rank=0,  # 0 trains all parameters
-      alpha=16.,  # the product of the factors is scaled by alpha / rank
-      target=r'trunk/layers/(und|gen)/(q|k|v|o|gate|up|down)_proj/kernel$'))  # parameter names
+      alpha=16.0,  # the product of the factors is scaled by alpha / rank
+      target=r'trunk/layers/(und|gen)/(q|k|v|o|gate|up|down)_proj/kernel$',
+    )
+  )  # parameter names
   # Largest |log-ratio| between rollout and replay before an update; more ends the run. 0: any
-  config.align.gap_limit = config_dict.ConfigDict(dict(
+  config.align.gap_limit = config_dict.ConfigDict(
+    dict(
       texts=1e-5,  # of a token, as teacher forcing scores it
       texts_mean=1e-5,  # the same, the mean over tokens
       decode=1e-3,  # of a token, between decoding and teacher forcing
-      images=1e-5))  # of a step, a mean over latents; well below image_clip
+      images=1e-5,
+    )
+  )  # of a step, a mean over latents; well below image_clip
   config.align.learning_rate = 3e-4
   config.align.understand_rate = 0.3  # multiplier of the rate for the understanding expert
-  config.align.clip_norm = 1.
+  config.align.clip_norm = 1.0
   # Iterations between gradients by task, for which the state is copied; 0 never
   config.align.diagnose_every = 10
   # Iterations between scores on held-out captions by the detector that reports, so many of every
@@ -236,14 +274,16 @@ def get_config() -> config_dict.ConfigDict:
   config.align.finish = 'last'  # the policy that is measured and exported, or 'best'
 
   config.evaluate = config_dict.ConfigDict()
-  config.evaluate.detector = 'lvrpo_jax.data.shapes.detect_rendering:detect_by_rendering'  # not the reward's
+  config.evaluate.detector = (
+    'lvrpo_jax.data.shapes.detect_rendering:detect_by_rendering'  # not the reward's
+  )
   config.evaluate.generate = 60  # prompts of every kind
   config.evaluate.unseen = 60
   config.evaluate.understand = 60
   config.evaluate.edit = 60
   config.evaluate.think_generate = 0  # prompts as those of generate, with a plan first
   config.evaluate.images = 4  # images and sampled answers of a prompt
-  config.evaluate.guidance = 1.  # scale of classifier-free guidance of the pictures; 1: none
+  config.evaluate.guidance = 1.0  # scale of classifier-free guidance of the pictures; 1: none
   config.evaluate.batch = 60  # prompts at once
   config.evaluate.guided = 20  # prompts of every kind for the guided baseline; 0 leaves it out
 
@@ -253,8 +293,11 @@ def get_config() -> config_dict.ConfigDict:
   config.variants = config_dict.ConfigDict()  # name: changes to this config; a run each
   config.critic = config_dict.ConfigDict()  # bounds what texts say about pictures; no reward
   config.critic.seed = 1000  # of its own world, start and batches
-  config.critic.changes = config_dict.ConfigDict(dict(  # to this config
-      judge=dict(steps=600)))
+  config.critic.changes = config_dict.ConfigDict(
+    dict(  # to this config
+      judge=dict(steps=600)
+    )
+  )
   config.critic.pairs = 512  # true pairs that set the scale of its logits
 
   config.sample = config_dict.ConfigDict()  # of the program 'sample'
@@ -262,17 +305,25 @@ def get_config() -> config_dict.ConfigDict:
   config.sample.prompt = ''
   config.sample.image = ''  # file of the image to ask about or to edit
   config.sample.think = False  # writes a thought first
-  config.sample.system = config_dict.ConfigDict(dict(  # text before all else, where it thinks
-      generate='', understand='', edit=''))
+  config.sample.system = config_dict.ConfigDict(
+    dict(  # text before all else, where it thinks
+      generate='', understand='', edit=''
+    )
+  )
   config.sample.size = (0, 0)  # pixels (width, height) of a new image; 0 is the model's own
   config.sample.points = 50  # of the time grid; the steps are one fewer
   config.sample.shift = 2.2  # time shift of the grid
-  config.sample.guidance = config_dict.ConfigDict({  # scales of 1 turn a branch off
-      task: dict(text_scale=1., image_scale=1., low=0.4, high=1., renorm='global', renorm_min=0.)
-      for task in ('generate', 'edit')})
+  config.sample.guidance = config_dict.ConfigDict(
+    {  # scales of 1 turn a branch off
+      task: dict(
+        text_scale=1.0, image_scale=1.0, low=0.4, high=1.0, renorm='global', renorm_min=0.0
+      )
+      for task in ('generate', 'edit')
+    }
+  )
   config.sample.max_tokens = 512  # of an answer or a thought
-  config.sample.temperature = 0.  # 0 takes the most likely token
-  config.sample.top_p = 1.  # probability mass of the tokens drawn from
+  config.sample.temperature = 0.0  # 0 takes the most likely token
+  config.sample.top_p = 1.0  # probability mass of the tokens drawn from
   config.sample.buckets = True  # a few image sizes and text lengths, so that little compiles
 
   config.convert = config_dict.ConfigDict()  # of the program 'convert'

@@ -11,8 +11,10 @@ from ml_collections import config_dict
 
 def get_config(path: str) -> config_dict.ConfigDict:
   """The configuration in a JSON file, lists as tuples."""
+
   def tuples(value: Any) -> Any:
     if isinstance(value, dict):
       return {key: tuples(part) for key, part in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
+
   return config_dict.ConfigDict(tuples(json.loads(pathlib.Path(path).read_text())))

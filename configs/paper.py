@@ -12,12 +12,21 @@ paper leaves open, are those of the default job.
 
 from configs import base
 
-CHANGES = dict(align=dict(
-    advantage='sum', floor=1e-6, graded=False, objective='sde', text_objective='grpo',
-    text_high=0.2, rewards=dict(
-        generate=dict(rules=1., semantic=1., knowledge=1.),
-        understand=dict(rules=1., semantic=0., knowledge=1.),
-        edit=dict(rules=1., semantic=1., knowledge=1.))))
+CHANGES = dict(
+  align=dict(
+    advantage='sum',
+    floor=1e-6,
+    graded=False,
+    objective='sde',
+    text_objective='grpo',
+    text_high=0.2,
+    rewards=dict(
+      generate=dict(rules=1.0, semantic=1.0, knowledge=1.0),
+      understand=dict(rules=1.0, semantic=0.0, knowledge=1.0),
+      edit=dict(rules=1.0, semantic=1.0, knowledge=1.0),
+    ),
+  )
+)
 """To the default job."""
 
 

@@ -25,8 +25,12 @@ COMPONENTS = ('rules', 'semantic', 'knowledge', 'mutual')
 
 def only(*names, **settings):
   """Rewards of the components named, with weight 1, for every task; and settings of alignment."""
-  return dict(align=dict(settings, rewards={
-      task: {name: float(name in names) for name in COMPONENTS} for task in TASKS}))
+  return dict(
+    align=dict(
+      settings,
+      rewards={task: {name: float(name in names) for name in COMPONENTS} for task in TASKS},
+    )
+  )
 
 
 def rows(generate, understand, edit):
@@ -35,30 +39,34 @@ def rows(generate, understand, edit):
 
 
 VARIANTS = {
-    'default': {},
-    'paper': paper.CHANGES,
-    'sum': dict(align=dict(advantage='sum')),
-    'low_floor': dict(align=dict(floor=.005)),
-    'control': dict(program='control', control=dict(steps=2333)),
-    'repa': dict(program='control', control=dict(steps=2333, repa=.5)),
-    'rules': only('rules'),
-    'semantic': only('semantic'),
-    'knowledge': only('knowledge'),
-    'mutual': only('mutual', questions=4),
-    'rules_mutual': only('rules', 'mutual', questions=4),
-    'generation': rows(24, 0, 0),
-    'understanding': rows(0, 96, 0),
-    'both': rows(24, 32, 0),
-    'objectives': dict(align={name: paper.CHANGES['align'][name] for name in (
-        'objective', 'text_objective', 'text_high')}),
+  'default': {},
+  'paper': paper.CHANGES,
+  'sum': dict(align=dict(advantage='sum')),
+  'low_floor': dict(align=dict(floor=0.005)),
+  'control': dict(program='control', control=dict(steps=2333)),
+  'repa': dict(program='control', control=dict(steps=2333, repa=0.5)),
+  'rules': only('rules'),
+  'semantic': only('semantic'),
+  'knowledge': only('knowledge'),
+  'mutual': only('mutual', questions=4),
+  'rules_mutual': only('rules', 'mutual', questions=4),
+  'generation': rows(24, 0, 0),
+  'understanding': rows(0, 96, 0),
+  'both': rows(24, 32, 0),
+  'objectives': dict(
+    align={
+      name: paper.CHANGES['align'][name] for name in ('objective', 'text_objective', 'text_high')
+    }
+  ),
 }
 """Changes to the default job; 'default' is what the others are compared with."""
 
 QUICK = dict(
-    pretrain=dict(steps=400),
-    align=dict(steps=20),
-    control=dict(steps=150),
-    evaluate=dict(generate=30, unseen=30, understand=30, edit=30))
+  pretrain=dict(steps=400),
+  align=dict(steps=20),
+  control=dict(steps=150),
+  evaluate=dict(generate=30, unseen=30, understand=30, edit=30),
+)
 
 
 def get_config():
@@ -69,9 +77,14 @@ def get_config():
   config.workers = 2
   config.evaluate.guided = 0
   config.variants = config_dict.ConfigDict(VARIANTS)
-  config.studies = config_dict.ConfigDict({
-      'full': dict(seeds=(0, 1, 2), variants=tuple(VARIANTS), changes=dict(
-          pretrain=dict(steps=3200))),
-      'quick': dict(seeds=(0,), variants=('default', 'paper', 'control', 'rules_mutual'),
-                    changes=QUICK)})
+  config.studies = config_dict.ConfigDict(
+    {
+      'full': dict(
+        seeds=(0, 1, 2), variants=tuple(VARIANTS), changes=dict(pretrain=dict(steps=3200))
+      ),
+      'quick': dict(
+        seeds=(0,), variants=('default', 'paper', 'control', 'rules_mutual'), changes=QUICK
+      ),
+    }
+  )
   return config

@@ -51,7 +51,7 @@ def example_score(sample: Sample) -> float:
     return float(sample['answer'].strip().lower() == sample['reference'].strip().lower())
   if sample['image'] is None:
     raise ValueError('no image and no answer with its reference')
-  return float(sample['image'].mean() / 255.)
+  return float(sample['image'].mean() / 255.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,11 @@ class Faults:
     garbage: answered with something that is no value.
     seed: another seed takes other samples.
   """
-  fail: float = 0.
-  slow: float = 0.
-  slow_s: float = 1.
-  garbage: float = 0.
+
+  fail: float = 0.0
+  slow: float = 0.0
+  slow_s: float = 1.0
+  garbage: float = 0.0
   seed: int = 0
 
   def hit(self, kind: str, sample: Sample) -> bool:
@@ -76,7 +77,7 @@ class Faults:
     for name in ('prompt', 'answer', 'image', 'source'):
       value = sample[name]
       digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    return int.from_bytes(digest.digest()[:8], 'big') / 2 ** 64 < vars(self)[kind]
+    return int.from_bytes(digest.digest()[:8], 'big') / 2**64 < vars(self)[kind]
 
 
 class JudgeServer(server.ThreadingHTTPServer):
@@ -85,8 +86,13 @@ class JudgeServer(server.ThreadingHTTPServer):
   daemon_threads = True
   request_queue_size = 128  # clients that connect at once; the default of 5 drops some
 
-  def __init__(self, score: Callable[[Sample], float] = example_score, host: str = '127.0.0.1',
-               port: int = 0, faults: Faults = Faults()):
+  def __init__(
+    self,
+    score: Callable[[Sample], float] = example_score,
+    host: str = '127.0.0.1',
+    port: int = 0,
+    faults: Faults = Faults(),
+  ):
     super().__init__((host, port), Handler)
     self.score, self.faults = score, faults
     self.stats = {'requests': 0, 'samples': 0, 'most_at_once': 0}
@@ -148,9 +154,20 @@ class Handler(server.BaseHTTPRequestHandler):
     elif 'error' in scores[0]:
       self._reply(500, {'error': {'message': scores[0]['error']}})
     else:
-      self._reply(200, {'object': 'chat.completion', 'model': body.get('model'), 'choices': [
-          {'index': 0, 'finish_reason': 'stop',
-           'message': {'role': 'assistant', 'content': str(scores[0]['value'])}}]})
+      self._reply(
+        200,
+        {
+          'object': 'chat.completion',
+          'model': body.get('model'),
+          'choices': [
+            {
+              'index': 0,
+              'finish_reason': 'stop',
+              'message': {'role': 'assistant', 'content': str(scores[0]['value'])},
+            }
+          ],
+        },
+      )
 
   def _score(self, sample: Sample) -> dict[str, Any]:
     faults = self.server.faults
@@ -180,23 +197,43 @@ class Handler(server.BaseHTTPRequestHandler):
 
 def batch_samples(body: dict[str, Any]) -> list[Sample]:
   """Samples of the protocol `batch`, images decoded."""
-  return [{'task': body['task'], 'id': s['id'], 'prompt': s['prompt'], 'answer': s.get('answer'),
-           'reference': s.get('reference'), 'kind': s.get('kind'), 'spec': s.get('spec'),
-           'questions': s.get('questions') or [],
-           'image': decode(s.get('image')), 'source': decode(s.get('source'))}
-          for s in body['samples']]
+  return [
+    {
+      'task': body['task'],
+      'id': s['id'],
+      'prompt': s['prompt'],
+      'answer': s.get('answer'),
+      'reference': s.get('reference'),
+      'kind': s.get('kind'),
+      'spec': s.get('spec'),
+      'questions': s.get('questions') or [],
+      'image': decode(s.get('image')),
+      'source': decode(s.get('source')),
+    }
+    for s in body['samples']
+  ]
 
 
 def chat_sample(body: dict[str, Any]) -> Sample:
   """The sample of a chat request: the content of its last message."""
   content = body['messages'][-1]['content']
   parts = [{'type': 'text', 'text': content}] if isinstance(content, str) else content
-  images = [decode(p['image_url']['url'].partition('base64,')[2]) for p in parts
-            if p['type'] == 'image_url']
+  images = [
+    decode(p['image_url']['url'].partition('base64,')[2]) for p in parts if p['type'] == 'image_url'
+  ]
   image, source = [*reversed(images), None, None][:2]
-  return {'task': None, 'id': '0', 'answer': None, 'reference': None, 'kind': None, 'spec': None,
-          'questions': [], 'prompt': '\n'.join(p['text'] for p in parts if p['type'] == 'text'),
-          'image': image, 'source': source}
+  return {
+    'task': None,
+    'id': '0',
+    'answer': None,
+    'reference': None,
+    'kind': None,
+    'spec': None,
+    'questions': [],
+    'prompt': '\n'.join(p['text'] for p in parts if p['type'] == 'text'),
+    'image': image,
+    'source': source,
+  }
 
 
 def decode(png: str | None) -> np.ndarray | None:
@@ -229,10 +266,10 @@ def main() -> None:
   parser.add_argument('--host', default='127.0.0.1', help='address to listen at')
   parser.add_argument('--port', type=int, default=8000, help='0 takes a free one')
   parser.add_argument('--score', default='', help="'module:function'; default: an example")
-  parser.add_argument('--fail-rate', type=float, default=0., help='share scored as an error')
-  parser.add_argument('--slow-rate', type=float, default=0., help='share answered late')
-  parser.add_argument('--slow-s', type=float, default=1., help='seconds that those take longer')
-  parser.add_argument('--garbage-rate', type=float, default=0., help='share without a number')
+  parser.add_argument('--fail-rate', type=float, default=0.0, help='share scored as an error')
+  parser.add_argument('--slow-rate', type=float, default=0.0, help='share answered late')
+  parser.add_argument('--slow-s', type=float, default=1.0, help='seconds that those take longer')
+  parser.add_argument('--garbage-rate', type=float, default=0.0, help='share without a number')
   parser.add_argument('--seed', type=int, default=0, help='of the faults')
   args = parser.parse_args()
   faults = Faults(args.fail_rate, args.slow_rate, args.slow_s, args.garbage_rate, args.seed)

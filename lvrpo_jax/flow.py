@@ -39,7 +39,7 @@ def time_grid(points: int, shift: float) -> Array:
   """`points` times from 1 down to 0, hence `points - 1` steps; both ends are exact."""
   # In float64 on the host: in float32 some shifts start a rounding error below 1, where the scale
   # of a stochastic step is in the thousands.
-  return jnp.asarray(shift_time(np.linspace(1., 0., points), shift), jnp.float32)
+  return jnp.asarray(shift_time(np.linspace(1.0, 0.0, points), shift), jnp.float32)
 
 
 def ode_step(x: Array, v: Array, t: Array, t_next: Array) -> Array:
@@ -49,6 +49,7 @@ def ode_step(x: Array, v: Array, t: Array, t_next: Array) -> Array:
 
 class Transition(NamedTuple):
   """Gaussian of one step: `x_next = mean + std * z`; `std` is of the whole step, not per time."""
+
   mean: Array
   std: Array
 
@@ -63,7 +64,7 @@ def sde_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: f
     eta: the paper's `a`; 0 gives the Euler step.
   """
   dt = t_next - t
-  safe_t = jnp.where(t >= 1., first_t, t)
+  safe_t = jnp.where(t >= 1.0, first_t, t)
   scale = eta * jnp.sqrt(t / (1 - safe_t))
   half = jnp.square(scale) / (2 * jnp.maximum(t, 1e-6))
   mean = x * (1 + half * dt) + v * (1 + half * (1 - t)) * dt
@@ -79,12 +80,13 @@ def cps_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: f
   std = t_next * jnp.sin(eta * jnp.pi / 2)
   x0 = x - t * v
   x1 = x + (1 - t) * v
-  mean = (1 - t_next) * x0 + jnp.sqrt(jnp.maximum(jnp.square(t_next) - jnp.square(std), 0.)) * x1
+  mean = (1 - t_next) * x0 + jnp.sqrt(jnp.maximum(jnp.square(t_next) - jnp.square(std), 0.0)) * x1
   return Transition(mean, std)
 
 
-def dance_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: float
-               ) -> Transition:
+def dance_step(
+  x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta: float
+) -> Transition:
   """DanceGRPO's step (arXiv 2505.07818): the same noise per time at all times.
 
   `mean = x + v dt - eta^2/2 score dt`, `score = -(x - (1 - t) x0) / t^2`, `std = eta sqrt(-dt)`.
@@ -93,15 +95,16 @@ def dance_step(x: Array, v: Array, t: Array, t_next: Array, first_t: Array, eta:
   dt = t_next - t
   x0 = x - t * v
   score = -(x - (1 - t) * x0) / jnp.square(jnp.maximum(t, 1e-6))
-  return Transition(x + v * dt - 0.5 * eta ** 2 * score * dt, eta * jnp.sqrt(-dt))
+  return Transition(x + v * dt - 0.5 * eta**2 * score * dt, eta * jnp.sqrt(-dt))
 
 
 STEPS = {'sde': sde_step, 'cps': cps_step, 'dance': dance_step}
 """Stochastic samplers by config name; each has the arguments of `sde_step`."""
 
 
-def log_ratio(noise: Array, mean: Array, old_mean: Array, std: Array, axes: tuple[int, ...]
-              ) -> Array:
+def log_ratio(
+  noise: Array, mean: Array, old_mean: Array, std: Array, axes: tuple[int, ...]
+) -> Array:
   """Mean log-ratio per latent value of `N(mean, std)` to `N(old_mean, std)` at the sample.
 
   The sample is `old_mean + std * noise`, so the ratio is
@@ -125,8 +128,15 @@ def classifier_free(v: Array, v_empty: Array, scale: float | Array) -> Array:
   return v_empty + scale * (v - v_empty)
 
 
-def guide(v: Array, v_text: Array, v_image: Array, text_scale: float | Array,
-          image_scale: float | Array, renorm: str, renorm_min: float) -> Array:
+def guide(
+  v: Array,
+  v_text: Array,
+  v_image: Array,
+  text_scale: float | Array,
+  image_scale: float | Array,
+  renorm: str,
+  renorm_min: float,
+) -> Array:
   """Classifier-free guidance with two branches and BAGEL's renormalisation.
 
   Args:
@@ -140,7 +150,7 @@ def guide(v: Array, v_text: Array, v_image: Array, text_scale: float | Array,
   """
   axes = tuple(range(v.ndim)) if renorm == 'global' else (-1,)
   norm = lambda y: jnp.sqrt(jnp.sum(jnp.square(y), axes, keepdims=True))
-  factor = lambda y: jnp.clip(norm(v) / (norm(y) + 1e-8), renorm_min, 1.)
+  factor = lambda y: jnp.clip(norm(v) / (norm(y) + 1e-8), renorm_min, 1.0)
   mix = lambda y: jnp.where(image_scale > 1, v_image + image_scale * (y - v_image), y)
   y = classifier_free(v, v_text, text_scale)
   if renorm == 'text_channel':

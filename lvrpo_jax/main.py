@@ -1,6 +1,6 @@
 """The door: flags, guards, dispatch.
 
-    python -m lvrpo_jax.main --config=configs/base.py [--workdir=DIR] [--config.KEY=VALUE ...]
+python -m lvrpo_jax.main --config=configs/base.py [--workdir=DIR] [--config.KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ from lvrpo_jax.runtime import preemption
 from lvrpo_jax.runtime import validate
 from lvrpo_jax.runtime import weights
 
-CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', 'Configuration file.',
-                                         lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+  'config', 'configs/base.py', 'Configuration file.', lock_config=True
+)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<config name>.')
 
-COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where several '
-                                  'processes run and neither a TPU pod nor SLURM tells of them.')
+COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'host:port of process 0, where several '
+  'processes run and neither a TPU pod nor SLURM tells of them.',
+)
 PROCESSES = flags.DEFINE_integer('processes', 1, 'Number of processes.', lower_bound=1)
 PROCESS = flags.DEFINE_integer('process', 0, 'Number of this process.', lower_bound=0)
 
@@ -72,12 +77,14 @@ def start_processes() -> None:
   """
   if COORDINATOR.value:
     if PROCESS.value >= PROCESSES.value:
-      raise ValueError(f'--process is {PROCESS.value}; allowed: below --processes = '
-                       f'{PROCESSES.value}')
+      raise ValueError(
+        f'--process is {PROCESS.value}; allowed: below --processes = {PROCESSES.value}'
+      )
     jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   elif PROCESSES.value > 1:
-    raise ValueError(f'--processes is {PROCESSES.value} without --coordinator; expected host:port '
-                     'of process 0')
+    raise ValueError(
+      f'--processes is {PROCESSES.value} without --coordinator; expected host:port of process 0'
+    )
   elif int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1:
     jax.distributed.initialize()
   elif importlib.util.find_spec('libtpu') and os.environ.get('JAX_PLATFORMS', 'tpu') != 'cpu':
@@ -106,8 +113,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   # Orbax reports every phase of every save at the level of our progress lines.
   logging.get_absl_handler().addFilter(
-      lambda record: 'orbax' not in record.pathname or record.levelno > logging.converter.
-      ABSL_TO_STANDARD[logging.INFO])
+    lambda record: (
+      'orbax' not in record.pathname
+      or record.levelno > logging.converter.ABSL_TO_STANDARD[logging.INFO]
+    )
+  )
 
 
 def convert(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -119,9 +129,16 @@ def convert(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     weights.export(job, config.convert.target, config.convert.shards)
 
 
-PROGRAMS = {'run': train.run, 'pretrain': train.run, 'control': train.run, 'study': study.run,
-            'sample': sample.run, 'convert': convert,
-            'describe': describe.describe, 'compile': aot_compile.run}
+PROGRAMS = {
+  'run': train.run,
+  'pretrain': train.run,
+  'control': train.run,
+  'study': study.run,
+  'sample': sample.run,
+  'convert': convert,
+  'describe': describe.describe,
+  'compile': aot_compile.run,
+}
 """What `config.program` names; each takes (config, workdir)."""
 
 
@@ -161,8 +178,9 @@ def main(argv: list[str]) -> None:
     return
   for score, test in scores.get('paired', {}).items():
     if score.endswith(('overall', 'unseen', 'accuracy')):
-      logging.info('%s: %+.3f, standard error %.3f, p = %.2g', score, test['difference'],
-                   test['se'], test['p'])
+      logging.info(
+        '%s: %+.3f, standard error %.3f, p = %.2g', score, test['difference'], test['se'], test['p']
+      )
   if config.report:
     logging.info('report: %s', report.write_report(workdir))
 

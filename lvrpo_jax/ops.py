@@ -27,7 +27,7 @@ def masked_mean(x: Array, mask: Array) -> Array:
   return divide(*masked_sum(x, mask))
 
 
-def token_logp(logits_V: Array, ids: Array, temperature: float | Array = 1.) -> Array:
+def token_logp(logits_V: Array, ids: Array, temperature: float | Array = 1.0) -> Array:
   """Log-probability of `ids` under softmax(logits / temperature), float32, last axis V."""
   logits_V = logits_V.astype(jnp.float32) / temperature
   # Shifted before anything is summed: differences of large logits keep their digits.
@@ -36,7 +36,7 @@ def token_logp(logits_V: Array, ids: Array, temperature: float | Array = 1.) -> 
   return picked - jnp.log(jnp.sum(jnp.exp(logits_V), axis=-1))
 
 
-def token_entropy(logits_V: Array, temperature: float | Array = 1.) -> Array:
+def token_entropy(logits_V: Array, temperature: float | Array = 1.0) -> Array:
   """Entropy in nats of softmax(logits / temperature), last axis V."""
   logp_V = jax.nn.log_softmax(logits_V.astype(jnp.float32) / temperature, axis=-1)
   return -jnp.sum(jnp.exp(logp_V) * logp_V, axis=-1)

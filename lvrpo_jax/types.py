@@ -42,6 +42,7 @@ class Layout:
     mode_BL: `CAUSAL`, `FULL` or `NOISE`.
     position_BL: RoPE position.
   """
+
   sample_BL: Array
   order_BL: Array
   split_BL: Array
@@ -69,6 +70,7 @@ class Sequence:
     gen: layout of the latent tokens.
     next_position_B: RoPE position of what comes after the sequence.
   """
+
   ids_BL: Array
   text: Layout
   patches_BNP: Array
@@ -91,6 +93,7 @@ class Cache:
     valid_BS: False on padding.
     next_position_B: RoPE position of what comes next.
   """
+
   k_EBSJK: Array
   v_EBSJK: Array
   valid_BS: Array
@@ -105,6 +108,7 @@ class TextTrajectory:
   that sampled is kept, so that scoring uses the same one. `drift` is the largest difference between
   the log-probabilities kept here and those of the decoding steps.
   """
+
   tokens_BGT: Array
   logp_BGT: Array
   mask_BGT: Array
@@ -124,6 +128,7 @@ class ImageTrajectory:
     latents_BGNC: the final latents.
     guidance: scale of classifier-free guidance, or None.
   """
+
   x_TBGNC: Array
   noise_TBGNC: Array
   mean_TBGNC: Array
@@ -137,6 +142,7 @@ class ImageTrajectory:
 @struct.dataclass
 class Rewards:
   """One component: a value and whether it is valid, for every sample of every group."""
+
   value_BG: Array
   valid_BG: Array
 
@@ -153,6 +159,7 @@ class TrainState:
     old: the old policy of DiffusionNFT, or None.
     reference: the frozen pretrained policy, or None.
   """
+
   step: Array
   params: Params
   opt_state: Any
@@ -171,6 +178,7 @@ class Prompts:
     source_BYXC: uint8 pixels of the image shown, or of size zero.
     index_B: number of the prompt in its source; random draws of a row depend on it alone.
   """
+
   ids_BL: Array
   text: Layout
   vit: Layout
@@ -189,6 +197,7 @@ class SupervisedBatch:
     answer_BL: `[bos] answer [eos] padding`, or of size zero.
     answer_mask_BL: True where `answer_BL[:, 1:]` is a label, one shorter than `answer_BL`.
   """
+
   prompts: Prompts
   target_BYXC: Array
   answer_BL: Array
@@ -201,6 +210,7 @@ class TextTrainBatch:
 
   `reference_BGT` holds the log-probabilities of the tokens under the reference.
   """
+
   prompts: Prompts
   tokens_BGT: Array
   logp_BGT: Array
@@ -217,6 +227,7 @@ class Transitions:
 
   The sampled latents `next_BMNC`, which the rollout went on from, are `mean + std * noise`.
   """
+
   x_BMNC: Array
   next_BMNC: Array
   time_BM: Array
@@ -239,6 +250,7 @@ class ImageTrainBatch:
     old_BMNC, reference_BMNC: velocities of the old policy and of the reference there.
     guidance_BM: scale of classifier-free guidance of all these velocities, or None.
   """
+
   prompts: Prompts
   latents_BGNC: Array
   transitions: Transitions

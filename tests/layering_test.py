@@ -12,17 +12,18 @@ PACKAGE = 'lvrpo_jax'
 ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
 LAYERS = (
-    ('types', 'ops', 'flow'),
-    ('parallel',),
-    ('data', 'models'),
-    ('objectives', 'runtime'),
-    ('rollouts', 'rewards'),
-    ('evaluation',),
-    ('training', 'reports'),
-    ('programs', 'aot'),
-    ('main',),
+  ('types', 'ops', 'flow'),
+  ('parallel',),
+  ('data', 'models'),
+  ('objectives', 'runtime'),
+  ('rollouts', 'rewards'),
+  ('evaluation',),
+  ('training', 'reports'),
+  ('programs', 'aot'),
+  ('main',),
 )
 """Packages by layer, the lowest first. Those of one layer do not see each other."""
+
 
 def room(module: str) -> str:
   """'lvrpo_jax.data.shapes' to 'data'."""
@@ -50,7 +51,7 @@ def imports(module: str, tree: ast.AST, modules: set[str]) -> set[str]:
     elif isinstance(node, ast.ImportFrom):
       base = node.module or ''
       if node.level:
-        parents = module.split('.')[:-node.level]
+        parents = module.split('.')[: -node.level]
         base = '.'.join(parents + ([base] if base else []))
       names = {f'{base}.{alias.name}' for alias in node.names}
       # `from package import module` names modules, `from module import name` does not.
@@ -61,8 +62,9 @@ def imports(module: str, tree: ast.AST, modules: set[str]) -> set[str]:
 def local_imports(module: str, tree: ast.AST, modules: set[str]) -> set[str]:
   """Modules of the project that are imported inside functions."""
   functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-  return set().union(*(imports(module, node, modules) for node in ast.walk(tree)
-                       if isinstance(node, functions)))
+  return set().union(
+    *(imports(module, node, modules) for node in ast.walk(tree) if isinstance(node, functions))
+  )
 
 
 def violations(sources: dict[str, str]) -> list[str]:
@@ -76,7 +78,7 @@ def violations(sources: dict[str, str]) -> list[str]:
         out.append(f'{module} imports {other}, which does not exist')
       elif layer(other) > layer(module):
         out.append(f'{module} imports upward: {other}')
-      elif (layer(other) == layer(module) and room(other) != room(module)):
+      elif layer(other) == layer(module) and room(other) != room(module):
         out.append(f'{module} imports sideways: {other}')
     for other in sorted(local_imports(module, tree, modules)):
       out.append(f'{module} imports {other} inside a function')
@@ -100,7 +102,6 @@ def project() -> dict[str, str]:
 
 
 class LayeringTest(parameterized.TestCase):
-
   def test_project(self):
     sources = project()
     self.assertGreater(len(sources), 40)
@@ -111,19 +112,31 @@ class LayeringTest(parameterized.TestCase):
     self.assertEqual(rooms, {name for names in LAYERS for name in names})
 
   @parameterized.named_parameters(
-      ('upward', {'types': 'from lvrpo_jax import main', 'main': ''}, 'imports upward'),
-      ('upward_by_name', {'data.a': 'from lvrpo_jax.training import sum', 'training.sum': ''},
-       'imports upward'),
-      ('upward_plain', {'training.a': 'import lvrpo_jax.programs.run', 'programs.run': ''},
-       'imports upward'),
-      ('upward_relative', {'data.a': 'from .. import main', 'main': ''}, 'imports upward'),
-      ('sideways', {'data.a': 'from lvrpo_jax.models import b', 'models.b': ''}, 'sideways'),
-      ('sideways_rooms', {'rewards.a': 'from lvrpo_jax.rollouts.b import f',
-                          'rollouts.b': ''}, 'sideways'),
-      ('cycle', {'data.a': 'from lvrpo_jax.data import b', 'data.b': 'import lvrpo_jax.data.a'},
-       'cycle'),
-      ('inside', {'main': 'def f():\n  from lvrpo_jax import types', 'types': ''}, 'inside'),
-      ('missing', {'main': 'from lvrpo_jax.data import gone'}, 'does not exist'),
+    ('upward', {'types': 'from lvrpo_jax import main', 'main': ''}, 'imports upward'),
+    (
+      'upward_by_name',
+      {'data.a': 'from lvrpo_jax.training import sum', 'training.sum': ''},
+      'imports upward',
+    ),
+    (
+      'upward_plain',
+      {'training.a': 'import lvrpo_jax.programs.run', 'programs.run': ''},
+      'imports upward',
+    ),
+    ('upward_relative', {'data.a': 'from .. import main', 'main': ''}, 'imports upward'),
+    ('sideways', {'data.a': 'from lvrpo_jax.models import b', 'models.b': ''}, 'sideways'),
+    (
+      'sideways_rooms',
+      {'rewards.a': 'from lvrpo_jax.rollouts.b import f', 'rollouts.b': ''},
+      'sideways',
+    ),
+    (
+      'cycle',
+      {'data.a': 'from lvrpo_jax.data import b', 'data.b': 'import lvrpo_jax.data.a'},
+      'cycle',
+    ),
+    ('inside', {'main': 'def f():\n  from lvrpo_jax import types', 'types': ''}, 'inside'),
+    ('missing', {'main': 'from lvrpo_jax.data import gone'}, 'does not exist'),
   )
   def test_fault_is_found(self, sources, message):
     sources = {f'{PACKAGE}.{name}': textwrap.dedent(text) for name, text in sources.items()}
@@ -132,10 +145,13 @@ class LayeringTest(parameterized.TestCase):
     self.assertIn(message, found[0])
 
   def test_good_imports_pass(self):
-    sources = {'lvrpo_jax.data.a': 'from lvrpo_jax import types\nimport numpy',
-               'lvrpo_jax.types': '', 'lvrpo_jax.rewards.b': 'from lvrpo_jax.data.a import f',
-               'lvrpo_jax.programs.run': 'from lvrpo_jax.training import align',
-               'lvrpo_jax.training.align': ''}
+    sources = {
+      'lvrpo_jax.data.a': 'from lvrpo_jax import types\nimport numpy',
+      'lvrpo_jax.types': '',
+      'lvrpo_jax.rewards.b': 'from lvrpo_jax.data.a import f',
+      'lvrpo_jax.programs.run': 'from lvrpo_jax.training import align',
+      'lvrpo_jax.training.align': '',
+    }
     self.assertEqual(violations(sources), [])
 
   def test_unknown_room_is_named(self):

@@ -16,16 +16,24 @@ from lvrpo_jax.runtime import weights
 
 def describe(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Prints every parameter with its shape, partition and bytes on a device."""
-  job = aot_compile.build(config, workdir) if config.topology else experiment_lib.build(config, workdir)
-  total = whole = 0.
+  job = (
+    aot_compile.build(config, workdir) if config.topology else experiment_lib.build(config, workdir)
+  )
+  total = whole = 0.0
   rows = [('parameter', 'shape', 'partition', 'bytes a device')]
   for kind in (weights.BASE, weights.VAE, weights.JUDGE):
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights.template(job, kind)):
       size = aot_compile.bytes_of(leaf)
       total, whole = total + size, whole + np.prod(leaf.shape) * leaf.dtype.itemsize
       spec = ', '.join('-' if axis is None else str(axis) for axis in leaf.sharding.spec)
-      rows.append((f'{kind}/{placement.parameter_name(path)}', str(tuple(leaf.shape)), f'({spec})',
-                   f'{int(size):,}'))
+      rows.append(
+        (
+          f'{kind}/{placement.parameter_name(path)}',
+          str(tuple(leaf.shape)),
+          f'({spec})',
+          f'{int(size):,}',
+        )
+      )
   widths = [max(map(len, column)) for column in zip(*rows)]
   for row in rows:
     print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

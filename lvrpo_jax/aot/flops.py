@@ -25,13 +25,13 @@ def _equation(eqn: Any, unknown: int) -> float:
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
     inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-    return 2. * math.prod(eqn.outvars[0].aval.shape) * inner
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner
   if name == 'conv_general_dilated':
     kernel, spec = eqn.invars[1].aval.shape, params['dimension_numbers'].rhs_spec
-    return 2. * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[spec[0]]
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[spec[0]]
   inner = [count(sub, unknown) for sub in _inside(params)]
   if not inner:
-    return 0.
+    return 0.0
   if name == 'scan':
     return params['length'] * inner[0]
   if name == 'while':

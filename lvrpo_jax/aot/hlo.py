@@ -12,8 +12,25 @@ import math
 import re
 from typing import NamedTuple
 
-WIDTHS = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2,
-          'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8}
+WIDTHS = {
+  'pred': 1,
+  's4': 0.5,
+  'u4': 0.5,
+  's8': 1,
+  'u8': 1,
+  'f8e4m3fn': 1,
+  'f8e5m2': 1,
+  's16': 2,
+  'u16': 2,
+  'f16': 2,
+  'bf16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'u64': 8,
+  'f64': 8,
+}
 """Bytes of an element."""
 
 COLLECTIVES = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
@@ -26,7 +43,7 @@ _LISTED = re.compile(r'(?:branch_computations|called_computations|calls)=\{([^}]
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(r'replica_groups=\{\{([\d,]+)\}')
 _IOTA = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 _INTEGER = re.compile(r'[su]\d+\[\]')
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 
@@ -34,6 +51,7 @@ _AXIS = re.compile(r"'(\w+)'=(\d+)")
 @dataclasses.dataclass
 class Instruction:
   """One line of a program: name, opcode, text of its result's shape, and the whole line."""
+
   name: str
   opcode: str
   shape: str
@@ -46,6 +64,7 @@ Program = dict[str, list[Instruction]]
 
 class Affine(NamedTuple):
   """An integer: an element of a loop's state (None: nothing) plus a constant."""
+
   element: int | None
   added: int
 
@@ -57,8 +76,7 @@ class Computation:
     given: what is known of its parameters, by number; that of a loop is the state, a tuple.
   """
 
-  def __init__(self, body: list[Instruction], program: Program,
-               given: dict[int, Affine | None]):
+  def __init__(self, body: list[Instruction], program: Program, given: dict[int, Affine | None]):
     self.body = {i.name: i for i in body}
     self.root = next((i for i in body if i.line.lstrip().startswith('ROOT ')), None)
     self.program = program
@@ -67,7 +85,7 @@ class Computation:
 
 def size(shape: str) -> float:
   """Bytes of a shape, tuples added up; control values such as tokens have none."""
-  total = 0.
+  total = 0.0
   for kind, dims in _SHAPE.findall(shape):
     count = 1
     for dim in dims.split(','):
@@ -174,8 +192,10 @@ def passes(i: Instruction, outer: list[Instruction], program: Program) -> float 
     return float(known[1])
   # XLA:TPU does not say; a counted loop compares its counter with a constant. Where the text hides
   # what a counter starts from or adds, that is 0 and 1.
-  condition, body = (Computation(program.get(re.search(rf'{part}=%?([\w.\-]+)', i.line)[1], []),
-                                 program, {}) for part in ('condition', 'body'))
+  condition, body = (
+    Computation(program.get(re.search(rf'{part}=%?([\w.\-]+)', i.line)[1], []), program, {})
+    for part in ('condition', 'body')
+  )
   around = Computation(outer, program, {})
   given, out = around.body.get(_names(i)[0]), []
   for element, limit, direction in _bounds(condition):
@@ -200,8 +220,12 @@ def _element(made: Instruction | None, number: int, within: Computation) -> Affi
 def unknown_loops(text: str) -> list[str]:
   """Names of the loops whose number of passes a program does not tell."""
   _, program = computations(text)
-  return [i.name for body in program.values() for i in body
-          if i.opcode == 'while' and passes(i, body, program) is None]
+  return [
+    i.name
+    for body in program.values()
+    for i in body
+    if i.opcode == 'while' and passes(i, body, program) is None
+  ]
 
 
 def trips(text: str, unknown: int = 1) -> dict[str, float]:
@@ -217,13 +241,14 @@ def trips(text: str, unknown: int = 1) -> dict[str, float]:
     out[name] += count
     body = program.get(name, [])
     for i in body:
-      factor = 1.
+      factor = 1.0
       if i.opcode == 'while':
         found = passes(i, body, program)
         factor = float(unknown) if found is None else found
       for called in calls(i):
         visit(called, count * factor)
-  visit(entry, 1.)
+
+  visit(entry, 1.0)
   return out
 
 
@@ -242,9 +267,13 @@ def moved(kind: str, given: float, made: float, group: int) -> float:
     group: chips that take part.
   """
   share = (group - 1) / group
-  return {'all-gather': made * share, 'reduce-scatter': given * share,
-          'all-reduce': 2 * given * share, 'all-to-all': given * share,
-          'collective-permute': given}[kind]
+  return {
+    'all-gather': made * share,
+    'reduce-scatter': given * share,
+    'all-reduce': 2 * given * share,
+    'all-to-all': given * share,
+    'collective-permute': given,
+  }[kind]
 
 
 def group_size(line: str, chips: int) -> int:
@@ -261,7 +290,7 @@ def group_size(line: str, chips: int) -> int:
 def collectives(text: str, chips: int, unknown: int = 1) -> dict[str, float]:
   """Bytes that a chip receives in one run of a program, by kind of collective."""
   _, program = computations(text)
-  out = dict.fromkeys(COLLECTIVES, 0.)
+  out = dict.fromkeys(COLLECTIVES, 0.0)
   for name, count in trips(text, unknown).items():
     # XLA:TPU fuses an all-reduce with the slice that each chip keeps: a reduce-scatter.
     scattered = 'all-reduce-scatter' in name
@@ -277,8 +306,19 @@ def collectives(text: str, chips: int, unknown: int = 1) -> dict[str, float]:
   return out
 
 
-PASSIVE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional',
-           'call', 'after-all', 'partition-id', 'replica-id')
+PASSIVE = (
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'while',
+  'conditional',
+  'call',
+  'after-all',
+  'partition-id',
+  'replica-id',
+)
 """Opcodes that move nothing themselves."""
 SLICES = ('dynamic-slice', 'gather', 'slice')
 
@@ -291,9 +331,14 @@ def memory_traffic(text: str, unknown: int = 1) -> float:
   """
   _, program = computations(text)
   control = ('while', 'conditional', 'call', 'async-start')
-  fused = {called for body in program.values() for i in body if i.opcode not in control
-           for called in calls(i)}
-  total = 0.
+  fused = {
+    called
+    for body in program.values()
+    for i in body
+    if i.opcode not in control
+    for called in calls(i)
+  }
+  total = 0.0
   for name, count in trips(text, unknown).items():
     if name in fused:
       continue
@@ -308,17 +353,17 @@ def _traffic(i: Instruction, program: Program, shapes: dict[str, str]) -> float:
   """Bytes of one instruction, among others of these shapes."""
   inside = program.get(calls(i)[0], []) if i.opcode == 'fusion' else [i]
   updates = [other for other in inside if other.opcode == 'dynamic-update-slice']
-  written, skipped = size(i.shape), 0.
+  written, skipped = size(i.shape), 0.0
   if updates and size(updates[-1].shape) == written:
     target, part = [*operands(updates[-1], {**shapes, **{o.name: o.shape for o in inside}})][:2]
     written, skipped = 2 * size(part), size(target)
   if i.opcode in SLICES:
     return 2 * written
-  read = 0.
+  read = 0.0
   for number, shape in enumerate(operands(i, shapes)):
     whole = size(shape)
     if skipped and whole == skipped:
-      skipped = 0.
+      skipped = 0.0
     else:
       read += _read(calls(i)[0], number, program) if i.opcode == 'fusion' else whole
   return written + read
@@ -327,11 +372,12 @@ def _traffic(i: Instruction, program: Program, shapes: dict[str, str]) -> float:
 def _read(name: str, number: int, program: Program) -> float:
   """Bytes that a fused computation reads of its parameter of this number."""
   inside = program.get(name, [])
-  source = next((i for i in inside
-                 if i.opcode == 'parameter' and f' parameter({number})' in i.line), None)
+  source = next(
+    (i for i in inside if i.opcode == 'parameter' and f' parameter({number})' in i.line), None
+  )
   if source is None:
-    return 0.
-  whole, total = size(source.shape), 0.
+    return 0.0
+  whole, total = size(source.shape), 0.0
   for user in inside:
     for place in (n for n, found in enumerate(_names(user)) if found == source.name):
       if user.opcode in SLICES and place == 0:

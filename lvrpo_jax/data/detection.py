@@ -14,6 +14,7 @@ UNKNOWN = 'unknown'
 @dataclasses.dataclass(frozen=True)
 class Detection:
   """A found object: `box` (x0, y0, x1, y1) in pixels, `score` in [0, 1]; UNKNOWN is a label."""
+
   label: str
   color: str
   box: tuple[float, float, float, float]
@@ -27,8 +28,9 @@ class Detection:
 
 
 COLOR_NAMES = tuple(render.COLORS)
-_SHADE_KC = (np.asarray(tuple(render.COLORS.values()), np.float32)
-             - np.asarray(render.BACKGROUND, np.float32))
+_SHADE_KC = np.asarray(tuple(render.COLORS.values()), np.float32) - np.asarray(
+  render.BACKGROUND, np.float32
+)
 NORM_K = np.linalg.norm(_SHADE_KC, axis=-1)
 UNIT_KC = _SHADE_KC / NORM_K[:, None]
 

@@ -27,6 +27,7 @@ class Example:
     statement: turns an answer into a statement about the source image.
     drop_text, drop_vit, drop_latents: conditions left out, to train guidance.
   """
+
   index: int
   prompt: str
   source: np.ndarray | None = None

@@ -24,13 +24,13 @@ class ResizeRule(NamedTuple):
 
 
 def resize_rule(
-    w: int,
-    h: int,
-    max_side: int,
-    min_side: int,
-    stride: int,
-    max_pixels: int = MAX_PIXELS,
-    img_num: int = 1,
+  w: int,
+  h: int,
+  max_side: int,
+  min_side: int,
+  stride: int,
+  max_pixels: int = MAX_PIXELS,
+  img_num: int = 1,
 ) -> tuple[int, int]:
   """Size to which the BAGEL release resizes an image, so that both sides are multiples of a stride.
 

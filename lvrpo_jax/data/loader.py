@@ -24,8 +24,13 @@ class IndexedSource(grain.sources.RandomAccessDataSource):
     return self._make(int(index))
 
 
-def batches(source: IndexedSource, batch_size: int, collate: Callable[[Sequence[Any]], Any],
-            shard: tuple[int, int] = (0, 1), prefetch: int = 4) -> grain.DatasetIterator:
+def batches(
+  source: IndexedSource,
+  batch_size: int,
+  collate: Callable[[Sequence[Any]], Any],
+  shard: tuple[int, int] = (0, 1),
+  prefetch: int = 4,
+) -> grain.DatasetIterator:
   """Endless batches in source order, with a state of one integer.
 
   Args:
@@ -36,8 +41,7 @@ def batches(source: IndexedSource, batch_size: int, collate: Callable[[Sequence[
   index, count = shard
   data = grain.MapDataset.source(source).repeat(None)[index::count]
   data = data.batch(batch_size, batch_fn=collate)
-  return iter(data.to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
+  return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
 
 
 EPOCH_ROWS = 1 << 29

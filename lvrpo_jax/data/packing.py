@@ -30,6 +30,7 @@ class Format:
     patch_values: values of a ViT patch, P.
     latent_channels: values of a latent token, C.
   """
+
   bos: int
   eos: int
   start_of_image: int
@@ -48,6 +49,7 @@ class Text:
     end_label: what the `eos` must predict, or None.
     droppable: a condition that guidance training may drop.
   """
+
   ids: Sequence[int]
   loss: bool = False
   end_label: int | None = None
@@ -57,6 +59,7 @@ class Text:
 @dataclasses.dataclass(frozen=True)
 class Vit:
   """An image for the vision tower: patches (N, P) and their rows of the position tables (N,)."""
+
   patches: np.ndarray
   position_ids: np.ndarray
   droppable: bool = False
@@ -74,6 +77,7 @@ class Latent:
       other directly; all but the last have it, and together they form one split.
     tokens: clean tokens (N, C); None where the autoencoder makes them later.
   """
+
   position_ids: np.ndarray
   target: bool = False
   droppable: bool = False
@@ -89,6 +93,7 @@ Drops = Sequence[Sequence[bool]]
 
 class Lengths(NamedTuple):
   """Places of a row for text and frame tokens, ViT tokens and latent tokens."""
+
   text: int
   vit: int
   latent: int
@@ -107,6 +112,7 @@ class Packed:
       (`sequence.gen.split_BL`) share one draw of the time.
     image_BN: number of the latent image in its row; -1 on padding.
   """
+
   sequence: types.Sequence
   label_BL: np.ndarray
   weight_BL: np.ndarray
@@ -114,8 +120,12 @@ class Packed:
   image_BN: np.ndarray
 
 
-def pack(samples: Sequence[Sample], form: Format, drops: Drops | None = None,
-         lengths: Lengths | None = None) -> Packed:
+def pack(
+  samples: Sequence[Sample],
+  form: Format,
+  drops: Drops | None = None,
+  lengths: Lengths | None = None,
+) -> Packed:
   """All samples behind each other in one row (B = 1); no sample sees another.
 
   Args:
@@ -130,15 +140,17 @@ def pack(samples: Sequence[Sample], form: Format, drops: Drops | None = None,
   return _assemble([_row(samples, form, drops)], lengths)
 
 
-def rows(samples: Sequence[Sample], form: Format, lengths: Lengths, drops: Drops | None = None
-         ) -> Packed:
+def rows(
+  samples: Sequence[Sample], form: Format, lengths: Lengths, drops: Drops | None = None
+) -> Packed:
   """One sample a row (B = number of samples), padded to `lengths`; see `pack`."""
   drops = [None] * len(samples) if drops is None else [[drop] for drop in drops]
   return _assemble([_row([sample], form, drop) for sample, drop in zip(samples, drops)], lengths)
 
 
-def draw_drops(samples: Sequence[Sample], rng: np.random.Generator, text: float, vit: float,
-               latent: float) -> list[list[bool]]:
+def draw_drops(
+  samples: Sequence[Sample], rng: np.random.Generator, text: float, vit: float, latent: float
+) -> list[list[bool]]:
   """Draws, independently for every droppable segment, which conditions are left out.
 
   Args:
@@ -146,12 +158,15 @@ def draw_drops(samples: Sequence[Sample], rng: np.random.Generator, text: float,
   """
   probability = {Text: text, Vit: vit, Latent: latent}
   # One draw for every segment, so that a segment's fate depends on its place alone.
-  return [[bool(rng.random() < probability[type(segment)]) and segment.droppable
-           for segment in sample] for sample in samples]
+  return [
+    [bool(rng.random() < probability[type(segment)]) and segment.droppable for segment in sample]
+    for sample in samples
+  ]
 
 
 class _Placed(NamedTuple):
   """A segment with its split, attention mode and first RoPE position in a sample."""
+
   segment: Segment
   split: int
   mode: int
@@ -209,7 +224,7 @@ def _text_columns(text: Text, form: Format) -> dict[str, np.ndarray]:
     label[:-1] = ids[1:]
     weight[:-1] = len(label[:-1]) ** -0.5
   if text.end_label is not None:
-    label[-1], weight[-1] = text.end_label, 1.
+    label[-1], weight[-1] = text.end_label, 1.0
   return dict(ids=ids, label=label, weight=weight)
 
 
@@ -218,10 +233,15 @@ def _latent_columns(latent: Latent, image: int, form: Format) -> dict[str, np.nd
   count = len(latent.position_ids)
   tokens = np.zeros((count, form.latent_channels)) if latent.tokens is None else latent.tokens
   if tokens.shape != (count, form.latent_channels):
-    raise ValueError(f'latent tokens have shape {tokens.shape}; expected '
-                     f'{(count, form.latent_channels)}')
-  return dict(latents=tokens, latent_position=latent.position_ids,
-              target=np.full(count, latent.target), image=np.full(count, image))
+    raise ValueError(
+      f'latent tokens have shape {tokens.shape}; expected {(count, form.latent_channels)}'
+    )
+  return dict(
+    latents=tokens,
+    latent_position=latent.position_ids,
+    target=np.full(count, latent.target),
+    image=np.full(count, image),
+  )
 
 
 def _vit_columns(vit: Vit, image: int, form: Format) -> dict[str, np.ndarray]:
@@ -229,23 +249,37 @@ def _vit_columns(vit: Vit, image: int, form: Format) -> dict[str, np.ndarray]:
   expected = (len(vit.position_ids), form.patch_values)
   if vit.patches.shape != expected:
     raise ValueError(f'ViT patches have shape {vit.patches.shape}; expected {expected}')
-  return dict(patches=vit.patches, patch_position=vit.position_ids,
-              patch_image=np.full(expected[0], image))
+  return dict(
+    patches=vit.patches, patch_position=vit.position_ids, patch_image=np.full(expected[0], image)
+  )
 
 
-_LAYOUT = dict(sample=(types.PADDING, np.int32), order=(0, np.int32), split=(-1, np.int32),
-               mode=(types.CAUSAL, np.int32), position=(0, np.int32))
+_LAYOUT = dict(
+  sample=(types.PADDING, np.int32),
+  order=(0, np.int32),
+  split=(-1, np.int32),
+  mode=(types.CAUSAL, np.int32),
+  position=(0, np.int32),
+)
 _COLUMNS = dict(
-    text=dict(ids=(0, np.int32), label=(NO_LABEL, np.int32), weight=(0., np.float32), **_LAYOUT),
-    vit=dict(patches=(0., np.float32), patch_position=(0, np.int32), patch_image=(-1, np.int32),
-             **_LAYOUT),
-    latent=dict(latents=(0., np.float32), latent_position=(0, np.int32), target=(False, bool),
-                image=(-1, np.int32), **_LAYOUT))
+  text=dict(ids=(0, np.int32), label=(NO_LABEL, np.int32), weight=(0.0, np.float32), **_LAYOUT),
+  vit=dict(
+    patches=(0.0, np.float32), patch_position=(0, np.int32), patch_image=(-1, np.int32), **_LAYOUT
+  ),
+  latent=dict(
+    latents=(0.0, np.float32),
+    latent_position=(0, np.int32),
+    target=(False, bool),
+    image=(-1, np.int32),
+    **_LAYOUT,
+  ),
+)
 """Columns of every kind of token: the value on padding, and the dtype."""
 
 
 class _Row(NamedTuple):
   """Tokens of a row by kind and column, and the RoPE position of what follows."""
+
   columns: dict[str, dict[str, np.ndarray]]
   next_position: int
 
@@ -268,25 +302,39 @@ def _row(samples: Sequence[Sample], form: Format, drops: Drops | None) -> _Row:
       count = len(segment.ids if text else segment.position_ids) + 2
       full = lambda value, count=count: np.full(count, value)
       layout = dict(
-          sample=full(number), order=order + np.arange(count), split=full(split + own_split),
-          mode=full(mode), position=start + (np.arange(count) if text else full(0)))
+        sample=full(number),
+        order=order + np.arange(count),
+        split=full(split + own_split),
+        mode=full(mode),
+        position=start + (np.arange(count) if text else full(0)),
+      )
       order += count
       if text:
         add('text', _text_columns(segment, form), layout)
         continue
-      frame = dict(ids=np.array([form.start_of_image, form.end_of_image]),
-                   label=np.full(2, NO_LABEL), weight=np.zeros(2))
+      frame = dict(
+        ids=np.array([form.start_of_image, form.end_of_image]),
+        label=np.full(2, NO_LABEL),
+        weight=np.zeros(2),
+      )
       add('text', frame, {name: value[[0, -1]] for name, value in layout.items()})
-      kind, columns = (('vit', _vit_columns) if isinstance(segment, Vit) else
-                       ('latent', _latent_columns))
-      add(kind, columns(segment, images, form),
-          {name: value[1:-1] for name, value in layout.items()})
+      kind, columns = (
+        ('vit', _vit_columns) if isinstance(segment, Vit) else ('latent', _latent_columns)
+      )
+      add(
+        kind, columns(segment, images, form), {name: value[1:-1] for name, value in layout.items()}
+      )
       images += 1
     split += placed[-1].split + 1 if placed else 0
   columns = {
-      kind: {name: (np.concatenate(parts[kind][name]) if parts[kind][name] else
-                    np.zeros(widths.get(name, (0,)))).astype(dtype)
-             for name, (_, dtype) in names.items()} for kind, names in _COLUMNS.items()}
+    kind: {
+      name: (
+        np.concatenate(parts[kind][name]) if parts[kind][name] else np.zeros(widths.get(name, (0,)))
+      ).astype(dtype)
+      for name, (_, dtype) in names.items()
+    }
+    for kind, names in _COLUMNS.items()
+  }
   # Latent images are counted apart, in the order in which the autoencoder meets them.
   seen = columns['latent']['image']
   columns['latent']['image'] = np.searchsorted(np.unique(seen), seen).astype(np.int32)
@@ -296,8 +344,7 @@ def _row(samples: Sequence[Sample], form: Format, drops: Drops | None) -> _Row:
 def _assemble(laid: list[_Row], lengths: Lengths | None) -> Packed:
   """Pads every kind of every row to its length and stacks the rows."""
   if lengths is None:
-    lengths = Lengths(*(max(len(row.columns[kind]['sample']) for row in laid)
-                        for kind in _COLUMNS))
+    lengths = Lengths(*(max(len(row.columns[kind]['sample']) for row in laid) for kind in _COLUMNS))
   for number, row in enumerate(laid):
     needed = Lengths(*(len(row.columns[kind]['sample']) for kind in _COLUMNS))
     if any(need > room for need, room in zip(needed, lengths)):
@@ -309,20 +356,31 @@ def _assemble(laid: list[_Row], lengths: Lengths | None) -> Packed:
     out = np.full((len(laid), lengths[list(_COLUMNS).index(kind)], *first.shape[1:]), value, dtype)
     for number, row in enumerate(laid):
       column = row.columns[kind][name]
-      out[number, :len(column)] = column
+      out[number, : len(column)] = column
     return out
 
   layout = lambda kind: types.Layout(*(stack(kind, name) for name in _LAYOUT))
   latents = stack('latent', 'latents')
   sequence = types.Sequence(
-      ids_BL=stack('text', 'ids'), text=layout('text'),
-      patches_BNP=stack('vit', 'patches'), patch_position_BN=stack('vit', 'patch_position'),
-      patch_image_BN=stack('vit', 'patch_image'), vit=layout('vit'),
-      latents_BNC=latents, latent_position_BN=stack('latent', 'latent_position'),
-      time_BN=np.zeros(latents.shape[:2], np.float32), gen=layout('latent'),
-      next_position_B=np.array([row.next_position for row in laid], np.int32))
-  return Packed(sequence, stack('text', 'label'), stack('text', 'weight'),
-                stack('latent', 'target'), stack('latent', 'image'))
+    ids_BL=stack('text', 'ids'),
+    text=layout('text'),
+    patches_BNP=stack('vit', 'patches'),
+    patch_position_BN=stack('vit', 'patch_position'),
+    patch_image_BN=stack('vit', 'patch_image'),
+    vit=layout('vit'),
+    latents_BNC=latents,
+    latent_position_BN=stack('latent', 'latent_position'),
+    time_BN=np.zeros(latents.shape[:2], np.float32),
+    gen=layout('latent'),
+    next_position_B=np.array([row.next_position for row in laid], np.int32),
+  )
+  return Packed(
+    sequence,
+    stack('text', 'label'),
+    stack('text', 'weight'),
+    stack('latent', 'target'),
+    stack('latent', 'image'),
+  )
 
 
 def reference_arrays(packed: Packed) -> dict[str, np.ndarray]:
@@ -350,22 +408,23 @@ def reference_arrays(packed: Packed) -> dict[str, np.ndarray]:
   _, first, split_lens = np.unique(split_L, return_index=True, return_counts=True)
   has_label = labels != NO_LABEL
   return {
-      'sequence_length': np.int32(len(places)),
-      'sample_lens': np.bincount(logical('sample_BL')).astype(np.int32),
-      'packed_text_ids': pick('text', sequence.ids_BL),
-      'packed_text_indexes': order['text'],
-      'packed_position_ids': logical('position_BL'),
-      'packed_vit_tokens': pick('vit', sequence.patches_BNP),
-      'packed_vit_position_ids': pick('vit', sequence.patch_position_BN),
-      'packed_vit_token_indexes': order['vit'],
-      'vit_token_seqlens': np.unique(pick('vit', sequence.patch_image_BN),
-                                     return_counts=True)[1].astype(np.int32),
-      'packed_latent_position_ids': pick('gen', sequence.latent_position_BN),
-      'packed_vae_token_indexes': order['gen'],
-      'mse_loss_indexes': order['gen'][pick('gen', packed.target_BN)],
-      'ce_loss_indexes': order['text'][has_label],
-      'packed_label_ids': labels[has_label],
-      'ce_loss_weights': pick('text', packed.weight_BL)[has_label],
-      'split_lens': split_lens.astype(np.int32),
-      'attn_modes': logical('mode_BL')[first],
+    'sequence_length': np.int32(len(places)),
+    'sample_lens': np.bincount(logical('sample_BL')).astype(np.int32),
+    'packed_text_ids': pick('text', sequence.ids_BL),
+    'packed_text_indexes': order['text'],
+    'packed_position_ids': logical('position_BL'),
+    'packed_vit_tokens': pick('vit', sequence.patches_BNP),
+    'packed_vit_position_ids': pick('vit', sequence.patch_position_BN),
+    'packed_vit_token_indexes': order['vit'],
+    'vit_token_seqlens': np.unique(pick('vit', sequence.patch_image_BN), return_counts=True)[
+      1
+    ].astype(np.int32),
+    'packed_latent_position_ids': pick('gen', sequence.latent_position_BN),
+    'packed_vae_token_indexes': order['gen'],
+    'mse_loss_indexes': order['gen'][pick('gen', packed.target_BN)],
+    'ce_loss_indexes': order['text'][has_label],
+    'packed_label_ids': labels[has_label],
+    'ce_loss_weights': pick('text', packed.weight_BL)[has_label],
+    'split_lens': split_lens.astype(np.int32),
+    'attn_modes': logical('mode_BL')[first],
   }

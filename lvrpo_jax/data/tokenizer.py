@@ -10,8 +10,12 @@ import tokenizers
 from tokenizers import models as token_models
 from tokenizers import pre_tokenizers
 
-SPECIAL = {'bos': '<|im_start|>', 'eos': '<|im_end|>', 'start_of_image': '<|vision_start|>',
-           'end_of_image': '<|vision_end|>'}
+SPECIAL = {
+  'bos': '<|im_start|>',
+  'eos': '<|im_end|>',
+  'start_of_image': '<|vision_start|>',
+  'end_of_image': '<|vision_end|>',
+}
 """Special tokens by role, as Qwen2.5 names them."""
 
 UNKNOWN = '[UNK]'
@@ -31,7 +35,8 @@ class Tokenizer:
     missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
     self.added = backend.add_special_tokens(missing)
     self.bos, self.eos, self.start_of_image, self.end_of_image = (
-        backend.token_to_id(SPECIAL[role]) for role in SPECIAL)
+      backend.token_to_id(SPECIAL[role]) for role in SPECIAL
+    )
 
   def __len__(self) -> int:
     return self.backend.get_vocab_size(with_added_tokens=True)
@@ -53,7 +58,7 @@ class Tokenizer:
     """Text up to the first end token, without special tokens."""
     ids = [int(i) for i in ids]
     if self.eos in ids:
-      ids = ids[:ids.index(self.eos)]
+      ids = ids[: ids.index(self.eos)]
     return self.backend.decode(ids, skip_special_tokens=True)
 
   def save(self, path: str | os.PathLike[str]) -> None:
@@ -90,14 +95,18 @@ def from_path(path: str | os.PathLike[str]) -> Tokenizer:
     except Exception as error:  # As above.
       raise ValueError(f'{vocab} and {merges} are no tokenizer: {error}') from error
     backend.normalizer = tokenizers.normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+      [
         pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+      ]
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     _add_tokens(backend, path)
     return Tokenizer(backend)
   raise FileNotFoundError(
-      f'no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt')
+    f'no tokenizer at {path}: expected tokenizer.json, or vocab.json and merges.txt'
+  )
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
@@ -108,10 +117,15 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
   """
   wanted: dict[str, int] = {}
   for name, read in (
-      ('added_tokens.json', lambda found: found),
-      ('tokenizer_config.json', lambda found: {
-          entry['content']: int(number)
-          for number, entry in found.get('added_tokens_decoder', {}).items()})):
+    ('added_tokens.json', lambda found: found),
+    (
+      'tokenizer_config.json',
+      lambda found: {
+        entry['content']: int(number)
+        for number, entry in found.get('added_tokens_decoder', {}).items()
+      },
+    ),
+  ):
     path = os.path.join(folder, name)
     if os.path.isfile(path):
       try:
@@ -123,10 +137,14 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
     if backend.token_to_id(token) is None:
       backend.add_special_tokens([token])
     if backend.token_to_id(token) != number:
-      raise ValueError(f'{folder}: token {token!r} should have id {number}, but would have '
-                       f'{backend.token_to_id(token)}')
+      raise ValueError(
+        f'{folder}: token {token!r} should have id {number}, but would have '
+        f'{backend.token_to_id(token)}'
+      )
 
 
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-              r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+QWEN_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 """Qwen2's word split, needed where only the vocabulary and the merges are given."""

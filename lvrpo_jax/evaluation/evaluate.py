@@ -46,6 +46,7 @@ class Samplers:
     answer: (params, vae_params, prompts) -> sampled (B, G, T) and greedy (B, 1, T) tokens.
     think: what `draw` takes -> plans (B, G, T), and uint8 images after them.
   """
+
   draw: Callable[..., Any]
   answer: Callable[..., Any]
   think: Callable[..., Any]
@@ -64,45 +65,67 @@ def samplers(job: experiment_lib.Experiment) -> Samplers:
 
   def pictures(params, vae_params, cache, prompts, noise, scale):
     bare = None if scale is None else policy_lib.without_text(cache, prompts)
-    latents = image_rollout.sample_ode(guidance_lib.policy_velocity(policy, params, cache, bare, scale), noise,
-                                   policy.latent_shape, grid)
+    latents = image_rollout.sample_ode(
+      guidance_lib.policy_velocity(policy, params, cache, bare, scale),
+      noise,
+      policy.latent_shape,
+      grid,
+    )
     return policy.decode(vae_params, latents.reshape(-1, e.images, *policy.latent_shape))
 
   @job.sampler
   def draw(params, vae_params, prompts, scale):
-    return pictures(params, vae_params, policy.prefill(params, vae_params, prompts), prompts,
-                    keys(prompts.index_B, 0, e.images), scale)
+    return pictures(
+      params,
+      vae_params,
+      policy.prefill(params, vae_params, prompts),
+      prompts,
+      keys(prompts.index_B, 0, e.images),
+      scale,
+    )
 
   @job.sampler
   def answer(params, vae_params, prompts):
     cache = policy.prefill(params, vae_params, prompts)
     length = job.config.data.answer_words + 1
+
     def sample(group, temperature):
       key_BG = keys(prompts.index_B, 1, group)
       return think_lib.sample_text(policy, params, cache, key_BG, length, temperature).tokens_BGT
-    return sample(e.images, 1.), sample(1, 0.)
+
+    return sample(e.images, 1.0), sample(1, 0.0)
 
   @job.sampler
   def think(params, vae_params, prompts, scale):
     cache = policy.prefill(params, vae_params, prompts)
-    plan = think_lib.sample_text(policy, params, cache, keys(prompts.index_B, 1, e.images),
-                          job.config.data.answer_words + 1, 1.)
+    plan = think_lib.sample_text(
+      policy,
+      params,
+      cache,
+      keys(prompts.index_B, 1, e.images),
+      job.config.data.answer_words + 1,
+      1.0,
+    )
     after = policy_lib.after_plans(prompts, plan.tokens_BGT, plan.mask_BGT, policy.bos)
     # The noise of `draw`: the same pictures but for the plans.
     noise = keys(prompts.index_B, 0, e.images).reshape(-1, 1)
     return plan.tokens_BGT, pictures(
-        params, vae_params, policy.prefill(params, vae_params, after), after, noise, scale)
+      params, vae_params, policy.prefill(params, vae_params, after), after, noise, scale
+    )
 
   def scaled(sampler):
     def run(params, vae_params, prompts, guidance=e.guidance):
       scale = None if guidance == 1 else jnp.float32(guidance)
       return sampler(params, vae_params, prompts, scale)
+
     return run
+
   return Samplers(scaled(draw), answer, scaled(think))
 
 
-def prompt_sets(job: experiment_lib.Experiment, count: Callable[[str, str], int]
-                ) -> list[tuple[str, str, str, list[examples_lib.Example]]]:
+def prompt_sets(
+  job: experiment_lib.Experiment, count: Callable[[str, str], int]
+) -> list[tuple[str, str, str, list[examples_lib.Example]]]:
   """(task, split, kind, examples) of all held-out prompts."""
   out = []
   for task in tasks.TASKS:
@@ -110,25 +133,32 @@ def prompt_sets(job: experiment_lib.Experiment, count: Callable[[str, str], int]
       for kind in job.data.kinds(task, split):
         number = count(task, split)
         if number:
-          out.append((task, split, kind, [job.data.evaluation(task, split, kind, i)
-                                          for i in range(number)]))
+          out.append(
+            (task, split, kind, [job.data.evaluation(task, split, kind, i) for i in range(number)])
+          )
   return out
 
 
-def batched(job: experiment_lib.Experiment, task: str, examples: list[examples_lib.Example]
-            ) -> list[tuple[int, types.Prompts]]:
+def batched(
+  job: experiment_lib.Experiment, task: str, examples: list[examples_lib.Example]
+) -> list[tuple[int, types.Prompts]]:
   """(rows that count, prompts) of one shape; the last batch is filled with its own first row."""
   size = -(-job.config.evaluate.batch // job.mesh.size) * job.mesh.size
   out = []
   for start in range(0, len(examples), size):
-    part = examples[start:start + size]
+    part = examples[start : start + size]
     rows = part + [part[0]] * (size - len(part))
     out.append((len(part), job.place_copies(job.encoder(task, rows).prompts)))
   return out
 
 
-def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.Params, tools: Samplers,
-        folder: pathlib.Path) -> list[dict[str, Any]]:
+def run(
+  job: experiment_lib.Experiment,
+  params: types.Params,
+  vae_params: types.Params,
+  tools: Samplers,
+  folder: pathlib.Path,
+) -> list[dict[str, Any]]:
   """Samples, scores and writes all predictions and pictures; returns the prediction records.
 
   `predictions.jsonl` is written last and in one piece: where it exists, the folder is complete.
@@ -150,8 +180,17 @@ def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.
       name = f'{task}/{split}/{kind}/{number:03d}'
       if task == tasks.UNDERSTAND:
         record['image'] = _save(folder, f'{name}.png', example.source)
-      records.append(dict(task=task, split=split, kind=kind, id=name, prompt=example.prompt,
-                          meaning=example.meaning, **record))
+      records.append(
+        dict(
+          task=task,
+          split=split,
+          kind=kind,
+          id=name,
+          prompt=example.prompt,
+          meaning=example.meaning,
+          **record,
+        )
+      )
   records.append(dict(task='panel', panel=over_optimization.measure(shown)))
   if jax.process_index():
     return records
@@ -163,16 +202,22 @@ def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.
 
 def _drawn(params, vae_params, tools, batches, *guidance):
   """uint8 images (B, G, Y, X, 3) of all prompts."""
-  return np.concatenate([multihost.gather_rows(tools.draw(params, vae_params, prompts, *guidance))[:rows]
-                         for rows, prompts in batches])
+  return np.concatenate(
+    [
+      multihost.gather_rows(tools.draw(params, vae_params, prompts, *guidance))[:rows]
+      for rows, prompts in batches
+    ]
+  )
 
 
 def _pictures(job, params, vae_params, tools, task, examples, *guidance):
   batches = batched(job, task, examples)
   plans = []
   if task == tasks.THINK_GENERATE:
-    found = [[multihost.gather_rows(x)[:rows] for x in tools.think(params, vae_params, prompts, *guidance)]
-             for rows, prompts in batches]
+    found = [
+      [multihost.gather_rows(x)[:rows] for x in tools.think(params, vae_params, prompts, *guidance)]
+      for rows, prompts in batches
+    ]
     decode = job.data.tokenizer.decode
     plans = [[decode(ids) for ids in row] for tokens, _ in found for row in tokens]
     drawn = np.concatenate([images for _, images in found])
@@ -185,43 +230,61 @@ def _pictures(job, params, vae_params, tools, task, examples, *guidance):
     correct, _ = rules.edits(detector, source, drawn, specs, strict=True)
   else:
     correct, _ = rules.images(detector, drawn, specs, strict=True)
-  records = [dict(spec=spec, correct=row.astype(int).tolist())
-             for spec, row in zip(specs, correct)]
+  records = [dict(spec=spec, correct=row.astype(int).tolist()) for spec, row in zip(specs, correct)]
   for record, row in zip(records, plans):
     record['plans'] = row
   return records, drawn
 
 
-def held_out_reward(job: experiment_lib.Experiment, params: types.Params, vae_params: types.Params, tools: Samplers,
-         count: int) -> dict[str, float]:
+def held_out_reward(
+  job: experiment_lib.Experiment,
+  params: types.Params,
+  vae_params: types.Params,
+  tools: Samplers,
+  count: int,
+) -> dict[str, float]:
   """Scores by the strict detector of `count` held-out captions of every kind, for use during
   training: none of them is among those of `run`, so a run may be stopped by them."""
-  examples = [job.data.evaluation(tasks.GENERATE, 'eval', kind, HELD_OUT_FIRST + i)
-              for kind in job.data.kinds(tasks.GENERATE, 'eval') for i in range(count)]
+  examples = [
+    job.data.evaluation(tasks.GENERATE, 'eval', kind, HELD_OUT_FIRST + i)
+    for kind in job.data.kinds(tasks.GENERATE, 'eval')
+    for i in range(count)
+  ]
   drawn = _drawn(params, vae_params, tools, batched(job, tasks.GENERATE, examples))
   B, G = drawn.shape[:2]
   detector = experiment_lib.load_symbol(job.config.evaluate.detector, 'config.evaluate.detector')
   found = detector(drawn.reshape(B * G, *drawn.shape[2:]))
   specs = rules.targets(tasks.GENERATE, examples, 'evaluation')
   correct, _ = rules.images(lambda _: found, drawn, specs, strict=True)
-  return {'gold': float(np.mean(correct)),
-          'diversity': over_optimization.scene_diversity([found[b * G:(b + 1) * G] for b in range(B)])}
+  return {
+    'gold': float(np.mean(correct)),
+    'diversity': over_optimization.scene_diversity([found[b * G : (b + 1) * G] for b in range(B)]),
+  }
 
 
 def _answers(job, params, vae_params, tools, examples):
   out = []
   decode = job.data.tokenizer.decode
   for rows, prompts in batched(job, tasks.UNDERSTAND, examples):
-    for sampled, greedy in list(zip(*map(multihost.gather_rows, tools.answer(params, vae_params, prompts))
-                                    ))[:rows]:
+    for sampled, greedy in list(
+      zip(*map(multihost.gather_rows, tools.answer(params, vae_params, prompts)))
+    )[:rows]:
       out.append((([decode(x) for x in sampled]), decode(greedy[0])))
   answers = rules.targets(tasks.UNDERSTAND, examples, 'evaluation')
   score = lambda texts: rules.answers(texts, answers, job.data.read_answer, job.data.well_formed)
   correct, well_formed = score([s for s, _ in out])
   greedy, _ = score([[g] for _, g in out])
-  return [dict(answer=answer, samples=samples, correct=c.astype(int).tolist(),
-               format=f.astype(int).tolist(), greedy=text, greedy_correct=int(g[0]))
-          for answer, (samples, text), c, f, g in zip(answers, out, correct, well_formed, greedy)]
+  return [
+    dict(
+      answer=answer,
+      samples=samples,
+      correct=c.astype(int).tolist(),
+      format=f.astype(int).tolist(),
+      greedy=text,
+      greedy_correct=int(g[0]),
+    )
+    for answer, (samples, text), c, f, g in zip(answers, out, correct, well_formed, greedy)
+  ]
 
 
 def _save(folder, name, image):
@@ -242,17 +305,17 @@ def _save_pictures(folder, task, split, kind, examples, drawn, records):
       record['target'] = _save(folder, f'{name}_target.png', example.target)
 
 
-def guided(job: experiment_lib.Experiment, params: types.Params, vae_params: types.Params, tools: Samplers
-           ) -> dict[str, Any]:
+def guided(
+  job: experiment_lib.Experiment, params: types.Params, vae_params: types.Params, tools: Samplers
+) -> dict[str, Any]:
   """Generation scores of every guidance scale, on fewer prompts of the same kinds.
 
   Empty where `evaluate.guided` is 0.
   """
   c = job.config
-  count = lambda task, split: (c.evaluate.guided if task == tasks.GENERATE and split == 'eval'
-                               else 0)
+  count = lambda task, split: c.evaluate.guided if task == tasks.GENERATE and split == 'eval' else 0
   sets, out = prompt_sets(job, count), {}
-  for scale in (1., *c.sampling.guidance) if sets else ():
+  for scale in (1.0, *c.sampling.guidance) if sets else ():
     groups = {}
     for task, _, kind, examples in sets:
       records, _ = _pictures(job, params, vae_params, tools, task, examples, scale)

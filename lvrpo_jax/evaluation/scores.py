@@ -15,8 +15,9 @@ REASONING = ('compare', 'reason')
 """Kinds of questions that take two steps."""
 
 
-def groups(records: Records, task: str, split: str, key: str,
-           kinds: Callable[[str], bool] = lambda _: True) -> Groups:
+def groups(
+  records: Records, task: str, split: str, key: str, kinds: Callable[[str], bool] = lambda _: True
+) -> Groups:
   """Per kind: the mean of `key` for every prompt, and the prompt's meaning as its cluster."""
   out: Groups = {}
   for r in records:
@@ -34,16 +35,21 @@ def headlines(records: Records) -> dict[str, Groups]:
   think = groups(records, 'think_generate', 'eval', 'correct')
   answers = groups(records, 'understand', 'eval', 'correct')
   out = {
-      'generation/overall': generate,
-      'generation/unseen': groups(records, 'generate', 'unseen', 'correct'),
-      'understanding/accuracy': answers,
-      'understanding/greedy': groups(records, 'understand', 'eval', 'greedy_correct'),
-      'understanding/format': groups(records, 'understand', 'eval', 'format'),
-      'understanding/reasoning': {k: v for k, v in answers.items() if k in REASONING},
-      'editing/overall': edit, 'thinking/overall': think,
+    'generation/overall': generate,
+    'generation/unseen': groups(records, 'generate', 'unseen', 'correct'),
+    'understanding/accuracy': answers,
+    'understanding/greedy': groups(records, 'understand', 'eval', 'greedy_correct'),
+    'understanding/format': groups(records, 'understand', 'eval', 'format'),
+    'understanding/reasoning': {k: v for k, v in answers.items() if k in REASONING},
+    'editing/overall': edit,
+    'thinking/overall': think,
   }
-  for family, parts in (('generation', generate), ('understanding', answers), ('editing', edit),
-                        ('thinking', think)):
+  for family, parts in (
+    ('generation', generate),
+    ('understanding', answers),
+    ('editing', edit),
+    ('thinking', think),
+  ):
     out.update({f'{family}/{kind}': {kind: group} for kind, group in parts.items()})
   return {name: group for name, group in out.items() if group}
 
@@ -67,7 +73,8 @@ def paired(before: Records, after: Records) -> dict[str, dict[str, float]]:
   """Paired differences of every score over the same prompts."""
   old, new = headlines(before), headlines(after)
   return {
-      name: stats.macro_paired_test({
-          kind: (values, new[name][kind][0], clusters)
-          for kind, (values, clusters) in group.items()})
-      for name, group in old.items()}
+    name: stats.macro_paired_test(
+      {kind: (values, new[name][kind][0], clusters) for kind, (values, clusters) in group.items()}
+    )
+    for name, group in old.items()
+  }

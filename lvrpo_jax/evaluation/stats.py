@@ -11,8 +11,9 @@ Values = Sequence[float] | np.ndarray
 Clusters = Sequence[Hashable] | np.ndarray
 
 
-def bootstrap_ci(values: Values, clusters: Clusters, seed: int, draws: int = 2000,
-                 level: float = .95) -> tuple[float, float, float]:
+def bootstrap_ci(
+  values: Values, clusters: Clusters, seed: int, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
   """Mean of `values` and its percentile interval from a cluster bootstrap.
 
   Whole clusters are drawn with replacement, so items that share a meaning stand or fall
@@ -36,8 +37,9 @@ def bootstrap_ci(values: Values, clusters: Clusters, seed: int, draws: int = 200
   return float(total_K.sum() / size_K.sum()), *_percentiles(drawn, level)
 
 
-def macro_average(groups: Mapping[str, tuple[Values, Clusters]], seed: int, draws: int = 2000,
-                  level: float = .95) -> tuple[float, float, float]:
+def macro_average(
+  groups: Mapping[str, tuple[Values, Clusters]], seed: int, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
   """Mean of the category means, with an interval that resamples within each category.
 
   Args:
@@ -106,8 +108,9 @@ def macro_paired_test(groups: Mapping[str, tuple[Values, Values, Clusters]]) -> 
     raise ValueError('a macro average needs at least one category')
   moments = [_paired_moments(*groups[name]) for name in sorted(groups)]
   differences, variances, cluster_counts, items = zip(*moments)
-  return _normal_test(float(np.mean(differences)), sum(variances) / len(groups)**2,
-                      sum(cluster_counts), sum(items))
+  return _normal_test(
+    float(np.mean(differences)), sum(variances) / len(groups) ** 2, sum(cluster_counts), sum(items)
+  )
 
 
 def entropy(counts: Values | Mapping[Hashable, float]) -> float:
@@ -120,7 +123,7 @@ def entropy(counts: Values | Mapping[Hashable, float]) -> float:
   if not np.all(np.isfinite(counts_N)) or np.any(counts_N < 0):
     raise ValueError('counts must be finite and not negative')
   share_N = counts_N[counts_N > 0] / max(counts_N.sum(), np.finfo(float).tiny)
-  return float(max(0., -np.sum(share_N * np.log(share_N))))
+  return float(max(0.0, -np.sum(share_N * np.log(share_N))))
 
 
 def information_terms(logits_GKK: np.ndarray) -> np.ndarray:
@@ -155,8 +158,10 @@ def _checked(values: Values, clusters: Clusters) -> np.ndarray:
   """The values as float64, refused if empty, not finite or not one a cluster label."""
   values_N = np.asarray(values, np.float64)
   if values_N.ndim != 1 or not values_N.size or len(clusters) != values_N.size:
-    raise ValueError(f'want one label a value and at least one value, got values of shape '
-                     f'{values_N.shape} and {len(clusters)} labels')
+    raise ValueError(
+      f'want one label a value and at least one value, got values of shape '
+      f'{values_N.shape} and {len(clusters)} labels'
+    )
   if not np.all(np.isfinite(values_N)):
     raise ValueError('values must be finite')
   return values_N
@@ -166,12 +171,15 @@ def _cluster_sums(values_N: np.ndarray, clusters: Clusters) -> tuple[np.ndarray,
   """Sum and number of values in each cluster, in order of first appearance."""
   index: dict[Hashable, int] = {}
   label_N = [index.setdefault(label, len(index)) for label in clusters]
-  return (np.bincount(label_N, weights=values_N, minlength=len(index)),
-          np.bincount(label_N, minlength=len(index)).astype(np.float64))
+  return (
+    np.bincount(label_N, weights=values_N, minlength=len(index)),
+    np.bincount(label_N, minlength=len(index)).astype(np.float64),
+  )
 
 
-def _resampled_means(rng: np.random.Generator, total_K: np.ndarray, size_K: np.ndarray,
-                     draws: int) -> np.ndarray:
+def _resampled_means(
+  rng: np.random.Generator, total_K: np.ndarray, size_K: np.ndarray, draws: int
+) -> np.ndarray:
   """Means of `draws` resamples of the K clusters with replacement."""
   clusters = len(total_K)
   times_SK = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws)
@@ -185,8 +193,9 @@ def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
   return float(low), float(high)
 
 
-def _paired_moments(before: Values, after: Values,
-                    clusters: Clusters) -> tuple[float, float, int, int]:
+def _paired_moments(
+  before: Values, after: Values, clusters: Clusters
+) -> tuple[float, float, int, int]:
   """Mean difference, its cluster variance (infinite for one cluster), clusters and items."""
   difference_N = _checked(after, clusters) - _checked(before, clusters)
   mean = float(difference_N.mean())
@@ -198,12 +207,11 @@ def _paired_moments(before: Values, after: Values,
   return mean, variance, count, difference_N.size
 
 
-def _normal_test(difference: float, variance: float, clusters: int,
-                 items: int) -> dict[str, float]:
+def _normal_test(difference: float, variance: float, clusters: int, items: int) -> dict[str, float]:
   se = math.sqrt(variance)
   if difference == 0 or math.isinf(se):
-    p = 1.
+    p = 1.0
   else:
     z = abs(difference) / se if se else math.inf
-    p = max(math.erfc(z / math.sqrt(2)), 2. ** (1 - clusters))
+    p = max(math.erfc(z / math.sqrt(2)), 2.0 ** (1 - clusters))
   return {'difference': difference, 'se': se, 'p': p, 'n': items}

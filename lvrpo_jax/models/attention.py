@@ -37,8 +37,9 @@ def keep_mask(query: types.Layout, key: types.Layout) -> Array:
   """
   at_query = lambda x_BL: x_BL[:, :, None]
   at_key = lambda x_BL: x_BL[:, None, :]
-  same_sample = ((at_query(query.sample_BL) == at_key(key.sample_BL))
-                 & at_key(key.sample_BL != types.PADDING))
+  same_sample = (at_query(query.sample_BL) == at_key(key.sample_BL)) & at_key(
+    key.sample_BL != types.PADDING
+  )
   same_split = at_query(query.split_BL) == at_key(key.split_BL)
   not_later = at_key(key.order_BL) <= at_query(query.order_BL)
   inside = same_split & at_key(key.mode_BL != types.CAUSAL)
@@ -73,6 +74,7 @@ class Mask:
     keys: bool (B, S), False on padding, or None.
     causal: keys and queries are the same tokens, and none sees a later one.
   """
+
   dense: Array | None = None
   keys: Array | None = None
   causal: bool = struct.field(pytree_node=False, default=False)
@@ -97,6 +99,7 @@ class Block(NamedTuple):
     k, v: (B, S, J, K) when all M rows share them, else (B, M, S, J, K).
     mask: a `Mask`.
   """
+
   k: Array
   v: Array
   mask: Mask
@@ -134,7 +137,7 @@ def attend_xla(q_BMLHK: Array, blocks: list[Block]) -> Array:
   """Plain attention: all logits at once, any mask."""
   B, M, L, H, K = q_BMLHK.shape
   J = blocks[0].k.shape[-2]
-  q = q_BMLHK.reshape(B, M, L, J, H // J, K) * (K ** -0.5)
+  q = q_BMLHK.reshape(B, M, L, J, H // J, K) * (K**-0.5)
   logits = []
   for block in blocks:
     keys = 'BSJK' if block.k.ndim == 4 else 'BMSJK'
@@ -142,7 +145,7 @@ def attend_xla(q_BMLHK: Array, blocks: list[Block]) -> Array:
     mask = block.mask.array(L, block.k.shape[-3])
     logits.append(jnp.where(mask[:, :, None, None], logit, -1e30))
   weight = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(q.dtype)
-  out, start = 0., 0
+  out, start = 0.0, 0
   for block in blocks:
     S = block.k.shape[-3]
     values = 'BSJK' if block.v.ndim == 4 else 'BMSJK'
@@ -154,18 +157,26 @@ def attend_xla(q_BMLHK: Array, blocks: list[Block]) -> Array:
 
 def joined(blocks: list[Block], rows: tuple[int, int]) -> tuple[Array, Array]:
   """Keys and values of all blocks in one, (B, M, S, J, K) each."""
+
   def whole(x):
     x = x[:, None] if x.ndim == 4 else x
     return jnp.broadcast_to(x, (*rows, *x.shape[2:]))
-  return tuple(jnp.concatenate([whole(part) for part in parts], axis=2)
-               for parts in ((b.k for b in blocks), (b.v for b in blocks)))
+
+  return tuple(
+    jnp.concatenate([whole(part) for part in parts], axis=2)
+    for parts in ((b.k for b in blocks), (b.v for b in blocks))
+  )
 
 
 def joined_mask(blocks: list[Block], rows: int, length: int) -> Array:
   """Masks of all blocks in one, (B, L, S)."""
-  return jnp.concatenate([jnp.broadcast_to(
-      b.mask.array(length, b.k.shape[-3])[:, 0], (rows, length, b.k.shape[-3])) for b in blocks],
-                         axis=-1)
+  return jnp.concatenate(
+    [
+      jnp.broadcast_to(b.mask.array(length, b.k.shape[-3])[:, 0], (rows, length, b.k.shape[-3]))
+      for b in blocks
+    ],
+    axis=-1,
+  )
 
 
 def attend_cudnn(q_BMLHK: Array, blocks: list[Block], implementation: str = 'cudnn') -> Array:
@@ -179,20 +190,26 @@ def attend_cudnn(q_BMLHK: Array, blocks: list[Block], implementation: str = 'cud
   # A padded query sees the first key, so that nothing divides by zero.
   mask = jnp.repeat(mask.at[:, L:, 0].set(True)[:, None], M, axis=0)
   k, v = joined(blocks, (B, M))
-  out = jax.nn.dot_product_attention(flat(q_BMLHK), flat(k), flat(v), mask=mask, scale=K ** -0.5,
-                                     implementation=implementation)
+  out = jax.nn.dot_product_attention(
+    flat(q_BMLHK), flat(k), flat(v), mask=mask, scale=K**-0.5, implementation=implementation
+  )
   return out[:, :L].reshape(B, M, L, H, K)
 
 
 def attend_splash(q_BMLHK: Array, blocks: list[Block], interpret: bool = False) -> Array:
   """Pallas splash attention: no logits in memory. Under a mesh every device runs its own rows and
   heads."""
-  return splash.attend(q_BMLHK, *joined(blocks, q_BMLHK.shape[:2]), *_splash_mask(
-      blocks, q_BMLHK.shape[0], q_BMLHK.shape[2]), interpret)
+  return splash.attend(
+    q_BMLHK,
+    *joined(blocks, q_BMLHK.shape[:2]),
+    *_splash_mask(blocks, q_BMLHK.shape[0], q_BMLHK.shape[2]),
+    interpret,
+  )
 
 
-def _splash_mask(blocks: list[Block], rows: int, length: int
-                 ) -> tuple[Array | None, Array | None, int | None]:
+def _splash_mask(
+  blocks: list[Block], rows: int, length: int
+) -> tuple[Array | None, Array | None, int | None]:
   """What splash attention reads: (dense (B, L, S), or valid keys (B, S), and where causal keys
   start)."""
   if any(b.mask.dense is not None for b in blocks):

@@ -38,8 +38,10 @@ def normal(stddev: float) -> nn.initializers.Initializer:
 
   Without the barrier a compiler joins `stddev` with the constants of the distribution.
   """
+
   def init(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
     return jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype)) * stddev
+
   return init
 
 
@@ -49,6 +51,7 @@ class Linear(nn.Module):
   All leading axes are folded into one before the product: XLA's CPU backend computes weight
   gradients about twice as fast that way, and other backends do it anyway.
   """
+
   features: int
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
@@ -60,13 +63,15 @@ class Linear(nn.Module):
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     out = rows @ kernel.astype(self.dtype)
     if self.use_bias:
-      out = out + self.param('bias', nn.initializers.zeros_init(), (self.features,)
-                             ).astype(self.dtype)
+      out = out + self.param('bias', nn.initializers.zeros_init(), (self.features,)).astype(
+        self.dtype
+      )
     return out.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):
   """Root-mean-square norm in float32, rounded to the input's dtype, then scaled."""
+
   eps: float
 
   @nn.compact
@@ -79,6 +84,7 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
   """Layer norm with scale and bias, computed in float32."""
+
   eps: float
 
   @nn.compact
@@ -102,7 +108,7 @@ def sincos_table(side: int, width: int) -> np.ndarray:
   """
   if width % 4:
     raise ValueError(f'width of a 2-D sin-cos table is {width}; it must be a multiple of 4')
-  frequency = 10000. ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
+  frequency = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
   angle = np.arange(side, dtype=np.float64)[:, None] * frequency
   one = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
   column = np.tile(one, (side, 1))
@@ -117,7 +123,7 @@ def grid_positions(rows: int, columns: int, side: int) -> np.ndarray:
 
 def interpolated_positions(rows: int, columns: int, side: int) -> np.ndarray:
   """The alternative rule: row and column stretched over the whole table and rounded down."""
-  boundaries = np.arange(1 / side, 1., 1 / side)
+  boundaries = np.arange(1 / side, 1.0, 1 / side)
   bucket = lambda n: np.searchsorted(boundaries, np.arange(0, 1 - 1e-6, 1 / n), side='right')
   return (bucket(rows)[:, None] * side + bucket(columns)[None]).reshape(-1).astype(np.int32)
 
@@ -135,13 +141,14 @@ def spread_positions(rows: int, columns: int, side: int) -> np.ndarray:
 def time_features(t: Array, width: int = 256) -> Array:
   """`[cos(t f_j), sin(t f_j)]`, `f_j = 10000^(-j / (width / 2))`; t in [0, 1] is not scaled."""
   half = width // 2
-  frequency = jnp.exp(-jnp.log(10000.) * jnp.arange(half, dtype=jnp.float32) / half)
+  frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
   angle = t.astype(jnp.float32)[..., None] * frequency
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 class TimeEmbedder(nn.Module):
   """`Linear(silu(Linear(time_features(t))))`."""
+
   width: int
   dtype: jnp.dtype = jnp.float32
 

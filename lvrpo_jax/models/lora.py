@@ -32,16 +32,20 @@ def init(params: types.Params, rank: int, target: str, key: jax.Array) -> types.
   kernels = [name for name in sorted(flat) if name.endswith('kernel')]
   chosen = [name for name in kernels if re.search(target, name)]
   if not chosen:
-    raise ValueError(f'config.align.lora.target is {target!r}, which matches no kernel; names look '
-                     f'like {kernels[-1]}')
+    raise ValueError(
+      f'config.align.lora.target is {target!r}, which matches no kernel; names look '
+      f'like {kernels[-1]}'
+    )
   out = {}
   for number, name in enumerate(chosen):
     *lead, inputs, outputs = flat[name].shape
     if rank > min(inputs, outputs):
-      raise ValueError(f'config.align.lora.rank is {rank}; allowed: at most '
-                       f'{min(inputs, outputs)}, the smaller side of {name}')
+      raise ValueError(
+        f'config.align.lora.rank is {rank}; allowed: at most '
+        f'{min(inputs, outputs)}, the smaller side of {name}'
+      )
     draw = jax.random.normal(jax.random.fold_in(key, number), (*lead, inputs, rank))
-    out[f'{name}/a'] = draw * inputs ** -0.5
+    out[f'{name}/a'] = draw * inputs**-0.5
     out[f'{name}/b'] = jnp.zeros((*lead, rank, outputs))
   return traverse_util.unflatten_dict(out, sep='/')
 
@@ -57,8 +61,8 @@ def merge(params: types.Params, adapters: types.Params, scale: float) -> types.P
 
 @struct.dataclass
 class AdaptedParams:
-  """A policy as frozen parameters and adapters, merged with `scale` by the program that reads it.
-  """
+  """A policy as frozen parameters and adapters, merged with `scale` by the program that reads it."""
+
   base: types.Params
   adapters: types.Params
   scale: float = struct.field(pytree_node=False)

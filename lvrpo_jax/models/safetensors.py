@@ -23,8 +23,9 @@ def indexed(index: pathlib.Path) -> list[pathlib.Path]:
     names = json.loads(index.read_text())['weight_map'].values()
     return [index.with_name(name) for name in sorted(set(names))]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{index} is no index of safetensors: expected JSON with 'weight_map'"
-                     ) from error
+    raise ValueError(
+      f"{index} is no index of safetensors: expected JSON with 'weight_map'"
+    ) from error
 
 
 def digest(files: Iterable[pathlib.Path]) -> str:

@@ -31,8 +31,15 @@ def pad(x: Array, axis: int, multiple: int) -> Array:
   return jnp.pad(x, widths)
 
 
-def attend(q_BMLHK: Array, k_BMSJK: Array, v_BMSJK: Array, dense_BLS: Array | None,
-           valid_BS: Array | None, causal_from: int | None, interpret: bool = False) -> Array:
+def attend(
+  q_BMLHK: Array,
+  k_BMSJK: Array,
+  v_BMSJK: Array,
+  dense_BLS: Array | None,
+  valid_BS: Array | None,
+  causal_from: int | None,
+  interpret: bool = False,
+) -> Array:
   """Softmax attention (B, M, L, H, K), grouped queries, float32 inside.
 
   Args:
@@ -50,11 +57,19 @@ def attend(q_BMLHK: Array, k_BMSJK: Array, v_BMSJK: Array, dense_BLS: Array | No
   specs = [split] * 3 + [None if x is None else P(rows) for x in (dense_BLS, valid_BS)]
   # The kernel is opaque to the partitioner; rows and heads are independent.
   return jax.shard_map(run, in_specs=tuple(specs), out_specs=split, check_vma=False)(
-      q_BMLHK, k_BMSJK, v_BMSJK, dense_BLS, valid_BS)
+    q_BMLHK, k_BMSJK, v_BMSJK, dense_BLS, valid_BS
+  )
 
 
-def _local(q_BMLHK: Array, k_BMSJK: Array, v_BMSJK: Array, dense_BLS: Array | None,
-           valid_BS: Array | None, causal_from: int | None, interpret: bool) -> Array:
+def _local(
+  q_BMLHK: Array,
+  k_BMSJK: Array,
+  v_BMSJK: Array,
+  dense_BLS: Array | None,
+  valid_BS: Array | None,
+  causal_from: int | None,
+  interpret: bool,
+) -> Array:
   B, M, L, H, K = q_BMLHK.shape
   S = k_BMSJK.shape[2]
   block_q, block_kv = block(L), block(S)
@@ -62,7 +77,8 @@ def _local(q_BMLHK: Array, k_BMSJK: Array, v_BMSJK: Array, dense_BLS: Array | No
   def lay_out(x, step):
     x = pad(pad(x.reshape(B * M, *x.shape[2:]), 1, step), 3, LANES)
     return jnp.swapaxes(x, 1, 2)
-  q = lay_out(q_BMLHK * (K ** -0.5), block_q)
+
+  q = lay_out(q_BMLHK * (K**-0.5), block_q)
   k, v = lay_out(k_BMSJK, block_kv), lay_out(v_BMSJK, block_kv)
   shape = q.shape[2], k.shape[2]
   if dense_BLS is not None:
@@ -85,15 +101,23 @@ def _local(q_BMLHK: Array, k_BMSJK: Array, v_BMSJK: Array, dense_BLS: Array | No
 
 def _static(shape: tuple[int, int], causal_from: int | None) -> masks.MultiHeadMask:
   # One head: the kernel uses it for all.
-  return masks.MultiHeadMask([masks.FullMask(shape) if causal_from is None else
-                              masks.CausalMask(shape, causal_from)])
+  return masks.MultiHeadMask(
+    [masks.FullMask(shape) if causal_from is None else masks.CausalMask(shape, causal_from)]
+  )
 
 
 def _kernel(mask, shape: tuple[int, int], interpret: bool):
   q, kv = block(shape[0]), block(shape[1])
   sizes = kernels.BlockSizes(
-      block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv,
-      block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv)
+    block_q=q,
+    block_kv=kv,
+    block_kv_compute=kv,
+    block_q_dkv=q,
+    block_kv_dkv=kv,
+    block_kv_dkv_compute=kv,
+    block_q_dq=q,
+    block_kv_dq=kv,
+  )
   kernel = kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
   for name in ('fwd_mask_info', 'dq_mask_info', 'dkv_mask_info'):
     # The library makes an array of this flag, and then asks for its value under a transformation.

@@ -102,7 +102,7 @@ class PixelAttention(nn.Module):
     b, y, x, c = x_BYXC.shape
     h_BYXC = _group_norm('norm')(x_BYXC)
     q_BNC, k_BNC, v_BNC = (
-        _conv(c, name, size=1)(h_BYXC).reshape(b, y * x, c) for name in ('q', 'k', 'v')
+      _conv(c, name, size=1)(h_BYXC).reshape(b, y * x, c) for name in ('q', 'k', 'v')
     )
     scores_BNM = jnp.einsum('BNC,BMC->BNM', q_BNC, k_BNC) * c**-0.5
     out_BNC = jnp.einsum('BNM,BMC->BNC', jax.nn.softmax(scores_BNM), v_BNC)
@@ -311,7 +311,7 @@ class PatchAutoencoder(nn.Module):
 
 
 def fit_patch_autoencoder(
-    model: PatchAutoencoder, image_BYXC: np.ndarray, seed: int = 0
+  model: PatchAutoencoder, image_BYXC: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
   """Parameters of `model` that are optimal for the given images, in closed form.
 
@@ -358,11 +358,11 @@ def fit_patch_autoencoder(
   signal_C = np.sqrt(kept_C - noise)
   encoder_DC = basis_DC * signal_C / kept_C
   fitted = {
-      'encoder': {'kernel': encoder_DC, 'bias': -mean_D @ encoder_DC},
-      'decoder': {'kernel': (basis_DC * kept_C / signal_C).T, 'bias': mean_D},
-      'logvar': np.log(noise / kept_C),
-      'scale': np.sqrt(kept_C) / signal_C,
-      'shift': np.zeros(z),
+    'encoder': {'kernel': encoder_DC, 'bias': -mean_D @ encoder_DC},
+    'decoder': {'kernel': (basis_DC * kept_C / signal_C).T, 'bias': mean_D},
+    'logvar': np.log(noise / kept_C),
+    'scale': np.sqrt(kept_C) / signal_C,
+    'shift': np.zeros(z),
   }
   fitted = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fitted)
   if not model.hidden:

@@ -25,6 +25,7 @@ class Advantages(NamedTuple):
   `share` and `dead` hold, for every component, its share of the advantage's variance and the
   fraction of groups in which it does not vary.
   """
+
   value_BG: Array
   valid_BG: Array
   share: dict[str, Array]
@@ -35,7 +36,7 @@ def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array
   """Mean and standard deviation (B, 1) over the valid samples of every group."""
   weight = valid_BG.astype(jnp.float32)
   count = jnp.sum(weight, axis=1, keepdims=True)
-  x = jnp.where(valid_BG, x_BG, 0.)
+  x = jnp.where(valid_BG, x_BG, 0.0)
   mean = ops.divide(jnp.sum(x, axis=1, keepdims=True), count)
   square = jnp.sum(weight * jnp.square(x - mean), axis=1, keepdims=True)
   return mean, jnp.sqrt(ops.divide(square, count - ddof))
@@ -44,21 +45,22 @@ def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array
 def centred(x_BG: Array, valid_BG: Array) -> Array:
   """Differences from the group's mean; exactly 0 for invalid samples and in constant groups."""
   mean, _ = group_statistics(x_BG, valid_BG)
-  return jnp.where(valid_BG & ~constant(x_BG, valid_BG), x_BG - mean, 0.)
+  return jnp.where(valid_BG & ~constant(x_BG, valid_BG), x_BG - mean, 0.0)
 
 
 def constant(x_BG: Array, valid_BG: Array) -> Array:
   """Whether a group (B, 1) does not vary; see `CONSTANT`."""
   mean, deviation = group_statistics(x_BG, valid_BG)
-  return deviation < CONSTANT * jnp.maximum(jnp.abs(mean), 1.)
+  return deviation < CONSTANT * jnp.maximum(jnp.abs(mean), 1.0)
 
 
 FORMS = ('max', 'add', 'root')
 """How a floor enters a divisor: `max(std, floor)`, `std + floor`, `sqrt(var + floor)`."""
 
 
-def divisor(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group',
-            form: str = 'max') -> Array:
+def divisor(
+  x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group', form: str = 'max'
+) -> Array:
   """What a centred reward is divided by, (B, 1) or (1, 1).
 
   Args:
@@ -88,16 +90,24 @@ def divisor(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: st
   raise ValueError(f'advantage form is {form!r}; allowed: {FORMS}')
 
 
-def normalise(x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group',
-              form: str = 'max') -> Array:
+def normalise(
+  x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group', form: str = 'max'
+) -> Array:
   """`(x - group mean) / std` (GRPO, arXiv 2402.03300, eq. 3); 0 for invalid samples and constant
   groups. See `divisor`."""
   return centred(x_BG, valid_BG) / divisor(x_BG, valid_BG, floor, ddof, scope, form)
 
 
-def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], method: str,
-            floor: float, ddof: int = 0, scope: str = 'group', form: str = 'max', clip: float = 5.
-            ) -> Advantages:
+def combine(
+  rewards: Mapping[str, types.Rewards],
+  weights: Mapping[str, float],
+  method: str,
+  floor: float,
+  ddof: int = 0,
+  scope: str = 'group',
+  form: str = 'max',
+  clip: float = 5.0,
+) -> Advantages:
   """Advantages of one task.
 
   Args:
@@ -123,13 +133,15 @@ def combine(rewards: Mapping[str, types.Rewards], weights: Mapping[str, float], 
     parts[name] = weights[name] * part
   total = sum(parts.values())
   if method == 'sum':
-    raw = sum(weights[name] * jnp.where(valid, r.value_BG, 0.) for name, r in rewards.items())
+    raw = sum(weights[name] * jnp.where(valid, r.value_BG, 0.0) for name, r in rewards.items())
     divide = divisor(raw, valid, floor, ddof, scope, form)
   else:
     divide = divisor(total, valid, floor, ddof, 'none' if scope == 'none' else 'batch', form)
-  value = jnp.where(valid, total / divide, 0.)
+  value = jnp.where(valid, total / divide, 0.0)
   variance = ops.masked_mean(jnp.square(value), valid)
-  share = {name: ops.divide(ops.masked_mean(value * part / divide, valid), variance)
-           for name, part in parts.items()}
+  share = {
+    name: ops.divide(ops.masked_mean(value * part / divide, valid), variance)
+    for name, part in parts.items()
+  }
   dead = {name: jnp.mean(constant(r.value_BG, valid)) for name, r in rewards.items()}
   return Advantages(jnp.clip(value, -clip, clip), valid, share, dead)

@@ -15,8 +15,9 @@ TOKENS = (-2, -1)
 """Axes of one sample: image tokens and channels."""
 
 
-def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
-        ) -> tuple[Array, Array]:
+def sde(
+  mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
+) -> tuple[Array, Array]:
   """Flow-GRPO's clipped loss of one step (arXiv 2505.05470), per sample.
 
   Args:
@@ -30,8 +31,9 @@ def sde(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
   return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
-def cps(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
-        ) -> tuple[Array, Array]:
+def cps(
+  mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
+) -> tuple[Array, Array]:
   """Flow-CPS's clipped loss of one step (arXiv 2509.05952), per sample.
 
   Its log-probability is `-mean((x' - mean)^2)`, without the step's variance, so its clips are not
@@ -45,8 +47,9 @@ def cps(mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array
   return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
-def guard(mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantage: Array,
-          clip: float) -> tuple[Array, Array]:
+def guard(
+  mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantage: Array, clip: float
+) -> tuple[Array, Array]:
   """GRPO-Guard's loss of one step (arXiv 2510.22319), per sample: ratios of all times alike.
 
   The log-ratio of `sde` is centred and scaled by the step's deviation, which cancels and leaves
@@ -61,8 +64,9 @@ def guard(mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantag
   return loss if dt is None else loss / jnp.abs(dt), log_ratio
 
 
-def awm(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, clip: float
-        ) -> tuple[Array, Array]:
+def awm(
+  v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, clip: float
+) -> tuple[Array, Array]:
   """Advantage-weighted matching (arXiv 2509.25050), per sample: PPO on a flow-matching likelihood.
 
   The log-likelihood is `-mean((v - (eps - x0))^2)`; `eps - x0 = (x_t - x0) / t`.
@@ -81,8 +85,16 @@ def awm(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Arra
   return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
 
 
-def nft(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, beta: float,
-        scale: float) -> Array:
+def nft(
+  v: Array,
+  v_old: Array,
+  x0: Array,
+  x_t: Array,
+  t: Array,
+  advantage: Array,
+  beta: float,
+  scale: float,
+) -> Array:
   """DiffusionNFT's forward-process loss (arXiv 2509.16117), per sample.
 
   The policy `v` is mixed with the old one into an implicit positive and negative velocity; both
@@ -98,7 +110,7 @@ def nft(v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Arra
     scale: advantage at which r saturates: `r = clip(1/2 + A / (2 scale), 0, 1)`.
   """
   v_old = jax.lax.stop_gradient(v_old)
-  probability = jnp.clip(0.5 + advantage / (2 * scale), 0., 1.)
+  probability = jnp.clip(0.5 + advantage / (2 * scale), 0.0, 1.0)
   t = t[..., None, None]
 
   def error(mixed):
@@ -130,7 +142,7 @@ def old_policy_decay(iteration: int, flat: int, rise: float, hold: float) -> flo
 
   d is 0 up to `flat`, then rises by `rise` an iteration up to `hold`.
   """
-  return 0. if iteration < flat else min((iteration - flat) * rise, hold)
+  return 0.0 if iteration < flat else min((iteration - flat) * rise, hold)
 
 
 DECOUPLED = ('nft', 'awm')

@@ -50,10 +50,10 @@ def of_steps(kind: str, mean: Array, reference_mean: Array, std: Array, dt: Arra
   raise ValueError(f'align.image_kl is {kind!r}; allowed: {IMAGE}')
 
 
-def adapted(factor: float, value: float, target: float, rate: float, bound: float = 100.) -> float:
+def adapted(factor: float, value: float, target: float, rate: float, bound: float = 100.0) -> float:
   """Next factor of a coefficient whose penalty should be `target` (arXiv 1909.08593, sec. 2.2).
 
   `factor * (1 + rate * clip(value / target - 1, -0.2, 0.2))`, kept in [1 / bound, bound].
   """
-  error = min(max(value / target - 1., -.2), .2)
-  return min(max(factor * (1. + rate * error), 1. / bound), bound)
+  error = min(max(value / target - 1.0, -0.2), 0.2)
+  return min(max(factor * (1.0 + rate * error), 1.0 / bound), bound)

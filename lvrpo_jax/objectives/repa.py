@@ -27,6 +27,7 @@ PROJECTOR = 'projector'
 
 class Projector(nn.Module):
   """Three linear maps with silu between them, as in REPA's code."""
+
   width: int
   features: int
 
@@ -55,6 +56,7 @@ class Repa:
     layer: number of layers after which states are aligned, from 1.
     judge: the dual encoder whose vision tower is the target.
   """
+
   weight: float
   layer: int
   judge: siglip.Siglip
@@ -68,8 +70,9 @@ class Repa:
 
   def target(self, judge_params: types.Params, image_BYXC: Array, tokens: int) -> Array:
     """Features (B, N, D) of clean uint8 images, as many as the square grid of latent tokens has."""
-    _, found = self.judge.apply({'params': judge_params}, policy_lib.to_unit(image_BYXC), False,
-                                method='embed_image')
+    _, found = self.judge.apply(
+      {'params': judge_params}, policy_lib.to_unit(image_BYXC), False, method='embed_image'
+    )
     B, P, D = found.shape
     side, wanted = math.isqrt(P), math.isqrt(tokens)
     if side != wanted:
@@ -77,10 +80,12 @@ class Repa:
       found = grid.reshape(B, tokens, D)
     return jax.lax.stop_gradient(found)
 
-  def loss(self, policy: policy_lib.Policy, params: types.Params, states_EBMND: Array,
-           target_BND: Array) -> tuple[Array, Array]:
+  def loss(
+    self, policy: policy_lib.Policy, params: types.Params, states_EBMND: Array, target_BND: Array
+  ) -> tuple[Array, Array]:
     """(sum, weight) over tokens of `misalignment` after the layer."""
     projected = self._projector(policy).apply(
-        {'params': params[PROJECTOR]}, states_EBMND[self.layer - 1].astype(jnp.float32))
+      {'params': params[PROJECTOR]}, states_EBMND[self.layer - 1].astype(jnp.float32)
+    )
     loss = misalignment(projected, target_BND[:, None])
     return jnp.sum(loss), jnp.float32(loss.size)

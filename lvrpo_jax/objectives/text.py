@@ -10,7 +10,7 @@ from jax import numpy as jnp
 Array = jax.Array
 
 
-BOUND = 20.
+BOUND = 20.0
 """Log-ratios beyond this have no gradient: e^89 overflows float32, and infinity times 0 is no
 number."""
 
@@ -31,7 +31,7 @@ def clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Arra
 
 def sequence_log_ratio(log_ratio_BGT: Array, mask_BGT: Array) -> Array:
   """Mean log-ratio of an answer's tokens, (B, G, 1): that of GSPO (arXiv 2507.18071)."""
-  total = jnp.sum(jnp.where(mask_BGT, log_ratio_BGT, 0.), axis=-1, keepdims=True)
+  total = jnp.sum(jnp.where(mask_BGT, log_ratio_BGT, 0.0), axis=-1, keepdims=True)
   return total / jnp.maximum(jnp.sum(mask_BGT, axis=-1, keepdims=True), 1)
 
 
@@ -50,23 +50,31 @@ class Objective(NamedTuple):
     sequence: one ratio an answer (GSPO) instead of one a token.
     cut: weights are cut (CISPO) instead of the surrogate being clipped.
   """
+
   aggregation: str
   sequence: bool = False
   cut: bool = False
 
 
 OBJECTIVES = {
-    'grpo': Objective('sequence'),  # arXiv 2402.03300
-    'dr_grpo': Objective('constant'),  # arXiv 2503.20783; with align.scope = 'none'
-    'dapo': Objective('token'),  # arXiv 2503.14476
-    'gspo': Objective('sequence', sequence=True),
-    'cispo': Objective('token', cut=True),
+  'grpo': Objective('sequence'),  # arXiv 2402.03300
+  'dr_grpo': Objective('constant'),  # arXiv 2503.20783; with align.scope = 'none'
+  'dapo': Objective('token'),  # arXiv 2503.14476
+  'gspo': Objective('sequence', sequence=True),
+  'cispo': Objective('token', cut=True),
 }
 """Text objectives by config name."""
 
 
-def loss(objective: Objective, log_ratio_BGT: Array, logp_BGT: Array, mask_BGT: Array,
-         advantage_BG: Array, low: float, high: float) -> tuple[Array, Array]:
+def loss(
+  objective: Objective,
+  log_ratio_BGT: Array,
+  logp_BGT: Array,
+  mask_BGT: Array,
+  advantage_BG: Array,
+  low: float,
+  high: float,
+) -> tuple[Array, Array]:
   """(loss, log-ratio that was clipped), per token; for GSPO every token carries its answer's.
 
   Args:
@@ -76,8 +84,9 @@ def loss(objective: Objective, log_ratio_BGT: Array, logp_BGT: Array, mask_BGT: 
   if objective.cut:
     return cispo(log_ratio_BGT, logp_BGT, advantage, 1 + high), log_ratio_BGT
   if objective.sequence:
-    log_ratio_BGT = jnp.broadcast_to(sequence_log_ratio(log_ratio_BGT, mask_BGT),
-                                     log_ratio_BGT.shape)
+    log_ratio_BGT = jnp.broadcast_to(
+      sequence_log_ratio(log_ratio_BGT, mask_BGT), log_ratio_BGT.shape
+    )
   return clipped(log_ratio_BGT, advantage, low, high), log_ratio_BGT
 
 

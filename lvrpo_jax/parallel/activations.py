@@ -23,8 +23,7 @@ def constrain(x: Array, *names: str | None) -> Array:
   Raises:
     ValueError: an axis does not divide, see `parts_of`.
   """
-  kept = [name if name and parts_of(name, size) > 1 else None
-          for name, size in zip(names, x.shape)]
+  kept = [name if name and parts_of(name, size) > 1 else None for name, size in zip(names, x.shape)]
   return nn.with_logical_constraint(x, (*kept, *[None] * (x.ndim - len(names))))
 
 
@@ -58,8 +57,10 @@ def parts_of(name: str, size: int) -> int:
   if size % parts:
     axes = resolve(name)
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    raise ValueError(f'an axis of {size} {name} does not divide over the {parts} devices of mesh '
-                     f'axes {axes!r} (the mesh is {mesh}); allowed: 1, and multiples of {parts}')
+    raise ValueError(
+      f'an axis of {size} {name} does not divide over the {parts} devices of mesh '
+      f'axes {axes!r} (the mesh is {mesh}); allowed: 1, and multiples of {parts}'
+    )
   return parts
 
 
@@ -85,6 +86,7 @@ def together(function: Callable[..., Any], *arrays: list[Array]) -> list[Any]:
   def cut(y, number):
     part = jax.lax.slice_in_dim(y, bounds[number], bounds[number + 1], axis=1)
     return constrain(part.reshape(*arrays[0][number].shape[:-1], *y.shape[2:]), 'rows')
+
   return [jax.tree.map(lambda y, n=n: cut(y, n), out) for n in range(len(bounds) - 1)]
 
 
@@ -101,9 +103,11 @@ def one_by_one(function: Callable[[Array], Array], x: Array) -> Array:
   """`function` of rows (R, ...), on every device one row after the other, for what takes memory."""
   parts = shards('pixels')
   if x.shape[0] % parts:
-    raise ValueError(f'{x.shape[0]} images do not divide over {parts} devices; choose numbers of '
-                     'prompts that do')
+    raise ValueError(
+      f'{x.shape[0]} images do not divide over {parts} devices; choose numbers of prompts that do'
+    )
   turns = constrain(x.reshape(parts, -1, *x.shape[1:]), 'pixels')
-  out = jax.lax.map(lambda rows: constrain(function(constrain(rows, 'pixels')), 'pixels'),
-                    jnp.moveaxis(turns, 1, 0))
+  out = jax.lax.map(
+    lambda rows: constrain(function(constrain(rows, 'pixels')), 'pixels'), jnp.moveaxis(turns, 1, 0)
+  )
   return jnp.moveaxis(out, 0, 1).reshape(x.shape[0], *out.shape[2:])

@@ -28,8 +28,9 @@ MAX_AXIS_SIZE = {'data': 1, 'fsdp': 32, 'tensor': 4}
 a TPU's tiles of 16, and XLA moves padding; its 4 key/value heads bound tensor."""
 
 
-def axis_sizes(shape: tuple[int, ...], count: int, key: str, unit: str,
-          slices: tuple[int, int, int] = (1, 1, 1)) -> tuple[int, ...]:
+def axis_sizes(
+  shape: tuple[int, ...], count: int, key: str, unit: str, slices: tuple[int, int, int] = (1, 1, 1)
+) -> tuple[int, ...]:
   """Sizes of the axes whose product is `count`.
 
   One may be -1 and takes what the others leave. 0 takes as many as divide both `MOST` and `count`;
@@ -39,21 +40,27 @@ def axis_sizes(shape: tuple[int, ...], count: int, key: str, unit: str,
     ValueError: they do not multiply to `count`; the message names the config key.
   """
   inner = count // math.prod(slices)
-  out = [outer * math.gcd(inner, max(MAX_AXIS_SIZE[axis] // outer, 1)) if size == 0 else size
-         for axis, size, outer in zip(AXES, shape, slices)]
+  out = [
+    outer * math.gcd(inner, max(MAX_AXIS_SIZE[axis] // outer, 1)) if size == 0 else size
+    for axis, size, outer in zip(AXES, shape, slices)
+  ]
   if out.count(-1) > 1:
     raise ValueError(f'{key} is {tuple(shape)}: at most one size may be -1')
   if -1 in out:
     rest = math.prod(size for size in out if size != -1)
     out[out.index(-1)] = max(count // rest, 1)
   if math.prod(out) != count:
-    raise ValueError(f'{key} is {tuple(shape)}, which does not multiply to the {count} {unit} at '
-                     'hand')
+    raise ValueError(
+      f'{key} is {tuple(shape)}, which does not multiply to the {count} {unit} at hand'
+    )
   return tuple(out)
 
 
-def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None,
-              slices: tuple[int, int, int] = (-1, 1, 1)) -> Mesh:
+def make_mesh(
+  shape: tuple[int, int, int],
+  devices: list[jax.Device] | None = None,
+  slices: tuple[int, int, int] = (-1, 1, 1),
+) -> Mesh:
   """A mesh over `AXES`; sizes of -1 and 0 are those of `sizes`.
 
   Args:
@@ -76,9 +83,12 @@ def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = No
     shape = axis_sizes(shape, len(devices), 'parallel.mesh', 'devices', outer)
     if any(multihost.gather_rows % part for multihost.gather_rows, part in zip(shape, outer)):
       raise ValueError(f'parallel.slices is {outer}; allowed: divisors of parallel.mesh = {shape}')
-    inner = tuple(multihost.gather_rows // part for multihost.gather_rows, part in zip(shape, outer))
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices,
-                                                allow_split_physical_axes=True)
+    inner = tuple(
+      multihost.gather_rows // part for multihost.gather_rows, part in zip(shape, outer)
+    )
+    grid = mesh_utils.create_hybrid_device_mesh(
+      inner, outer, devices, allow_split_physical_axes=True
+    )
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -100,10 +110,12 @@ def scope(mesh: Mesh) -> Iterator[None]:
 
 def scoped(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   """A compiled function that is traced and called in the scope of a mesh."""
+
   @functools.wraps(function)
   def call(*args, **kwargs):
     with scope(mesh):
       return function(*args, **kwargs)
+
   return function if mesh.size == 1 else call
 
 

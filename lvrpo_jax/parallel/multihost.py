@@ -56,9 +56,11 @@ def row_block(mesh: Mesh) -> tuple[int, int]:
   blocks = sorted(set(held.values()))
   rows = mesh.shape['data'] * mesh.shape['fsdp']
   if sum(map(len, blocks)) != rows or len({len(block) for block in blocks}) > 1:
-    raise ValueError(f'parallel.mesh is {tuple(mesh.shape.values())} over {len(held)} processes, '
-                     f'which hold shards of rows {blocks}; allowed: meshes on which any two '
-                     'processes hold the same rows or none in common, and all as many')
+    raise ValueError(
+      f'parallel.mesh is {tuple(mesh.shape.values())} over {len(held)} processes, '
+      f'which hold shards of rows {blocks}; allowed: meshes on which any two '
+      'processes hold the same rows or none in common, and all as many'
+    )
   return blocks.index(held[jax.process_index()]), len(blocks)
 
 

@@ -20,33 +20,33 @@ JUDGE = re.compile(r'(^|/)(vision|text)/')
 on which meshes the policy may lie: parameters of at most `SMALL` values are whole, and those above
 are split where that divides."""
 
-SMALL = 2 ** 18
+SMALL = 2**18
 """Values of an array that may be whole on every device: 1 MB in float32."""
 
 TABLE = (
-    # The judge's kernels hold heads as an axis of their own.
-    (r'attention/(q|k|v)_proj/kernel$', ('fsdp', None, None)),
-    (r'attention/out_proj/kernel$', (None, None, 'fsdp')),
-    (r'(^|/)text/(tokens/embedding|positions|head/kernel)$', (None, 'fsdp')),
-    (r'(^|/)vision/positions$', (None, 'fsdp')),
-    (r'(q|k|v|gate|up)_proj/kernel$', ('fsdp', 'tensor')),
-    (r'(o|down|out)_proj/kernel$', ('tensor', 'fsdp')),
-    (r'embed_tokens$', ('tensor', 'fsdp')),
-    (r'lm_head/kernel$', ('fsdp', 'tensor')),
-    (r'(connector_fc\d|fc1|mlp_\d)/kernel$', ('fsdp', None)),
-    # The vision tower's inner width and patches divide by few sizes.
-    (r'(fc2|patch_embedding)/kernel$', (None, 'fsdp')),
-    (r'(latent_pos_embed|vit_pos_embed|position_embedding)$', (None, 'fsdp')),
-    # The autoencoder, by output channel.
-    (r'(conv[12]?|conv_in|nin_shortcut|mid_attn_1/(q|k|v|proj_out))/kernel$', (None, 'fsdp')),
+  # The judge's kernels hold heads as an axis of their own.
+  (r'attention/(q|k|v)_proj/kernel$', ('fsdp', None, None)),
+  (r'attention/out_proj/kernel$', (None, None, 'fsdp')),
+  (r'(^|/)text/(tokens/embedding|positions|head/kernel)$', (None, 'fsdp')),
+  (r'(^|/)vision/positions$', (None, 'fsdp')),
+  (r'(q|k|v|gate|up)_proj/kernel$', ('fsdp', 'tensor')),
+  (r'(o|down|out)_proj/kernel$', ('tensor', 'fsdp')),
+  (r'embed_tokens$', ('tensor', 'fsdp')),
+  (r'lm_head/kernel$', ('fsdp', 'tensor')),
+  (r'(connector_fc\d|fc1|mlp_\d)/kernel$', ('fsdp', None)),
+  # The vision tower's inner width and patches divide by few sizes.
+  (r'(fc2|patch_embedding)/kernel$', (None, 'fsdp')),
+  (r'(latent_pos_embed|vit_pos_embed|position_embedding)$', (None, 'fsdp')),
+  # The autoencoder, by output channel.
+  (r'(conv[12]?|conv_in|nin_shortcut|mid_attn_1/(q|k|v|proj_out))/kernel$', (None, 'fsdp')),
 )
 """Ordered: the first pattern found in a parameter's name gives the partition of its LAST axes
 (scanned layers add a leading axis, which is never split). Adapters follow their kernel: `rule`."""
 
 REPLICATED = (
-    r'(^|/)(bias|scale)$',
-    r'(^|/)(vae2llm|llm2vae|(encoder|decoder)/conv_out)/kernel$',  # A few channels on one side.
-    r'(^|/)(encoder|decoder)/kernel$',  # The autoencoder of one linear layer each way.
+  r'(^|/)(bias|scale)$',
+  r'(^|/)(vae2llm|llm2vae|(encoder|decoder)/conv_out)/kernel$',  # A few channels on one side.
+  r'(^|/)(encoder|decoder)/kernel$',  # The autoencoder of one linear layer each way.
 )
 """Names of parameters that every device holds whole, of any size. Others for which `TABLE` has no
 rule have at most `SMALL` values."""
@@ -75,16 +75,23 @@ def _check_replicated(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
   """Refuses a large parameter that no rule knows, where there are several devices."""
   known = any(re.search(pattern, name) for pattern in REPLICATED)
   if math.prod(mesh.shape.values()) > 1 and math.prod(shape) > SMALL and not known:
-    raise ValueError(f'{name} of shape {shape} has more than {SMALL} values, and no rule says how '
-                     f'it lies on parallel.mesh = {tuple(mesh.shape.values())}; add its name to '
-                     'layout.TABLE, or to layout.WHOLE if every device should hold all of it')
+    raise ValueError(
+      f'{name} of shape {shape} has more than {SMALL} values, and no rule says how '
+      f'it lies on parallel.mesh = {tuple(mesh.shape.values())}; add its name to '
+      'layout.TABLE, or to layout.WHOLE if every device should hold all of it'
+    )
 
 
 @functools.cache
 def _warn_replicated(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
   """Once for each, for sizes of the judge are no reason to refuse a mesh."""
-  logging.warning('%s of shape %s, of the judge, does not divide over parallel.mesh = %s: every '
-                  'device holds all of it', name, shape, sizes)
+  logging.warning(
+    '%s of shape %s, of the judge, does not divide over parallel.mesh = %s: every '
+    'device holds all of it',
+    name,
+    shape,
+    sizes,
+  )
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -101,15 +108,18 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   spec = [None] * (len(shape) - len(axes)) + list(axes)
   if JUDGE.search(name):
     fits = math.prod(shape) > SMALL and not any(
-        axis and size % mesh.shape[axis] for size, axis in zip(shape, spec))
+      axis and size % mesh.shape[axis] for size, axis in zip(shape, spec)
+    )
     if math.prod(shape) > SMALL and not fits and any(spec):
       _warn_replicated(name, shape, tuple(mesh.shape.values()))
     return P(*spec) if fits else P()
   for size, axis in zip(shape, spec):
     if axis and size % mesh.shape[axis]:
-      raise ValueError(f'{name} of shape {shape}: an axis of {size} does not divide by the '
-                       f'{mesh.shape[axis]} devices of mesh axis {axis!r}; allowed in '
-                       f'config.parallel.mesh: divisors of {size}')
+      raise ValueError(
+        f'{name} of shape {shape}: an axis of {size} does not divide by the '
+        f'{mesh.shape[axis]} devices of mesh axis {axis!r}; allowed in '
+        f'config.parallel.mesh: divisors of {size}'
+      )
   if ADAPTER.search(name):
     return P(*(_both(size, axis, mesh) for size, axis in zip(shape, spec)))
   if 'fsdp' in spec and 'tensor' not in spec and mesh.shape['tensor'] > 1:

@@ -28,8 +28,12 @@ def parameter_name(path: Any) -> str:
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
   """Shardings of parameters, or of any tree whose paths end like those of parameters."""
+
   def sharding(path, leaf):
-    return NamedSharding(mesh, partition_rules.partition(parameter_name(path), tuple(leaf.shape), mesh))
+    return NamedSharding(
+      mesh, partition_rules.partition(parameter_name(path), tuple(leaf.shape), mesh)
+    )
+
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
@@ -50,6 +54,7 @@ def put_tree(tree: Any, where: Any) -> Any:
       return jax.device_put(x, s)
     value = np.asarray(x)
     return jax.make_array_from_callback(value.shape, s, lambda index: value[index])
+
   return jax.tree.map(place, tree, where)
 
 
@@ -70,11 +75,14 @@ def shard_rows(batch: Any, mesh: Mesh) -> Any:
   def place(x):
     total = x.shape[0] * blocks
     if total % count:
-      raise ValueError(f'{total} rows do not divide over {count} devices (parallel.mesh is '
-                       f'{tuple(mesh.shape.values())}); choose numbers of prompts that do')
+      raise ValueError(
+        f'{total} rows do not divide over {count} devices (parallel.mesh is '
+        f'{tuple(mesh.shape.values())}); choose numbers of prompts that do'
+      )
     if jax.process_count() == 1:
       return jax.device_put(x, where)
     return jax.make_array_from_process_local_data(where, np.asarray(x))
+
   return jax.tree.map(place, batch)
 
 
@@ -100,14 +108,17 @@ def check_rows(batch: Any, parts: int = 1) -> None:
     if not x.ndim:
       continue
     if x.shape[0] % parts:
-      raise ValueError(f'{parameter_name(path)}: {x.shape[0]} rows do not divide into {parts} parts, those '
-                       'of parallel.micro_batches or parallel.group_parts')
+      raise ValueError(
+        f'{parameter_name(path)}: {x.shape[0]} rows do not divide into {parts} parts, those '
+        'of parallel.micro_batches or parallel.group_parts'
+      )
     if x.shape[0] // parts % count:
       raise ValueError(
-          f'{parameter_name(path)}: {x.shape[0]} rows in {parts} parts (parallel.micro_batches or '
-          f'parallel.group_parts) do not divide over the {count} devices of mesh axes data and '
-          f'fsdp (parallel.mesh is {tuple(mesh.shape.values())}); allowed: multiples of '
-          f'{parts * count} rows')
+        f'{parameter_name(path)}: {x.shape[0]} rows in {parts} parts (parallel.micro_batches or '
+        f'parallel.group_parts) do not divide over the {count} devices of mesh axes data and '
+        f'fsdp (parallel.mesh is {tuple(mesh.shape.values())}); allowed: multiples of '
+        f'{parts * count} rows'
+      )
 
 
 def split_micro_batches(batch: Any, parts: int) -> Any:
@@ -119,8 +130,9 @@ def split_micro_batches(batch: Any, parts: int) -> Any:
     ValueError: the rows do not divide by the parts, or those of a part not over the devices.
   """
   check_rows(batch, parts)
-  return jax.tree.map(lambda x: jax.numpy.moveaxis(
-      x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
+  return jax.tree.map(
+    lambda x: jax.numpy.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+  )
 
 
 def split_over_devices(batch: Any, parts: int) -> Any:
@@ -129,9 +141,11 @@ def split_over_devices(batch: Any, parts: int) -> Any:
   Raises:
     ValueError: the rows do not divide by the parts.
   """
+
   def split(x):
     if x.shape[0] % parts:
       raise ValueError(f'{x.shape[0]} rows do not divide into {parts} parts, the devices of pmap')
     # Not -1: some arrays have no values.
     return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
   return jax.tree.map(split, batch)

@@ -32,8 +32,10 @@ def image_size(model: generator.Model, wanted: tuple[int, int]) -> tuple[int, in
   width, height = (side or rule.max_side for side in wanted)
   for side in (width, height):
     if side % rule.stride or not 0 < side <= rule.max_side:
-      raise ValueError(f'config.sample.size is {tuple(wanted)}; allowed: multiples of '
-                       f'{rule.stride} up to {rule.max_side} pixels')
+      raise ValueError(
+        f'config.sample.size is {tuple(wanted)}; allowed: multiples of '
+        f'{rule.stride} up to {rule.max_side} pixels'
+      )
   return height, width
 
 
@@ -70,10 +72,18 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, str]:
     out['thought'] = text
     contexts = contexts._replace(main=[*contexts.main, packing.Text(ids)])
   g = s.guidance[s.task]
-  guidance = guidance_lib.Guidance(g.text_scale, g.image_scale, g.low, g.high, g.renorm, g.renorm_min)
+  guidance = guidance_lib.Guidance(
+    g.text_scale, g.image_scale, g.low, g.high, g.renorm, g.renorm_min
+  )
   with metrics_lib.Progress('sample', s.points - 1, interval=config.log_every) as progress:
-    image = model.draw(contexts, edited or size, guidance, flow.time_grid(s.points, s.shift),
-                       draw_key, lambda step: progress.update(step, {}))
+    image = model.draw(
+      contexts,
+      edited or size,
+      guidance,
+      flow.time_grid(s.points, s.shift),
+      draw_key,
+      lambda step: progress.update(step, {}),
+    )
   return write(workdir, {**out, 'image': image})
 
 

@@ -48,13 +48,14 @@ SHARED = ('checkpoints/vae', 'checkpoints/judge', 'checkpoints/pretrain', 'eval/
 """What a run of a variant takes over from it."""
 ROWS = 60
 """Images that the critic reads at once."""
-POLL = 1.
+POLL = 1.0
 """Seconds between two looks at the runs under way."""
 
 
 class Run(NamedTuple):
   """A run of the study; `number` is its place among those of its seed, `moment` the folder of
   `eval` that holds its measurement."""
+
   seed: int
   variant: str
   number: int
@@ -90,8 +91,9 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
   study = config.studies[config.study]
   for name in study.variants:
     if name not in config.variants:
-      raise ValueError(f'config.studies.{config.study}.variants holds {name!r}; allowed: '
-                       f'{sorted(config.variants)}')
+      raise ValueError(
+        f'config.studies.{config.study}.variants holds {name!r}; allowed: {sorted(config.variants)}'
+      )
   base = changed(config, study.changes, {'program': 'run'})
   base.unlock()
   base.variants, base.studies, base.workers = {}, {}, 1
@@ -105,8 +107,16 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
         validate.validate(mine)
       except ValueError as error:
         raise ValueError(f'variant {name!r} of the study: {error}') from error
-      out.append(Run(seed, name, number, mine, workdir / config.study / f'seed{seed}' / name,
-                     'before' if name == PRETRAINED else 'after'))
+      out.append(
+        Run(
+          seed,
+          name,
+          number,
+          mine,
+          workdir / config.study / f'seed{seed}' / name,
+          'before' if name == PRETRAINED else 'after',
+        )
+      )
   return out
 
 
@@ -140,8 +150,13 @@ class Worker:
     run.workdir.mkdir(parents=True, exist_ok=True)
     wanted = run.workdir / 'wanted.json'
     workdir_lib.write_json(wanted, json.loads(run.config.to_json()))
-    command = [sys.executable, '-m', 'lvrpo_jax.main', f'--config={from_json.__file__}:{wanted}',
-               f'--workdir={run.workdir}']
+    command = [
+      sys.executable,
+      '-m',
+      'lvrpo_jax.main',
+      f'--config={from_json.__file__}:{wanted}',
+      f'--workdir={run.workdir}',
+    ]
     environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(self._cache.resolve())}
     self.run = run
     with (run.workdir / 'log').open('a') as log, bound(self._cores):
@@ -159,8 +174,10 @@ class Worker:
     self.run = self._process = None
     if code:
       last = (run.workdir / 'log').read_text().strip().split('\n')[-8:]
-      raise RuntimeError(f'the run in {run.workdir} ended with status {code}; its log ends with\n  '
-                         + '\n  '.join(last))
+      raise RuntimeError(
+        f'the run in {run.workdir} ended with status {code}; its log ends with\n  '
+        + '\n  '.join(last)
+      )
     return run
 
   def terminate(self) -> None:
@@ -242,8 +259,15 @@ def _announce(run: Run, total: int, waiting: int, spent: float, workers: int) ->
   number = total - waiting
   done = max(number - workers, 0)
   left = f', about {spent / done * (total - done) / 60:.0f} minutes left' if done else ''
-  logging.info('study: run %d of %d (%s, seed %d), %.0f minutes so far%s', number, total,
-               run.variant, run.seed, spent / 60, left)
+  logging.info(
+    'study: run %d of %d (%s, seed %d), %.0f minutes so far%s',
+    number,
+    total,
+    run.variant,
+    run.seed,
+    spent / 60,
+    left,
+  )
 
 
 class Critic:
@@ -259,18 +283,27 @@ class Critic:
     mine = changed(config, c.changes, {'seed': c.seed, 'program': 'run'})
     self._job = experiment_lib.build(mine, folder)
     writer = metrics_lib.MetricWriter(folder)
-    self._params = weights.make_or_restore(folder, weights.JUDGE, weights.template(self._job, weights.JUDGE),
-                                lambda: fit.train_dual_encoder(self._job, writer))
+    self._params = weights.make_or_restore(
+      folder,
+      weights.JUDGE,
+      weights.template(self._job, weights.JUDGE),
+      lambda: fit.train_dual_encoder(self._job, writer),
+    )
     writer.close()
-    self._image = jax.jit(lambda p, x: self._job.judge.apply(
-        {'params': p}, policy.to_unit(x), method='embed_image')[0])
-    self._text = jax.jit(lambda p, ids: self._job.judge.apply(
-        {'params': p}, ids, method='embed_text')[0])
-    pairs = [self._job.data.pretraining(tasks.GENERATE, pretrain.CONTROL_OFFSET + i)
-             for i in range(c.pairs)]
-    similarity = self._similarity(np.stack([e.target for e in pairs])[:, None],
-                                  [e.prompt for e in pairs])
-    scales = np.geomspace(1., 200., 40)
+    self._image = jax.jit(
+      lambda p, x: self._job.judge.apply({'params': p}, policy.to_unit(x), method='embed_image')[0]
+    )
+    self._text = jax.jit(
+      lambda p, ids: self._job.judge.apply({'params': p}, ids, method='embed_text')[0]
+    )
+    pairs = [
+      self._job.data.pretraining(tasks.GENERATE, pretrain.CONTROL_OFFSET + i)
+      for i in range(c.pairs)
+    ]
+    similarity = self._similarity(
+      np.stack([e.target for e in pairs])[:, None], [e.prompt for e in pairs]
+    )
+    scales = np.geomspace(1.0, 200.0, 40)
     means = [stats.information_terms(scale * similarity).mean() for scale in scales]
     self._scale = float(scales[int(np.argmax(means))])
 
@@ -278,23 +311,25 @@ class Critic:
     """Vectors of rows, a part of one size at a time."""
     out = []
     for start in range(0, len(rows), ROWS):
-      part = rows[start:start + ROWS]
+      part = rows[start : start + ROWS]
       filled = np.concatenate([part, np.repeat(part[:1], ROWS - len(part), axis=0)])
-      out.append(np.asarray(function(self._params, jnp.asarray(filled)))[:len(part)])
+      out.append(np.asarray(function(self._params, jnp.asarray(filled)))[: len(part)])
     return np.concatenate(out)
 
   def _similarity(self, images_KGYXC: np.ndarray, texts: list[str]) -> np.ndarray:
     """Cosines (G, K images, K texts)."""
     K, G = images_KGYXC.shape[:2]
     images = self._embed(self._image, images_KGYXC.reshape(K * G, *images_KGYXC.shape[2:]))
-    return np.einsum('KGD,JD->GKJ', images.reshape(K, G, -1),
-                     self._embed(self._text, self._job.captions(texts)))
+    return np.einsum(
+      'KGD,JD->GKJ', images.reshape(K, G, -1), self._embed(self._text, self._job.captions(texts))
+    )
 
   def terms(self, folder: pathlib.Path, records: list[dict[str, Any]]) -> list[float]:
     """Per held-out caption of a measurement, the mean term of its pictures; see
     `stats.information_terms`."""
-    images = np.stack([[image_files.load_image(folder / name) for name in r['images']]
-                       for r in records])
+    images = np.stack(
+      [[image_files.load_image(folder / name) for name in r['images']] for r in records]
+    )
     similarity = self._similarity(images, [r['prompt'] for r in records])
     return stats.information_terms(self._scale * similarity).mean(axis=0).tolist()
 
@@ -309,9 +344,14 @@ def measured(run: Run, critic: Critic, folder: pathlib.Path) -> study_tables.Don
   records = [r for r in map(json.loads, lines) if r['task'] != 'panel']
   drawn = [r for r in records if r['task'] == tasks.GENERATE and r['split'] == 'eval']
   seconds = json.loads((run.workdir / 'scores.json').read_text())['seconds']
-  done = {'seed': run.seed, 'variant': run.variant, 'number': run.number, 'records': records,
-          'information': critic.terms(measurement, drawn),
-          'seconds': sum(seconds.get(stage, 0.) for stage in ('align', 'control'))}
+  done = {
+    'seed': run.seed,
+    'variant': run.variant,
+    'number': run.number,
+    'records': records,
+    'information': critic.terms(measurement, drawn),
+    'seconds': sum(seconds.get(stage, 0.0) for stage in ('align', 'control')),
+  }
   study_tables.save(kept, done)
   return study_tables.load(kept)
 

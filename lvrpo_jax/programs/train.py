@@ -44,7 +44,7 @@ class Clock:
     logging.info('stage %s', stage)
     start = time.monotonic()
     out = work()
-    self.seconds[stage] = round(self.seconds.get(stage, 0.) + time.monotonic() - start, 2)
+    self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 2)
     workdir_lib.write_json(self._path, self.seconds)
     return out
 
@@ -62,32 +62,45 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     job.data.tokenizer.save(workdir / 'tokenizer.json')
   writer = metrics_lib.MetricWriter(workdir, jax.process_index())
   clock = Clock(workdir / 'seconds.json')
-  siglip_params = lambda: clock('judge', lambda: weights.make_or_restore(
-      workdir, weights.JUDGE, weights.template(job, weights.JUDGE),
-      lambda: fit.train_dual_encoder(job, writer)))
+  siglip_params = lambda: clock(
+    'judge',
+    lambda: weights.make_or_restore(
+      workdir,
+      weights.JUDGE,
+      weights.template(job, weights.JUDGE),
+      lambda: fit.train_dual_encoder(job, writer),
+    ),
+  )
   if config.checkpoint:
     vae_params = clock('vae', lambda: weights.base(job, weights.VAE))
     siglip_params = siglip_params()
     params = clock('load', lambda: weights.base(job, weights.BASE))
   else:
-    vae_params = clock('vae', lambda: weights.make_or_restore(
-        workdir, weights.VAE, weights.template(job, weights.VAE),
-        lambda: fit.fit_autoencoder(job)))
+    vae_params = clock(
+      'vae',
+      lambda: weights.make_or_restore(
+        workdir, weights.VAE, weights.template(job, weights.VAE), lambda: fit.fit_autoencoder(job)
+      ),
+    )
     siglip_params = siglip_params()
     params = clock('pretrain', lambda: pretrain.run(job, vae_params, writer))
   tools = evaluate.samplers(job)
   measure = lambda name, p: evaluate.run(job, p, vae_params, tools, workdir / 'eval' / name)
   before = clock('evaluate_before', lambda: measure('before', params))
   path = workdir / 'scores.json'  # Written after the guided baseline, so it holds all of that.
-  guided = json.loads(path.read_text())['guidance'] if multihost.path_exists(path) else clock(
-      'evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
+  guided = (
+    json.loads(path.read_text())['guidance']
+    if multihost.path_exists(path)
+    else clock('evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
+  )
   found = write_scores(workdir, config, clock, guided, before, None)
   if config.program == 'pretrain':
     writer.close()
     return found
   if config.program == 'control':
-    params = clock('control', lambda: pretrain.run(job, vae_params, writer, 'control', params,
-                                                   siglip_params))
+    params = clock(
+      'control', lambda: pretrain.run(job, vae_params, writer, 'control', params, siglip_params)
+    )
   else:
     gold = lambda p: evaluate.held_out_reward(job, p, vae_params, tools, config.align.gold)
     params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer, gold))
@@ -97,16 +110,27 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   return write_scores(workdir, config, clock, guided, before, after)
 
 
-def write_scores(workdir: pathlib.Path, config: ml_collections.ConfigDict, clock: Clock,
-                 guided: dict[str, Any], before: scores.Records, after: scores.Records | None
-                 ) -> dict[str, Any]:
+def write_scores(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  clock: Clock,
+  guided: dict[str, Any],
+  before: scores.Records,
+  after: scores.Records | None,
+) -> dict[str, Any]:
   """Writes `scores.json`, also of a run that is not finished."""
-  split = lambda records: ([r for r in records if r.get('task') != 'panel'],
-                           next(r for r in records if r.get('task') == 'panel')['panel'])
+  split = lambda records: (
+    [r for r in records if r.get('task') != 'panel'],
+    next(r for r in records if r.get('task') == 'panel')['panel'],
+  )
   old, old_panel = split(before)
-  out: dict[str, Any] = {'seed': config.seed, 'seconds': clock.seconds,
-                         'before': scores.table(old, config.seed), 'guidance': guided,
-                         'panel': {'before': old_panel}}
+  out: dict[str, Any] = {
+    'seed': config.seed,
+    'seconds': clock.seconds,
+    'before': scores.table(old, config.seed),
+    'guidance': guided,
+    'panel': {'before': old_panel},
+  }
   if guided:
     best = max(guided, key=lambda scale: guided[scale]['value'])
     out['before_guided'] = {'generation': {'overall': guided[best]}, 'scale': float(best)}

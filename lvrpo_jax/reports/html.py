@@ -17,13 +17,19 @@ PALETTE_SIZE = 8
 CHART_WIDTH, CHART_HEIGHT = 380, 200
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 46, 12, 10, 24
 MAX_POINTS = 240
-LOG_AXIS_RATIO = 30.
-SCALE_RATIO = 4.
+LOG_AXIS_RATIO = 30.0
+SCALE_RATIO = 4.0
 MEANING = {
-    'reward': 'Reward', 'share': 'Share of variance', 'dead': 'Groups without spread',
-    'gap': 'Log-ratio gap before an update', 'loss': 'Loss', 'grad_norm': 'Gradient norm',
-    'velocity_mse': 'Velocity MSE to the reference', 'kl_k3': 'KL to the reference (k3)',
-    'entropy': 'Token entropy, nats'}
+  'reward': 'Reward',
+  'share': 'Share of variance',
+  'dead': 'Groups without spread',
+  'gap': 'Log-ratio gap before an update',
+  'loss': 'Loss',
+  'grad_norm': 'Gradient norm',
+  'velocity_mse': 'Velocity MSE to the reference',
+  'kl_k3': 'KL to the reference (k3)',
+  'entropy': 'Token entropy, nats',
+}
 
 
 class Html(str):
@@ -35,8 +41,11 @@ def el(name: str, /, *children: object, **attributes: object) -> Html:
 
   Attribute names lose a trailing underscore and write `_` for `-`; None leaves one out.
   """
-  written = ''.join(f' {key.rstrip("_").replace("_", "-")}="{_escaped(str(value))}"'
-                    for key, value in attributes.items() if value is not None)
+  written = ''.join(
+    f' {key.rstrip("_").replace("_", "-")}="{_escaped(str(value))}"'
+    for key, value in attributes.items()
+    if value is not None
+  )
   if name in VOID_TAGS:
     return Html(f'<{name}{written}>')
   return Html(f'<{name}{written}>{join(*children)}</{name}>')
@@ -44,8 +53,13 @@ def el(name: str, /, *children: object, **attributes: object) -> Html:
 
 def join(*children: object) -> Html:
   """Children one after another, escaped where they are not markup."""
-  return Html(''.join(child if isinstance(child, Html) else _escaped(str(child))
-                      for child in children if child is not None))
+  return Html(
+    ''.join(
+      child if isinstance(child, Html) else _escaped(str(child))
+      for child in children
+      if child is not None
+    )
+  )
 
 
 def _escaped(text: str) -> str:
@@ -55,8 +69,7 @@ def _escaped(text: str) -> str:
 
 def is_number(value: object) -> bool:
   """Whether a value read from JSON is a finite number."""
-  return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and math.isfinite(value))
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def percent(value: object) -> str:
@@ -81,8 +94,8 @@ def p_value(p: object) -> Html:
   """A p-value, in powers of ten when small."""
   if not is_number(p):
     return Html('–')
-  if p >= .001:
-    return Html(f'{p:.3f}' if p < .0995 else f'{p:.2f}')
+  if p >= 0.001:
+    return Html(f'{p:.3f}' if p < 0.0995 else f'{p:.2f}')
   if p < 1e-300:
     return Html('&lt; 10<sup>−300</sup>')
   mantissa, exponent = f'{p:.0e}'.split('e')
@@ -103,8 +116,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
   if high <= low:
     return [low]
   rough = (high - low) / count
-  scale = 10. ** math.floor(math.log10(rough))
-  step = next(scale * unit for unit in (1, 2, 5, 10) if scale * unit >= rough * .999)
+  scale = 10.0 ** math.floor(math.log10(rough))
+  step = next(scale * unit for unit in (1, 2, 5, 10) if scale * unit >= rough * 0.999)
   first = math.ceil(low / step - 1e-9)
   return [step * index for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -112,26 +125,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
   """Powers of ten in [low, high], thinned to five; 1 and 3 times powers if those are few."""
   exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  powers = [10. ** e for e in exponents if low <= 10. ** e <= high]
+  powers = [10.0**e for e in exponents if low <= 10.0**e <= high]
   if len(powers) >= 3:
-    return powers[::math.ceil(len(powers) / 5)]
-  finer = [unit * 10. ** e for e in exponents for unit in (1, 3)]
+    return powers[:: math.ceil(len(powers) / 5)]
+  finer = [unit * 10.0**e for e in exponents for unit in (1, 3)]
   return [value for value in finer if low <= value <= high]
 
 
 def thinned(series: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
   """At most `limit` points, each the mean of neighbours."""
   size = math.ceil(len(series) / limit) if series else 1
-  chunks = [series[at:at + size] for at in range(0, len(series), size)]
-  return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk))
-          for chunk in chunks]
+  chunks = [series[at : at + size] for at in range(0, len(series), size)]
+  return [
+    (sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk))
+    for chunk in chunks
+  ]
 
 
 def smoothed(series: Points, half_width: int) -> list[tuple[float, float]]:
   """Running mean over up to 2 * half_width + 1 points, fewer at the ends."""
-  windows = [series[max(0, at - half_width):at + half_width + 1] for at in range(len(series))]
-  return [(x, sum(y for _, y in window) / len(window))
-          for (x, _), window in zip(series, windows)]
+  windows = [series[max(0, at - half_width) : at + half_width + 1] for at in range(len(series))]
+  return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(series, windows)]
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str) -> Html:
@@ -154,15 +168,35 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str) -> Html:
   across = _scale(min(x_all), max(x_all), CHART_LEFT, CHART_WIDTH - CHART_RIGHT, False)
   up = _scale(*y_range, CHART_HEIGHT - CHART_BOTTOM, CHART_TOP, logarithmic)
   y_ticks = log_ticks(*y_range) if logarithmic else ticks(*y_range)
-  parts = [join(el('line', x1=CHART_LEFT, x2=CHART_WIDTH - CHART_RIGHT, y1=f'{up(y):.1f}',
-                   y2=f'{up(y):.1f}', class_='rule'),
-                el('text', number(y), x=CHART_LEFT - 6, y=f'{up(y) + 3.5:.1f}',
-                   text_anchor='end')) for y in y_ticks]
-  parts += [el('text', f'{x:g}', x=f'{across(x):.1f}', y=CHART_HEIGHT - 7,
-               text_anchor='middle') for x in ticks(min(x_all), max(x_all))
-            if across(x) < CHART_WIDTH - 70]
-  parts.append(el('text', x_label, x=CHART_WIDTH - CHART_RIGHT, y=CHART_HEIGHT - 7,
-                  text_anchor='end', class_='unit'))
+  parts = [
+    join(
+      el(
+        'line',
+        x1=CHART_LEFT,
+        x2=CHART_WIDTH - CHART_RIGHT,
+        y1=f'{up(y):.1f}',
+        y2=f'{up(y):.1f}',
+        class_='rule',
+      ),
+      el('text', number(y), x=CHART_LEFT - 6, y=f'{up(y) + 3.5:.1f}', text_anchor='end'),
+    )
+    for y in y_ticks
+  ]
+  parts += [
+    el('text', f'{x:g}', x=f'{across(x):.1f}', y=CHART_HEIGHT - 7, text_anchor='middle')
+    for x in ticks(min(x_all), max(x_all))
+    if across(x) < CHART_WIDTH - 70
+  ]
+  parts.append(
+    el(
+      'text',
+      x_label,
+      x=CHART_WIDTH - CHART_RIGHT,
+      y=CHART_HEIGHT - 7,
+      text_anchor='end',
+      class_='unit',
+    )
+  )
   legend = []
   for index, name in enumerate(series):
     colour = f'c{index % PALETTE_SIZE}'
@@ -170,29 +204,33 @@ def line_chart(title: str, series: Mapping[str, Points], x_label: str) -> Html:
     parts.append(_line(smooth[name], across, up, f'{colour} mean'))
     legend.append(el('li', el('i', class_=colour), name, ' ', el('b', number(smooth[name][-1][1]))))
   caption = el('figcaption', el('strong', title), ' log scale' if logarithmic else None)
-  drawing = el('svg', *parts, viewBox=f'0 0 {CHART_WIDTH} {CHART_HEIGHT}', role='img',
-               aria_label=title)
+  drawing = el(
+    'svg', *parts, viewBox=f'0 0 {CHART_WIDTH} {CHART_HEIGHT}', role='img', aria_label=title
+  )
   return el('figure', caption, drawing, el('ul', *legend, class_='legend'), class_='chart')
 
 
 def _padded(low: float, high: float, logarithmic: bool) -> tuple[float, float]:
   if logarithmic:
     return low / 1.15, high * 1.15
-  margin = .06 * (high - low) or .5 * abs(high) or .5
-  return (0. if 0 <= low < margin else low - margin), high + margin
+  margin = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+  return (0.0 if 0 <= low < margin else low - margin), high + margin
 
 
-def _scale(low: float, high: float, start: float, end: float,
-           logarithmic: bool) -> Callable[[float], float]:
+def _scale(
+  low: float, high: float, start: float, end: float, logarithmic: bool
+) -> Callable[[float], float]:
   """The map from [low, high] to drawing units [start, end]; the middle if low equals high."""
   place = math.log10 if logarithmic else float
   width = place(high) - place(low)
-  return lambda value: start + (end - start) * ((place(value) - place(low)) / width
-                                                if width else .5)
+  return lambda value: (
+    start + (end - start) * ((place(value) - place(low)) / width if width else 0.5)
+  )
 
 
-def _line(values: Points, across: Callable[[float], float], up: Callable[[float], float],
-          class_: str) -> Html:
+def _line(
+  values: Points, across: Callable[[float], float], up: Callable[[float], float], class_: str
+) -> Html:
   path = ' '.join(f'{across(x):.1f},{up(y):.1f}' for x, y in values)
   if len(values) == 1:
     x, y = values[0]
@@ -204,7 +242,7 @@ def by_scale(series: Mapping[str, Points]) -> list[dict[str, Points]]:
   """Splits lines so that the largest values in a part differ by less than SCALE_RATIO."""
   size = {key: max(abs(y) for _, y in values) for key, values in series.items()}
   parts: list[list[str]] = []
-  smallest = 0.
+  smallest = 0.0
   for key in sorted(series, key=size.__getitem__):
     apart = smallest > 0 and size[key] > SCALE_RATIO * smallest
     if not parts or apart or len(parts[-1]) == PALETTE_SIZE:
@@ -221,12 +259,20 @@ def bar_pairs(before: Mapping[str, float], after: Mapping[str, float] | None) ->
   longest = max([*before.values(), *after.values()], default=0) or 1
   rows = []
   for label in [*before, *(label for label in after if label not in before)]:
-    shares = [(class_, side.get(label, 0.)) for class_, side in (('b', before), ('a', after))
-              if side]
-    bars = [el('i', class_=class_, style=f'width:{100 * share / longest:.1f}%')
-            for class_, share in shares]
-    rows.append(join(el('span', label), el('div', *bars, class_='bar'),
-                     el('small', ' → '.join(f'{100 * share:.0f}' for _, share in shares), '%')))
+    shares = [
+      (class_, side.get(label, 0.0)) for class_, side in (('b', before), ('a', after)) if side
+    ]
+    bars = [
+      el('i', class_=class_, style=f'width:{100 * share / longest:.1f}%')
+      for class_, share in shares
+    ]
+    rows.append(
+      join(
+        el('span', label),
+        el('div', *bars, class_='bar'),
+        el('small', ' → '.join(f'{100 * share:.0f}' for _, share in shares), '%'),
+      )
+    )
   return el('div', *rows, class_='bars')
 
 
@@ -240,9 +286,12 @@ def picture(path: pathlib.Path, alt: str) -> Html:
 
 def verdict(path: pathlib.Path, right: bool, alt: str) -> Html:
   """A picture in a green or red frame."""
-  return el('figure', picture(path, f'{alt}, {"right" if right else "wrong"}'),
-            el('span', '✓' if right else '✗', class_='mark', aria_hidden='true'),
-            class_='ok' if right else 'no')
+  return el(
+    'figure',
+    picture(path, f'{alt}, {"right" if right else "wrong"}'),
+    el('span', '✓' if right else '✗', class_='mark', aria_hidden='true'),
+    class_='ok' if right else 'no',
+  )
 
 
 def missing(text: str) -> Html:
@@ -277,12 +326,23 @@ def track(part: str, headline: bool, scores: Sequence[Mapping[str, Any]]) -> Htm
   for score, side in zip(scores, ('before', 'after')):
     if is_number(score.get('value')):
       low, high = score.get('ci95') or (score['value'],) * 2
-      marks += [el('i', class_=f'ci {side[0]}',
-                   style=f'left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%'),
-                el('i', class_=f'dot {side[0]}', style=f'left:{100 * score["value"]:.1f}%',
-                   title=f'{side} {percent(score["value"])}')]
-  return join(el('span', human(part), class_='head' if headline else 'soft'),
-              el('div', *marks, class_='track'))
+      marks += [
+        el(
+          'i',
+          class_=f'ci {side[0]}',
+          style=f'left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%',
+        ),
+        el(
+          'i',
+          class_=f'dot {side[0]}',
+          style=f'left:{100 * score["value"]:.1f}%',
+          title=f'{side} {percent(score["value"])}',
+        ),
+      ]
+  return join(
+    el('span', human(part), class_='head' if headline else 'soft'),
+    el('div', *marks, class_='track'),
+  )
 
 
 def interval(score: Mapping[str, Any]) -> Html | None:
@@ -304,7 +364,7 @@ def charts(groups: Mapping[str, Mapping[str, Points]], x_label: str) -> Html | N
   return el('div', *drawn, class_='cards') if drawn else None
 
 
-STYLE = '''
+STYLE = """
 :root{color-scheme:light dark;--bg:#f7f7f4;--card:#fff;--ink:#1b1f24;--soft:#5c6570;--rule:#e2e3de;
 --accent:#2461c4;--before:#98a1ac;--good:#15803d;--bad:#c0342b;--goodbg:#e4f4ea;--badbg:#fbe8e6;
 --warnbg:#fff3d1;--warn:#8a5700;--p0:#2461c4;--p1:#d2691e;--p2:#188a5b;--p3:#8e44ad;--p4:#c0342b;
@@ -392,4 +452,4 @@ Menlo,Consolas,monospace;background:var(--card);border:1px solid var(--rule);bor
 padding:.8rem 1rem}details pre{border:0;padding:0}footer{color:var(--soft);font-size:.85rem;
 padding-top:2rem;padding-bottom:3rem}@media(max-width:560px){.sides{gap:.6rem}.card{padding:.8rem}
 th,td{padding:.4rem .55rem}.shots,.pair{grid-template-columns:3rem repeat(4,minmax(0,1fr))}}
-''' + ''.join(f'.c{i}{{--c:var(--p{i})}}' for i in range(PALETTE_SIZE))
+""" + ''.join(f'.c{i}{{--c:var(--p{i})}}' for i in range(PALETTE_SIZE))

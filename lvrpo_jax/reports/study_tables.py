@@ -32,11 +32,14 @@ REFERENCE = 'default'
 INFORMATION = 'information'
 
 HEADLINES = (
-    ('generation', 'generation/overall'), ('unseen', 'generation/unseen'),
-    ('understanding', 'understanding/accuracy'), ('reasoning', 'understanding/reasoning'),
-    ('editing', 'editing/overall'), ('I(T;V) ≥, nats', INFORMATION))
-CATEGORIES = tuple((kind.replace('_', ' '), f'generation/{kind}')
-                   for kind in world.GENERATE_KINDS)
+  ('generation', 'generation/overall'),
+  ('unseen', 'generation/unseen'),
+  ('understanding', 'understanding/accuracy'),
+  ('reasoning', 'understanding/reasoning'),
+  ('editing', 'editing/overall'),
+  ('I(T;V) ≥, nats', INFORMATION),
+)
+CATEGORIES = tuple((kind.replace('_', ' '), f'generation/{kind}') for kind in world.GENERATE_KINDS)
 SEED = 0
 """Of the bootstrap."""
 
@@ -48,8 +51,9 @@ FIELDS = ('task', 'split', 'kind', 'meaning', 'correct', 'greedy_correct', 'form
 def save(path: pathlib.Path, done: Done) -> None:
   """Keeps what the tables need of a run in a file that is small enough to be published."""
   short = [{k: r[k] for k in FIELDS if k in r} for r in done['records']]
-  text = json.dumps({**done, 'records': short, 'information': [
-      round(term, 5) for term in done['information']]})
+  text = json.dumps(
+    {**done, 'records': short, 'information': [round(term, 5) for term in done['information']]}
+  )
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
   temporary.write_bytes(gzip.compress(text.encode(), mtime=0))  # The same run, the same bytes.
@@ -75,7 +79,9 @@ class Scores:
         values.append(term)
         clusters.append(record['meaning'])
       self._groups[run['variant']][run['seed']] = {
-          **scores.headlines(run['records']), INFORMATION: information}
+        **scores.headlines(run['records']),
+        INFORMATION: information,
+      }
       self._seconds[run['variant']][run['seed']] = run['seconds']
 
   @property
@@ -89,8 +95,11 @@ class Scores:
 
   def groups(self, variant: str, score: str) -> scores.Groups:
     """Values of all seeds, a category for every seed and kind."""
-    return {f'{seed}/{kind}': group for seed, found in self._groups[variant].items()
-            for kind, group in found.get(score, {}).items()}
+    return {
+      f'{seed}/{kind}': group
+      for seed, found in self._groups[variant].items()
+      for kind, group in found.get(score, {}).items()
+    }
 
   def value(self, variant: str, score: str) -> tuple[float, float, float]:
     """(mean, low, high)."""
@@ -98,14 +107,17 @@ class Scores:
 
   def by_seed(self, variant: str, score: str) -> list[float]:
     """Means of the single seeds."""
-    return [stats.macro_average(found[score], SEED)[0]
-            for _, found in sorted(self._groups[variant].items())]
+    return [
+      stats.macro_average(found[score], SEED)[0]
+      for _, found in sorted(self._groups[variant].items())
+    ]
 
   def difference(self, variant: str, score: str) -> dict[str, float]:
     """Paired test of a variant against the reference, on the seeds that both have."""
     mine, theirs = self.groups(variant, score), self.groups(REFERENCE, score)
-    return stats.macro_paired_test({
-        name: (theirs[name][0], mine[name][0], mine[name][1]) for name in mine if name in theirs})
+    return stats.macro_paired_test(
+      {name: (theirs[name][0], mine[name][0], mine[name][1]) for name in mine if name in theirs}
+    )
 
   def minutes(self, variant: str) -> float:
     """Time of alignment, or of what stands in its place: the least of the seeds, which other work on
@@ -116,22 +128,37 @@ class Scores:
 def markdown(found: Scores) -> str:
   """The tables."""
   cell = lambda v, s: '{:.3f} ({:.3f} to {:.3f})'.format(*found.value(v, s))
-  lines = _table(('variant', 'seeds', *(title for title, _ in HEADLINES), 'minutes'), [
-      (v, str(len(found.seeds(v))), *(cell(v, s) for _, s in HEADLINES),
-       f'{found.minutes(v):.1f}') for v in found.variants])
+  lines = _table(
+    ('variant', 'seeds', *(title for title, _ in HEADLINES), 'minutes'),
+    [
+      (v, str(len(found.seeds(v))), *(cell(v, s) for _, s in HEADLINES), f'{found.minutes(v):.1f}')
+      for v in found.variants
+    ],
+  )
   lines += ['', 'Generation by kind:', '']
-  lines += _table(('variant', *(title for title, _ in CATEGORIES)), [
-      (v, *(cell(v, s) for _, s in CATEGORIES)) for v in found.variants])
+  lines += _table(
+    ('variant', *(title for title, _ in CATEGORIES)),
+    [(v, *(cell(v, s) for _, s in CATEGORIES)) for v in found.variants],
+  )
   lines += ['', 'Seed by seed:', '']
-  lines += _table(('variant', *(title for title, _ in HEADLINES)), [
+  lines += _table(
+    ('variant', *(title for title, _ in HEADLINES)),
+    [
       (v, *(', '.join(f'{x:.3f}' for x in found.by_seed(v, s)) for _, s in HEADLINES))
-      for v in found.variants])
+      for v in found.variants
+    ],
+  )
   if REFERENCE in found.variants:
-    others = [v for v in found.variants
-              if v != REFERENCE and set(found.seeds(v)) & set(found.seeds(REFERENCE))]
+    others = [
+      v
+      for v in found.variants
+      if v != REFERENCE and set(found.seeds(v)) & set(found.seeds(REFERENCE))
+    ]
     lines += ['', f'Differences from {REFERENCE}, paired, with 1.96 standard errors and p:', '']
-    lines += _table(('variant', *(title for title, _ in HEADLINES)), [
-        (v, *(_difference(found.difference(v, s)) for _, s in HEADLINES)) for v in others])
+    lines += _table(
+      ('variant', *(title for title, _ in HEADLINES)),
+      [(v, *(_difference(found.difference(v, s)) for _, s in HEADLINES)) for v in others],
+    )
   return '\n'.join(lines)
 
 
@@ -151,8 +178,10 @@ ROW, LEFT, WIDTH, GAP, RIGHT = 18, 130, 190, 34, 60
 def plot(found: Scores) -> str:
   """An SVG drawing: an axis a score, a dot and an interval a variant; the line is the reference."""
   height = ROW * len(found.variants) + 58
-  parts = [html.el('text', v, x=LEFT - 8, y=ROW * i + 44, text_anchor='end')
-           for i, v in enumerate(found.variants)]
+  parts = [
+    html.el('text', v, x=LEFT - 8, y=ROW * i + 44, text_anchor='end')
+    for i, v in enumerate(found.variants)
+  ]
   for number, (title, score) in enumerate(HEADLINES):
     values = {v: found.value(v, score) for v in found.variants}
     low, high = min(v[1] for v in values.values()), max(v[2] for v in values.values())
@@ -165,15 +194,33 @@ def plot(found: Scores) -> str:
     for i, v in enumerate(found.variants):
       y, (mean, least, most) = ROW * i + 40, values[v]
       colour = '#2461c4' if v == REFERENCE else '#5c6570'
-      parts.append(html.el('line', x1=f'{x(least):.1f}', x2=f'{x(most):.1f}', y1=y, y2=y,
-                      stroke=colour, stroke_width=2))
+      parts.append(
+        html.el(
+          'line',
+          x1=f'{x(least):.1f}',
+          x2=f'{x(most):.1f}',
+          y1=y,
+          y2=y,
+          stroke=colour,
+          stroke_width=2,
+        )
+      )
       parts.append(html.el('circle', cx=f'{x(mean):.1f}', cy=y, r=4, fill=colour))
-    parts += [html.el('text', f'{tick:.3g}', x=f'{x(tick):.1f}', y=height - 8, text_anchor='middle')
-              for tick in html.ticks(low, high, 3) if math.isfinite(tick)]
+    parts += [
+      html.el('text', f'{tick:.3g}', x=f'{x(tick):.1f}', y=height - 8, text_anchor='middle')
+      for tick in html.ticks(low, high, 3)
+      if math.isfinite(tick)
+    ]
   width = LEFT + len(HEADLINES) * (WIDTH + GAP) + RIGHT
-  return html.el('svg', html.el('rect', width='100%', height='100%', fill='white'), *parts,
-            xmlns='http://www.w3.org/2000/svg', viewBox=f'0 0 {width} {height}',
-            font_family='sans-serif', font_size=12)
+  return html.el(
+    'svg',
+    html.el('rect', width='100%', height='100%', fill='white'),
+    *parts,
+    xmlns='http://www.w3.org/2000/svg',
+    viewBox=f'0 0 {width} {height}',
+    font_family='sans-serif',
+    font_size=12,
+  )
 
 
 def write(folder: pathlib.Path, done: Sequence[Done]) -> str:
@@ -182,10 +229,21 @@ def write(folder: pathlib.Path, done: Sequence[Done]) -> str:
   text, drawing = markdown(found), plot(found)
   (folder / 'study.md').write_text(text + '\n')
   (folder / 'study.svg').write_text(drawing)
-  page = html.join(html.Html('<!doctype html>'), html.el(
-      'html', html.el('head', html.el('meta', charset='utf-8'), html.el('title', 'study')),
-      html.el('body', html.el('h1', 'Study'), drawing, html.el('pre', text),
-         style='font-family:sans-serif;margin:2rem'), lang='en'))
+  page = html.join(
+    html.Html('<!doctype html>'),
+    html.el(
+      'html',
+      html.el('head', html.el('meta', charset='utf-8'), html.el('title', 'study')),
+      html.el(
+        'body',
+        html.el('h1', 'Study'),
+        drawing,
+        html.el('pre', text),
+        style='font-family:sans-serif;margin:2rem',
+      ),
+      lang='en',
+    ),
+  )
   (folder / 'study.html').write_text(page)
   return text
 

@@ -25,13 +25,13 @@ from lvrpo_jax.data.shapes import world
 from lvrpo_jax.rewards import geneval
 
 ROWS = (
-    ('generation, overall', 'generation/overall'),
-    ('… unseen compositions', 'generation/unseen'),
-    *((f'… {kind.replace("_", " ")}', f'generation/{kind}') for kind in world.GENERATE_KINDS),
-    ('understanding, sampled', 'understanding/accuracy'),
-    ('… greedy', 'understanding/greedy'),
-    *((f'… {kind}, sampled', f'understanding/{kind}') for kind in world.QUESTION_KINDS),
-    ('editing', 'editing/overall'),
+  ('generation, overall', 'generation/overall'),
+  ('… unseen compositions', 'generation/unseen'),
+  *((f'… {kind.replace("_", " ")}', f'generation/{kind}') for kind in world.GENERATE_KINDS),
+  ('understanding, sampled', 'understanding/accuracy'),
+  ('… greedy', 'understanding/greedy'),
+  *((f'… {kind}, sampled', f'understanding/{kind}') for kind in world.QUESTION_KINDS),
+  ('editing', 'editing/overall'),
 )
 SCALE = 3  # screen pixels a pixel
 
@@ -53,24 +53,35 @@ def load(workdir: pathlib.Path) -> dict[str, Any]:
 
 def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
   """A Markdown table of several runs."""
-  lines = [f'| held-out score | {" | ".join(names)} | mean difference | largest p |',
-           '|---' * (len(runs) + 3) + '|']
+  lines = [
+    f'| held-out score | {" | ".join(names)} | mean difference | largest p |',
+    '|---' * (len(runs) + 3) + '|',
+  ]
   for name, key in ROWS:
     family, part = key.split('/')
     if any(key not in run['paired'] for run in runs):
       continue
-    cells = [f'{run["before"][family][part]["value"]:.3f} → '
-             f'{run["after"][family][part]["value"]:.3f}' for run in runs]
+    cells = [
+      f'{run["before"][family][part]["value"]:.3f} → {run["after"][family][part]["value"]:.3f}'
+      for run in runs
+    ]
     differences = [run['paired'][key]['difference'] for run in runs]
     largest = max(run['paired'][key]['p'] for run in runs)
     lines.append(f'| {name} | {" | ".join(cells)} | {np.mean(differences):+.3f} | {largest:.1g} |')
-  guided = [f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} (scale '
-            f'{run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
-            for run in runs if run.get('before_guided')]
+  guided = [
+    f'{run["before_guided"]["generation"]["overall"]["value"]:.3f} (scale '
+    f'{run["before_guided"]["scale"]:g}), unguided {run["guidance"]["1"]["value"]:.3f}'
+    for run in runs
+    if run.get('before_guided')
+  ]
   alarms = [', '.join(run['panel'].get('alarms', [])) or 'none' for run in runs]
   minutes = [f'{sum(run["seconds"].values()) / 60:.1f}' for run in runs]
-  lines += ['', f'guided before alignment: {"; ".join(guided) or "not measured"}',
-            f'minutes: {"; ".join(minutes)}', f'alarms: {"; ".join(alarms)}']
+  lines += [
+    '',
+    f'guided before alignment: {"; ".join(guided) or "not measured"}',
+    f'minutes: {"; ".join(minutes)}',
+    f'alarms: {"; ".join(alarms)}',
+  ]
   return '\n'.join(lines)
 
 
@@ -98,8 +109,10 @@ def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
   for record in records(workdir, moment, task='generate', split='eval', kind='position'):
     images = np.stack([np.asarray(Image.open(folder / name)) for name in record['images']])
     spec = record['spec']
-    objects = {**spec, 'include': [{k: v for k, v in entry.items() if k != 'position'}
-                                   for entry in spec['include']]}
+    objects = {
+      **spec,
+      'include': [{k: v for k, v in entry.items() if k != 'position'} for entry in spec['include']],
+    }
     size = images.shape[2], images.shape[1]
     for found, correct in zip(detect_rendering.detect_by_rendering(images), record['correct']):
       asked_for = geneval.evaluate(found, objects, strict=True, size=size).correct
@@ -111,6 +124,7 @@ def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
 
 def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
   """uint8 (Y, X, 3): the first held-out prompts of every kind, before above after, same noise."""
+
   def row(moment):
     folder = workdir / 'eval' / moment / 'generate' / 'eval'
     cells = []
@@ -119,14 +133,18 @@ def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
         image = np.asarray(Image.open(folder / kind / f'{number:03d}_0.png').convert('RGB'))
         cells.append(np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255))
     return np.concatenate(cells, axis=1)
+
   both = np.concatenate([row('before'), row('after')], axis=0)
   return both.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Prints the table; returns 2 where a folder is no finished run."""
-  parser = argparse.ArgumentParser(prog='python -m lvrpo_jax.reports.summary', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog='python -m lvrpo_jax.reports.summary',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
   parser.add_argument('--picture', type=pathlib.Path, help='PNG of the first run to write')
   args = parser.parse_args(argv)
@@ -136,12 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.exit(2, f'{error}\n')
   print(table([workdir.name for workdir in args.workdirs], runs))
   for workdir, run in zip(args.workdirs, runs):
-    parts = [f'{held} of {total} {moment}' for moment in ('before', 'after')
-             for held, total in [relations_held(workdir, moment)]]
+    parts = [
+      f'{held} of {total} {moment}'
+      for moment in ('before', 'after')
+      for held, total in [relations_held(workdir, moment)]
+    ]
     print(f'{workdir.name}: relation holds, given just the two objects: {", ".join(parts)}')
     if run.get('before_guided'):
-      print(f'{workdir.name}: unguided after alignment, on the prompts of the guided baseline: '
-            f'{on_guided_prompts(workdir, "after"):.3f}')
+      print(
+        f'{workdir.name}: unguided after alignment, on the prompts of the guided baseline: '
+        f'{on_guided_prompts(workdir, "after"):.3f}'
+      )
   if args.picture:
     Image.fromarray(picture(args.workdirs[0])).save(args.picture)
   return 0

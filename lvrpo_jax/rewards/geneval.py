@@ -33,11 +33,14 @@ _RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below':
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """Whether an image obeys a spec, and the mean of its parts in [0, 1]."""
+
   correct: bool
   parts: float
 
 
-def relations(a: detection_lib.Detection, b: detection_lib.Detection, strict: bool = False) -> frozenset[str]:
+def relations(
+  a: detection_lib.Detection, b: detection_lib.Detection, strict: bool = False
+) -> frozenset[str]:
   """Relations of a to b that hold: 'left of', 'right of', 'above', 'below'.
 
   The offset of the centres is reduced by POSITION_MARGIN of the summed box sizes on each axis,
@@ -77,7 +80,9 @@ def in_region(centre: tuple[float, float], region: str, size: tuple[float, float
   return True
 
 
-def _by_class(detections: Sequence[detection_lib.Detection], threshold: float) -> dict[str, list[detection_lib.Detection]]:
+def _by_class(
+  detections: Sequence[detection_lib.Detection], threshold: float
+) -> dict[str, list[detection_lib.Detection]]:
   """The detections above the threshold, by class, the most certain first."""
   found = {}
   for detection in sorted(detections, key=lambda d: -d.score):
@@ -86,8 +91,9 @@ def _by_class(detections: Sequence[detection_lib.Detection], threshold: float) -
   return {label: items[:MAX_OBJECTS] for label, items in found.items()}
 
 
-def _take(found: dict[str, list[detection_lib.Detection]], entry: dict,
-          size: tuple[float, float]) -> tuple[list[detection_lib.Detection], list[float]]:
+def _take(
+  found: dict[str, list[detection_lib.Detection]], entry: dict, size: tuple[float, float]
+) -> tuple[list[detection_lib.Detection], list[float]]:
   """Boxes that stand for an include entry, and the entry's parts so far, each in [0, 1].
 
   As in GenEval, the `count` most certain boxes of the class stand for the entry, and colour and
@@ -104,9 +110,14 @@ def _take(found: dict[str, list[detection_lib.Detection]], entry: dict,
   return taken, parts
 
 
-def evaluate(detections: Sequence[detection_lib.Detection], spec: dict, strict: bool = False,
-             size: tuple[float, float] = (32.0, 32.0), threshold: float = THRESHOLD,
-             counting_threshold: float = COUNTING_THRESHOLD) -> Verdict:
+def evaluate(
+  detections: Sequence[detection_lib.Detection],
+  spec: dict,
+  strict: bool = False,
+  size: tuple[float, float] = (32.0, 32.0),
+  threshold: float = THRESHOLD,
+  counting_threshold: float = COUNTING_THRESHOLD,
+) -> Verdict:
   """Judges the detections of one image by a GenEval record.
 
   Args:
@@ -146,10 +157,13 @@ def evaluate(detections: Sequence[detection_lib.Detection], spec: dict, strict: 
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
-def surplus(detections: Sequence[detection_lib.Detection], spec: dict, threshold: float = THRESHOLD,
-            counting_threshold: float = COUNTING_THRESHOLD) -> int:
-  """How many more known objects score above the threshold of `evaluate` than the record asks for.
-  """
+def surplus(
+  detections: Sequence[detection_lib.Detection],
+  spec: dict,
+  threshold: float = THRESHOLD,
+  counting_threshold: float = COUNTING_THRESHOLD,
+) -> int:
+  """How many more known objects score above the threshold of `evaluate` than the record asks for."""
   threshold = counting_threshold if spec['tag'] == 'counting' else threshold
   known = sum(d.label != detection_lib.UNKNOWN and d.score > threshold for d in detections)
   return max(known - sum(entry['count'] for entry in spec['include']), 0)
@@ -179,9 +193,15 @@ def _inside(centre: tuple[float, float], box: Sequence[float]) -> bool:
   return x0 <= centre[0] <= x1 and y0 <= centre[1] <= y1
 
 
-def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
-                  detections: Sequence[detection_lib.Detection], spec: dict, strict: bool = False,
-                  threshold: float = THRESHOLD, tolerance: float = KEEP_TOLERANCE) -> Verdict:
+def evaluate_edit(
+  source_image_YXC: np.ndarray,
+  image_YXC: np.ndarray,
+  detections: Sequence[detection_lib.Detection],
+  spec: dict,
+  strict: bool = False,
+  threshold: float = THRESHOLD,
+  tolerance: float = KEEP_TOLERANCE,
+) -> Verdict:
   """Judges an edited image by its source, its detections and the edit's record.
 
   Every kept object must be found (class, colour, centre within KEEP_REACH), every new one must
@@ -203,8 +223,10 @@ def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
   if source_image_YXC.shape != image_YXC.shape:
     raise ValueError(f'images of shapes {source_image_YXC.shape} and {image_YXC.shape}')
   height, width = image_YXC.shape[:2]
-  left = sorted((d for d in detections if d.label != detection_lib.UNKNOWN and d.score > threshold),
-                key=lambda d: -d.score)
+  left = sorted(
+    (d for d in detections if d.label != detection_lib.UNKNOWN and d.score > threshold),
+    key=lambda d: -d.score,
+  )
   parts = []
   for entry in spec['keep']:
     centre = np.add(entry['box'][:2], entry['box'][2:]) / 2
@@ -227,8 +249,9 @@ def evaluate_edit(source_image_YXC: np.ndarray, image_YXC: np.ndarray,
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
-def _claim(left: list[detection_lib.Detection], entry: dict,
-           fits: Callable[[detection_lib.Detection], bool]) -> float:
+def _claim(
+  left: list[detection_lib.Detection], entry: dict, fits: Callable[[detection_lib.Detection], bool]
+) -> float:
   """1.0 and takes the object out of `left` if one of the entry's class and colour fits."""
   for detection in left:
     if (detection.label, detection.color) == (entry['class'], entry['color']) and fits(detection):

@@ -29,14 +29,22 @@ class FrozenParams(NamedTuple):
     siglip: the dual encoder.
     words_WD: the key words of the data in its joint space, see `experiment.word_table`.
   """
+
   reference: types.Params
   siglip: types.Params
   words_WD: Array
 
 
-def images(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenParams, vae_params: types.Params,
-           pixels_BGYXC: Array, captions_BL: Array | None, words: tuple[Array, Array] | None,
-           inquiry: reference_qa.ReferenceQuestions | None) -> dict[str, Array]:
+def images(
+  job: experiment_lib.Experiment,
+  answer_ids_A: Array,
+  judges: FrozenParams,
+  vae_params: types.Params,
+  pixels_BGYXC: Array,
+  captions_BL: Array | None,
+  words: tuple[Array, Array] | None,
+  inquiry: reference_qa.ReferenceQuestions | None,
+) -> dict[str, Array]:
   """Values (B, G) of images by component.
 
   Args:
@@ -55,20 +63,29 @@ def images(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenPa
     text, _ = _siglip(job, judges, 'embed_text', captions_BL)
     out['semantic'] = semantic.similarity(group(image), text[:, None])
   if words is not None:
-    out['dense'] = semantic.dense(group(patches), judges.words_WD, *words,
-                                  top=job.config.align.dense_top)
+    out['dense'] = semantic.dense(
+      group(patches), judges.words_WD, *words, top=job.config.align.dense_top
+    )
   if inquiry is not None:
     probability, gain = _ask(job, answer_ids_A, judges, vae_params, pixels_BGYXC, inquiry)
-    out['knowledge'] = knowledge.agreement(jnp.moveaxis(probability, 0, 2), inquiry.answer_BQ,
-                                           inquiry.asked_BQ)
+    out['knowledge'] = knowledge.agreement(
+      jnp.moveaxis(probability, 0, 2), inquiry.answer_BQ, inquiry.asked_BQ
+    )
     if gain is not None:
       out['mutual'] = mutual.total(gain, inquiry.asked_BQ, inquiry.number_B)
   return out
 
 
-def answers(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenParams, vae_params: types.Params,
-            prompts: types.Prompts, statements_RL: Array | None, answer_BG: Array | None,
-            blind: types.Prompts | None) -> dict[str, Array]:
+def answers(
+  job: experiment_lib.Experiment,
+  answer_ids_A: Array,
+  judges: FrozenParams,
+  vae_params: types.Params,
+  prompts: types.Prompts,
+  statements_RL: Array | None,
+  answer_BG: Array | None,
+  blind: types.Prompts | None,
+) -> dict[str, Array]:
   """Values (B, G) of answers by component.
 
   Args:
@@ -83,23 +100,31 @@ def answers(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenP
   if statements_RL is not None:
     image, _ = _siglip(job, judges, 'embed_image', policy.to_unit(prompts.source_BYXC))
     text, _ = _siglip(job, judges, 'embed_text', statements_RL)
-    out['semantic'] = semantic.similarity(image[:, None],
-                                          text.reshape(len(image), -1, text.shape[-1]))
+    out['semantic'] = semantic.similarity(
+      image[:, None], text.reshape(len(image), -1, text.shape[-1])
+    )
   if answer_BG is not None:
     seen = first_token(job, judges, vae_params, prompts)
     probability = knowledge.answer_probabilities(seen, answer_ids_A)
     agreed = jnp.take_along_axis(probability, jnp.maximum(answer_BG, 0), axis=-1)
-    out['knowledge'] = jnp.where(answer_BG >= 0, agreed, 0.)
+    out['knowledge'] = jnp.where(answer_BG >= 0, agreed, 0.0)
     if blind is not None:
       without = first_token(job, judges, vae_params, blind)
       pick = lambda logits: jnp.broadcast_to(
-          logits[:, None, answer_ids_A], (*answer_BG.shape, len(answer_ids_A)))
+        logits[:, None, answer_ids_A], (*answer_BG.shape, len(answer_ids_A))
+      )
       out['mutual'] = mutual.gain(pick(seen), pick(without), answer_BG)
   return out
 
 
-def _ask(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenParams, vae_params: types.Params,
-         pixels_BGYXC: Array, inquiry: reference_qa.ReferenceQuestions) -> tuple[Array, Array | None]:
+def _ask(
+  job: experiment_lib.Experiment,
+  answer_ids_A: Array,
+  judges: FrozenParams,
+  vae_params: types.Params,
+  pixels_BGYXC: Array,
+  inquiry: reference_qa.ReferenceQuestions,
+) -> tuple[Array, Array | None]:
   """Probabilities (Q, B, G, A) of answers, and gains (Q, B, G) where there are blind questions."""
   B, G = pixels_BGYXC.shape[:2]
   flat = pixels_BGYXC.reshape(B * G, *pixels_BGYXC.shape[2:])
@@ -114,8 +139,9 @@ def _ask(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenPara
     blank = jnp.zeros((B, *flat.shape[1:]), flat.dtype)
     without = first_token(job, judges, vae_params, blind.replace(source_BYXC=blank))
     without = without[:, None, answer_ids_A]
-    return probability, mutual.gain(seen[:, answer_ids_A].reshape(B, G, -1), without,
-                                    jnp.broadcast_to(answer_B[:, None], (B, G)))
+    return probability, mutual.gain(
+      seen[:, answer_ids_A].reshape(B, G, -1), without, jnp.broadcast_to(answer_B[:, None], (B, G))
+    )
 
   stack = lambda trees: trees and jax.tree.map(lambda *x: jnp.stack(x), *trees)
   asked = stack(inquiry.questions), stack(inquiry.blind), inquiry.answer_BQ.T
@@ -124,8 +150,12 @@ def _ask(job: experiment_lib.Experiment, answer_ids_A: Array, judges: FrozenPara
   return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], asked)))
 
 
-def first_token(job: experiment_lib.Experiment, judges: FrozenParams, vae_params: types.Params,
-                prompts: types.Prompts) -> Array:
+def first_token(
+  job: experiment_lib.Experiment,
+  judges: FrozenParams,
+  vae_params: types.Params,
+  prompts: types.Prompts,
+) -> Array:
   """The reference's logits (B, V) of the first token of an answer."""
   cache = job.policy.prefill(judges.reference, vae_params, prompts)
   start = jnp.full((prompts.ids_BL.shape[0], 1, 1), job.policy.bos)

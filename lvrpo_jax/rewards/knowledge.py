@@ -27,4 +27,4 @@ def agreement(probability_BGQA: Array, answer_BQ: Array, asked_BQ: Array) -> Arr
   """
   right_BGQ = jnp.take_along_axis(probability_BGQA, answer_BQ[:, None, :, None], axis=-1)[..., 0]
   weight_B1Q = asked_BQ[:, None].astype(jnp.float32)
-  return jnp.sum(right_BGQ * weight_B1Q, axis=-1) / jnp.maximum(jnp.sum(weight_B1Q, axis=-1), 1.)
+  return jnp.sum(right_BGQ * weight_B1Q, axis=-1) / jnp.maximum(jnp.sum(weight_B1Q, axis=-1), 1.0)

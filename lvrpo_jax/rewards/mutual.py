@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 Array = jax.Array
 
-SHARE = .05
+SHARE = 0.05
 """Of a guess among the possible answers in q: one sure mistake should not drown a group."""
 
 
@@ -61,4 +61,4 @@ def total(gain_QBG: Array, asked_BQ: Array, number_B: Array) -> Array:
   """
   weight_QB1 = asked_BQ.T[..., None].astype(jnp.float32)
   found_BG = jnp.sum(gain_QBG * weight_QB1, axis=0)
-  return found_BG * (number_B[:, None] / jnp.maximum(jnp.sum(weight_QB1, axis=0), 1.))
+  return found_BG * (number_B[:, None] / jnp.maximum(jnp.sum(weight_QB1, axis=0), 1.0))

@@ -28,6 +28,7 @@ class ReferenceQuestions:
     asked_BQ: False where a prompt has fewer questions.
     number_B: questions that a prompt has.
   """
+
   questions: tuple[types.Prompts, ...]
   blind: tuple[types.Prompts, ...] | None
   answer_BQ: Array
@@ -35,27 +36,45 @@ class ReferenceQuestions:
   number_B: Array
 
 
-def prompt_questions(job: experiment_lib.Experiment, examples: Sequence[examples_lib.Example], iteration: int, blind: bool
-            ) -> ReferenceQuestions:
+def prompt_questions(
+  job: experiment_lib.Experiment,
+  examples: Sequence[examples_lib.Example],
+  iteration: int,
+  blind: bool,
+) -> ReferenceQuestions:
   """What prompts imply about their images: `align.questions` of each, see `Example.inquiry`."""
   most = job.config.align.questions
   asked = [e.inquiry(iteration, most) for e in examples]
   asked_BQ = np.array([[q < len(pairs) for q in range(most)] for pairs in asked])
   filled = [pairs + [('', '')] * (most - len(pairs)) for pairs in asked]
   source = np.zeros((job.policy.image_size,) * 2 + (3,), np.uint8)
-  rows = [[examples_lib.Example(e.index, pairs[q][0], source=source, answer='')
-           for e, pairs in zip(examples, filled)] for q in range(most)]
-  answer_BQ = np.array([[job.data.answers.index(answer) if answer else 0 for _, answer in pairs]
-                        for pairs in filled], np.int32)
+  rows = [
+    [
+      examples_lib.Example(e.index, pairs[q][0], source=source, answer='')
+      for e, pairs in zip(examples, filled)
+    ]
+    for q in range(most)
+  ]
+  answer_BQ = np.array(
+    [[job.data.answers.index(answer) if answer else 0 for _, answer in pairs] for pairs in filled],
+    np.int32,
+  )
   # The blank pictures stay here: what is asked about takes their place.
-  bare = lambda row: job.place(job.encoder(tasks.UNDERSTAND, row).prompts.replace(
-      source_BYXC=np.zeros((len(row), 0, 0, 3), np.uint8)))
+  bare = lambda row: job.place(
+    job.encoder(tasks.UNDERSTAND, row).prompts.replace(
+      source_BYXC=np.zeros((len(row), 0, 0, 3), np.uint8)
+    )
+  )
   return ReferenceQuestions(
-      tuple(map(bare, rows)), tuple(bare(_masked(row)) for row in rows) if blind else None,
-      *job.place((answer_BQ, asked_BQ, np.array([len(e.questions) for e in examples], np.float32))))
+    tuple(map(bare, rows)),
+    tuple(bare(_masked(row)) for row in rows) if blind else None,
+    *job.place((answer_BQ, asked_BQ, np.array([len(e.questions) for e in examples], np.float32))),
+  )
 
 
-def mask_images(job: experiment_lib.Experiment, examples: Sequence[examples_lib.Example]) -> types.Prompts:
+def mask_images(
+  job: experiment_lib.Experiment, examples: Sequence[examples_lib.Example]
+) -> types.Prompts:
   """Questions whose images are masked."""
   return job.place(job.encoder(tasks.UNDERSTAND, _masked(examples)).prompts)
 

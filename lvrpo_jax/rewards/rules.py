@@ -24,7 +24,7 @@ COUNTING_THRESHOLD = 0.6
 """Detection score above which an object counts in counting prompts. GenEval takes 0.9 for its own
 detector; ours scores 0.8 on an object that has been through the small autoencoder."""
 
-EDIT_TOLERANCE = 12.
+EDIT_TOLERANCE = 12.0
 """Mean grey levels by which untouched pixels may differ; the autoencoder's round trip takes 8."""
 
 SURPLUS_PENALTY = 0.25
@@ -37,10 +37,18 @@ FORMAT_SHARE = 0.2
 
 
 RECORDS = {
-    'images': {'tag': 'colors', 'include': [{'class': 'circle', 'count': 1, 'color': 'red'}],
-               'exclude': []},
-    'edits': {'tag': 'recolor', 'keep': [], 'gone': [[4, 4, 12, 12]],
-              'new': [{'class': 'circle', 'color': 'red', 'region': 'top left'}]}}
+  'images': {
+    'tag': 'colors',
+    'include': [{'class': 'circle', 'count': 1, 'color': 'red'}],
+    'exclude': [],
+  },
+  'edits': {
+    'tag': 'recolor',
+    'keep': [],
+    'gone': [[4, 4, 12, 12]],
+    'new': [{'class': 'circle', 'color': 'red', 'region': 'top left'}],
+  },
+}
 """What a spec looks like; see `geneval` for all that may stand there."""
 
 
@@ -54,49 +62,74 @@ def targets(task: str, examples: Sequence[examples_lib.Example], reader: str) ->
     ValueError: an example has none.
   """
   field, form = {
-      tasks.UNDERSTAND: ('answer', "a text such as 'red'"),
-      tasks.EDIT: ('spec', f'a record such as {RECORDS["edits"]}')}.get(
-          task, ('spec', f'a record such as {RECORDS["images"]}'))
+    tasks.UNDERSTAND: ('answer', "a text such as 'red'"),
+    tasks.EDIT: ('spec', f'a record such as {RECORDS["edits"]}'),
+  }.get(task, ('spec', f'a record such as {RECORDS["images"]}'))
   out = [e.answer if field == 'answer' else e.spec for e in examples]
   for e, target in zip(examples, out):
     if target is None:
-      raise ValueError(f'example {e.index} of {task!r} has no {field}, which the rules read '
-                       f'({reader}); expected {form}')
+      raise ValueError(
+        f'example {e.index} of {task!r} has no {field}, which the rules read '
+        f'({reader}); expected {form}'
+      )
   return out
 
 
-def images(detector: Detector, images_BGYXC: np.ndarray, specs: Sequence[dict[str, Any]],
-           strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def images(
+  detector: Detector,
+  images_BGYXC: np.ndarray,
+  specs: Sequence[dict[str, Any]],
+  strict: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
   """(correct_BG, parts_BG) of generated images under their GenEval records.
 
   `parts` is the soft score less `SURPLUS_PENALTY` for every surplus object, at least 0.
   """
   B, G = images_BGYXC.shape[:2]
   found = detector(images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:]))
-  surplus = np.array([geneval.surplus(d, specs[i // G], counting_threshold=COUNTING_THRESHOLD)
-                      for i, d in enumerate(found)], np.float32)
+  surplus = np.array(
+    [
+      geneval.surplus(d, specs[i // G], counting_threshold=COUNTING_THRESHOLD)
+      for i, d in enumerate(found)
+    ],
+    np.float32,
+  )
   height, width = images_BGYXC.shape[2:4]
-  verdicts = [geneval.evaluate(d, specs[i // G], strict=strict, size=(width, height),
-                               counting_threshold=COUNTING_THRESHOLD) for i, d in enumerate(found)]
+  verdicts = [
+    geneval.evaluate(
+      d, specs[i // G], strict=strict, size=(width, height), counting_threshold=COUNTING_THRESHOLD
+    )
+    for i, d in enumerate(found)
+  ]
   correct, parts = _arrays(verdicts, B, G)
-  return correct, np.maximum(parts - SURPLUS_PENALTY * surplus.reshape(B, G), 0.)
+  return correct, np.maximum(parts - SURPLUS_PENALTY * surplus.reshape(B, G), 0.0)
 
 
-def edits(detector: Detector, source_BYXC: np.ndarray, images_BGYXC: np.ndarray,
-          specs: Sequence[dict[str, Any]], strict: bool = False
-          ) -> tuple[np.ndarray, np.ndarray]:
+def edits(
+  detector: Detector,
+  source_BYXC: np.ndarray,
+  images_BGYXC: np.ndarray,
+  specs: Sequence[dict[str, Any]],
+  strict: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
   """(correct_BG, parts_BG) of edited images: the asked change made and the rest unchanged."""
   B, G = images_BGYXC.shape[:2]
   flat = images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:])
-  verdicts = [geneval.evaluate_edit(source_BYXC[i // G], flat[i], d, specs[i // G], strict=strict,
-                                    tolerance=EDIT_TOLERANCE)
-              for i, d in enumerate(detector(flat))]
+  verdicts = [
+    geneval.evaluate_edit(
+      source_BYXC[i // G], flat[i], d, specs[i // G], strict=strict, tolerance=EDIT_TOLERANCE
+    )
+    for i, d in enumerate(detector(flat))
+  ]
   return _arrays(verdicts, B, G)
 
 
-def answers(texts_BG: Sequence[Sequence[str]], answer_B: Sequence[str],
-            read: Callable[[str], str | None], well_formed: Callable[[str], bool]
-            ) -> tuple[np.ndarray, np.ndarray]:
+def answers(
+  texts_BG: Sequence[Sequence[str]],
+  answer_B: Sequence[str],
+  read: Callable[[str], str | None],
+  well_formed: Callable[[str], bool],
+) -> tuple[np.ndarray, np.ndarray]:
   """(correct_BG, format_BG): the stated answer is right; the reply has the asked form.
 
   Args:
@@ -104,8 +137,10 @@ def answers(texts_BG: Sequence[Sequence[str]], answer_B: Sequence[str],
     well_formed: whether a reply has the asked form; of the data class.
   """
   correct = [[read(text) == answer for text in row] for row, answer in zip(texts_BG, answer_B)]
-  return (np.array(correct, np.float32),
-          np.array([[well_formed(text) for text in row] for row in texts_BG], np.float32))
+  return (
+    np.array(correct, np.float32),
+    np.array([[well_formed(text) for text in row] for row in texts_BG], np.float32),
+  )
 
 
 def text_reward(correct_BG: np.ndarray, format_BG: np.ndarray) -> np.ndarray:
@@ -114,5 +149,7 @@ def text_reward(correct_BG: np.ndarray, format_BG: np.ndarray) -> np.ndarray:
 
 
 def _arrays(verdicts: Sequence[geneval.Verdict], B: int, G: int) -> tuple[np.ndarray, np.ndarray]:
-  return (np.array([v.correct for v in verdicts], np.float32).reshape(B, G),
-          np.array([v.parts for v in verdicts], np.float32).reshape(B, G))
+  return (
+    np.array([v.correct for v in verdicts], np.float32).reshape(B, G),
+    np.array([v.parts for v in verdicts], np.float32).reshape(B, G),
+  )

@@ -16,8 +16,9 @@ def similarity(image_BGD: Array, text_BGD: Array) -> Array:
   return jnp.sum(image_BGD * text_BGD, axis=-1)
 
 
-def dense(patch_BGND: Array, words_WD: Array, row_BK: Array, count_BK: Array, top: int = 1
-          ) -> Array:
+def dense(
+  patch_BGND: Array, words_WD: Array, row_BK: Array, count_BK: Array, top: int = 1
+) -> Array:
   """Mean over the key words of a prompt of their match among the image's patches, (B, G).
 
   With `top = 1` the match of a word is its cosine with the best patch, LVRPO's form (arXiv
@@ -36,5 +37,4 @@ def dense(patch_BGND: Array, words_WD: Array, row_BK: Array, count_BK: Array, to
   match_BGKN = jnp.einsum('BGND,BKD->BGKN', patch_BGND, words_WD[row_BK])
   best_BGK = jnp.mean(jax.lax.top_k(match_BGKN, top)[0], axis=-1)
   weight_B1K = count_BK[:, None].astype(jnp.float32)
-  return (jnp.sum(best_BGK * weight_B1K, axis=-1)
-          / jnp.maximum(jnp.sum(weight_B1K, axis=-1), 1.))
+  return jnp.sum(best_BGK * weight_B1K, axis=-1) / jnp.maximum(jnp.sum(weight_B1K, axis=-1), 1.0)

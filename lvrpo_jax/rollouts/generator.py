@@ -42,12 +42,14 @@ RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 
 
 class Rules(NamedTuple):
   """How images are resized for the autoencoder, and from there for the vision tower."""
+
   latent: image_files.ResizeRule
   vit: image_files.ResizeRule
 
 
 class Contexts(NamedTuple):
   """Segments of the three branches of guidance; equal lists are encoded and run once."""
+
   main: Segments
   without_text: Segments
   without_images: Segments
@@ -62,9 +64,10 @@ class Decoding:
     temperature: 0 takes the most likely token.
     top_p: probability mass of the tokens that are drawn from; 1 draws from all.
   """
+
   length: int
-  temperature: float = 0.
-  top_p: float = 1.
+  temperature: float = 0.0
+  top_p: float = 1.0
 
 
 def resize_rules(policy: policy_lib.Policy) -> Rules:
@@ -76,10 +79,14 @@ def resize_rules(policy: policy_lib.Policy) -> Rules:
   stride = policy.vae.downsample * policy.latent_patch
   if c.interpolate_pos:
     size = policy.image_size
-    return Rules(image_files.ResizeRule(size, size, stride), image_files.ResizeRule(size, size, c.vit.patch))
+    return Rules(
+      image_files.ResizeRule(size, size, stride), image_files.ResizeRule(size, size, c.vit.patch)
+    )
   rule = lambda side, low, step: image_files.ResizeRule(side, min(low, side), step)
-  return Rules(rule(c.latent_side * stride, LATENT_MIN_SIDE, stride),
-               rule(c.vit.side * c.vit.patch, VIT_MIN_SIDE, c.vit.patch))
+  return Rules(
+    rule(c.latent_side * stride, LATENT_MIN_SIDE, stride),
+    rule(c.vit.side * c.vit.patch, VIT_MIN_SIDE, c.vit.patch),
+  )
 
 
 def bucket(width: int, height: int, side: int) -> tuple[int, int]:
@@ -107,23 +114,35 @@ class Model:
       nothing compiles after each of them has been seen; False keeps the released sizes.
   """
 
-  def __init__(self, policy: policy_lib.Policy, tokenizer: tokenizer_lib.Tokenizer,
-               params: types.Params, vae_params: types.Params, buckets: bool = True):
+  def __init__(
+    self,
+    policy: policy_lib.Policy,
+    tokenizer: tokenizer_lib.Tokenizer,
+    params: types.Params,
+    vae_params: types.Params,
+    buckets: bool = True,
+  ):
     self.policy, self.tokenizer, self.buckets = policy, tokenizer, buckets
     self.params, self.vae_params = params, vae_params
     self.rules = resize_rules(policy)
     c = policy.config
     self.form = packing.Format(
-        bos=policy.bos, eos=policy.eos, start_of_image=c.start_of_image,
-        end_of_image=c.end_of_image, patch_values=c.vit.patch ** 2 * 3,
-        latent_channels=c.latent_channels)
+      bos=policy.bos,
+      eos=policy.eos,
+      start_of_image=c.start_of_image,
+      end_of_image=c.end_of_image,
+      patch_values=c.vit.patch**2 * 3,
+      latent_channels=c.latent_channels,
+    )
     self._prefill = jax.jit(functools.partial(policy.apply, method='prefill'))
     self._answer = jax.jit(self._answer_fn, static_argnames=('decoding',))
     self._step = jax.jit(self._step_fn, static_argnames=('alike',))
-    self._encode = jax.jit(lambda params, image, eps: policy.vae.apply(
-        {'params': params}, image, eps, method='encode'))
-    self._decode = jax.jit(lambda params, latent: policy.vae.apply(
-        {'params': params}, latent, method='decode'))
+    self._encode = jax.jit(
+      lambda params, image, eps: policy.vae.apply({'params': params}, image, eps, method='encode')
+    )
+    self._decode = jax.jit(
+      lambda params, latent: policy.vae.apply({'params': params}, latent, method='decode')
+    )
 
   def grid(self, image_YX: tuple[int, int]) -> tuple[int, int]:
     """Latent tokens (rows, columns) of an image of this many pixels."""
@@ -137,8 +156,10 @@ class Model:
     """The segment of an image for the vision tower; pixels in [-1, 1]."""
     vit = self.policy.config.vit
     rows, columns = (side // vit.patch for side in pixels_YXC.shape[:2])
-    return packing.Vit(np.asarray(vae_lib.patchify(pixels_YXC[None], vit.patch)[0]),
-                       self.policy.positions(rows, columns, vit.side))
+    return packing.Vit(
+      np.asarray(vae_lib.patchify(pixels_YXC[None], vit.patch)[0]),
+      self.policy.positions(rows, columns, vit.side),
+    )
 
   def clean(self, pixels_YXC: np.ndarray, eps_YXC: np.ndarray) -> packing.Latent:
     """The segment of a clean image in latents, sampled by the autoencoder with the draw `eps`."""
@@ -159,8 +180,9 @@ class Model:
     resized = image_files.resize(image_YXC, latent)
     return image_files.transform(resized, latent), image_files.transform(resized, vit)
 
-  def contexts(self, task: str, prompt: str, image_YXC: np.ndarray | None, system: str,
-               key: Array) -> tuple[Contexts, tuple[int, int] | None]:
+  def contexts(
+    self, task: str, prompt: str, image_YXC: np.ndarray | None, system: str, key: Array
+  ) -> tuple[Contexts, tuple[int, int] | None]:
     """The branches of a task, and the size (Y, X) of an edited image.
 
     Args:
@@ -179,8 +201,10 @@ class Model:
       shape = [side // self.policy.vae.downsample for side in latent_pixels.shape[:2]]
       eps = jax.random.normal(key, (*shape, self.policy.vae.z_channels))
       picture = [self.clean(latent_pixels, eps), *picture]
-    return (Contexts([*first, *picture, text], [*first, *picture], [*first, text]),
-            latent_pixels.shape[:2])
+    return (
+      Contexts([*first, *picture, text], [*first, *picture], [*first, text]),
+      latent_pixels.shape[:2],
+    )
 
   def prefill(self, segments: Segments) -> types.Cache:
     """Encodes a context once."""
@@ -200,15 +224,29 @@ class Model:
 
   def _answer_fn(self, params, cache, key_BG, decoding):
     decode = lambda row, index, token: self.policy.apply(
-        params, cache, row, index, token, method='decode')
+      params, cache, row, index, token, method='decode'
+    )
     out = text_rollout.sample(
-        decode, bagel.empty_row(self.policy.config, (1, 1), decoding.length), key_BG,
-        self.form.bos, self.form.eos, decoding.length, decoding.temperature, decoding.top_p)
+      decode,
+      bagel.empty_row(self.policy.config, (1, 1), decoding.length),
+      key_BG,
+      self.form.bos,
+      self.form.eos,
+      decoding.length,
+      decoding.temperature,
+      decoding.top_p,
+    )
     return out.tokens_BGT[0, 0], out.mask_BGT[0, 0]
 
-  def draw(self, contexts: Contexts, image_YX: tuple[int, int], guidance: guidance_lib.Guidance,
-           grid: Array, key: Array, progress: Callable[[int], None] = lambda step: None
-           ) -> np.ndarray:
+  def draw(
+    self,
+    contexts: Contexts,
+    image_YX: tuple[int, int],
+    guidance: guidance_lib.Guidance,
+    grid: Array,
+    key: Array,
+    progress: Callable[[int], None] = lambda step: None,
+  ) -> np.ndarray:
     """An image, uint8 (Y, X, 3).
 
     Args:
@@ -227,16 +265,19 @@ class Model:
     return image_files.to_bytes(self._decode(self.vae_params, latent)[0])
 
   def _step_fn(self, params, caches, guidance, x, t, t_next, position_BN, alike):
-    branch = lambda cache: lambda x, time: self.policy.apply(
-        params, cache, x, time, position_BN, method='velocity')
+    branch = lambda cache: (
+      lambda x, time: self.policy.apply(params, cache, x, time, position_BN, method='velocity')
+    )
     branches = [branch(cache) for cache in caches]
-    v = guidance_lib.mix_branches(guidance_lib.Branches(*(branches[i] for i in alike)), guidance, x, t)
+    v = guidance_lib.mix_branches(
+      guidance_lib.Branches(*(branches[i] for i in alike)), guidance, x, t
+    )
     return flow.ode_step(x, v, t, t_next)
 
 
-def _unique(contexts: Contexts, guidance: guidance_lib.Guidance,
-            prefill: Callable[[Segments], types.Cache]
-            ) -> tuple[list[types.Cache], tuple[int, ...]]:
+def _unique(
+  contexts: Contexts, guidance: guidance_lib.Guidance, prefill: Callable[[Segments], types.Cache]
+) -> tuple[list[types.Cache], tuple[int, ...]]:
   """Caches of the branches that matter, and which of them stands for each branch."""
   main, without_text, without_images = contexts
   if guidance.text_scale <= 1:

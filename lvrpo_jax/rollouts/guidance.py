@@ -21,8 +21,13 @@ from lvrpo_jax.rollouts import image as image_rollout
 Array = jax.Array
 
 
-def policy_velocity(policy: policy_lib.Policy, params: types.Params, cache: types.Cache,
-             bare: types.Cache | None, scale: float) -> image_rollout.Velocity:
+def policy_velocity(
+  policy: policy_lib.Policy,
+  params: types.Params,
+  cache: types.Cache,
+  bare: types.Cache | None,
+  scale: float,
+) -> image_rollout.Velocity:
   """The policy that samples: guided where `bare`, the contexts without their texts, is given."""
   plain = lambda x, t: policy.velocity(params, cache, x, t)
   if bare is None:
@@ -30,16 +35,23 @@ def policy_velocity(policy: policy_lib.Policy, params: types.Params, cache: type
   return lambda x, t: flow.classifier_free(plain(x, t), policy.velocity(params, bare, x, t), scale)
 
 
-def forward(policy: policy_lib.Policy, params: types.Params, vae_params: types.Params,
-           prompts: dict[str, types.Prompts], x: dict[str, Array], time: dict[str, Array],
-           scales: dict[str, Array | None], ids: dict[str, Array]
-           ) -> tuple[dict[str, Array], dict[str, Array]]:
+def forward(
+  policy: policy_lib.Policy,
+  params: types.Params,
+  vae_params: types.Params,
+  prompts: dict[str, types.Prompts],
+  x: dict[str, Array],
+  time: dict[str, Array],
+  scales: dict[str, Array | None],
+  ids: dict[str, Array],
+) -> tuple[dict[str, Array], dict[str, Array]]:
   """`Policy.follow` with guided velocities of the tasks that have scales (B, M)."""
   guided = {task: scale_BM for task, scale_BM in scales.items() if scale_BM is not None}
   bare = lambda tree: {f'{task}/bare': tree[task] for task in guided}
   without = {name: policy_lib.without_prompt(p) for name, p in bare(prompts).items()}
-  v, logits = policy.follow(params, vae_params, {**prompts, **without}, {**x, **bare(x)},
-                            {**time, **bare(time)}, ids)
+  v, logits = policy.follow(
+    params, vae_params, {**prompts, **without}, {**x, **bare(x)}, {**time, **bare(time)}, ids
+  )
   for task, scale_BM in guided.items():
     v[task] = flow.classifier_free(v[task], v.pop(f'{task}/bare'), scale_BM[..., None, None])
   return v, logits
@@ -50,6 +62,7 @@ Array = jax.Array
 
 class Branches(NamedTuple):
   """Velocities of the same latents under three contexts; see `image.Velocity`."""
+
   main: image_rollout.Velocity
   without_text: image_rollout.Velocity
   without_images: image_rollout.Velocity
@@ -65,16 +78,18 @@ class Guidance:
     renorm: 'global' (norm over one image), 'channel' or 'text_channel'.
     renorm_min: floor of the renormalisation; 1 turns it off.
   """
+
   text_scale: float
   image_scale: float
   low: float
   high: float
   renorm: str = struct.field(pytree_node=False)
-  renorm_min: float = 0.
+  renorm_min: float = 0.0
 
 
 class Walk(NamedTuple):
   """Latents and guided velocities before every step, the scales in force, the final latents."""
+
   x_TBGNC: Array
   v_TBGNC: Array
   text_scale_T: Array
@@ -85,15 +100,14 @@ class Walk(NamedTuple):
 def scales_at(guidance: Guidance, t: Array) -> tuple[Array, Array]:
   """Text and image scale in force at time t: 1 outside the interval."""
   inside = (t > guidance.low) & (t <= guidance.high)
-  return (jnp.where(inside, guidance.text_scale, 1.), jnp.where(inside, guidance.image_scale, 1.))
+  return (jnp.where(inside, guidance.text_scale, 1.0), jnp.where(inside, guidance.image_scale, 1.0))
 
 
 def mix_branches(branches: Branches, guidance: Guidance, x_BGNC: Array, t: Array) -> Array:
   """Guided velocity (B, G, N, C) at the scalar time t; images are renormalised one by one."""
   time = jnp.broadcast_to(t, x_BGNC.shape[:2])
   text_scale, image_scale = scales_at(guidance, t)
-  guide = lambda *v: flow.guide(
-      *v, text_scale, image_scale, guidance.renorm, guidance.renorm_min)
+  guide = lambda *v: flow.guide(*v, text_scale, image_scale, guidance.renorm, guidance.renorm_min)
   # A branch that stands for another one runs once.
   computed = {branch: branch(x_BGNC, time) for branch in branches}
   return jax.vmap(jax.vmap(guide))(*(computed[branch] for branch in branches))
@@ -105,6 +119,7 @@ def sample_guided(branches: Branches, guidance: Guidance, x_BGNC: Array, grid: A
   Args:
     grid: T + 1 falling times, see `flow.time_grid`.
   """
+
   def step(x, times):
     t, t_next = times
     v = mix_branches(branches, guidance, x, t)

@@ -23,15 +23,17 @@ def initial_noise(key_BG: Array, shape: tuple[int, int]) -> Array:
   return ops.normal_rows(ops.fold_each(key_BG, 0), shape)
 
 
-def transition(velocity: Velocity, sampler: str, x: Array, t: Array, t_next: Array,
-               first_t: Array, eta: Array) -> flow.Transition:
+def transition(
+  velocity: Velocity, sampler: str, x: Array, t: Array, t_next: Array, first_t: Array, eta: Array
+) -> flow.Transition:
   """The Gaussian of one step. Rollout and replay both call this."""
   v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
   return flow.STEPS[sampler](x, v, t, t_next, first_t, eta)
 
 
-def sample_sde(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array, eta_T: Array,
-            sampler: str) -> types.ImageTrajectory:
+def sample_sde(
+  velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array, eta_T: Array, sampler: str
+) -> types.ImageTrajectory:
   """Samples a trajectory for every row.
 
   Args:
@@ -40,6 +42,7 @@ def sample_sde(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: 
     eta_T: noise scale of every step; 0 makes a step deterministic.
     sampler: a key of `flow.STEPS`.
   """
+
   def step(x, inputs):
     index, t, t_next, eta = inputs
     mean, std = transition(velocity, sampler, x, t, t_next, grid[1], eta)
@@ -48,22 +51,27 @@ def sample_sde(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: 
 
   times, next_times = grid[:-1], grid[1:]
   x, (xs, noises, means, stds) = jax.lax.scan(
-      step, initial_noise(key_BG, shape),
-      (jnp.arange(len(times)), times, next_times, eta_T))
+    step, initial_noise(key_BG, shape), (jnp.arange(len(times)), times, next_times, eta_T)
+  )
   return types.ImageTrajectory(xs, noises, means, times, next_times, stds, x)
 
 
 def slice_prompts(rollout: types.ImageTrajectory, start: int, stop: int) -> types.ImageTrajectory:
   """Prompts start..stop of a rollout."""
   return rollout.replace(
-      x_TBGNC=rollout.x_TBGNC[:, start:stop], noise_TBGNC=rollout.noise_TBGNC[:, start:stop],
-      mean_TBGNC=rollout.mean_TBGNC[:, start:stop], latents_BGNC=rollout.latents_BGNC[start:stop])
+    x_TBGNC=rollout.x_TBGNC[:, start:stop],
+    noise_TBGNC=rollout.noise_TBGNC[:, start:stop],
+    mean_TBGNC=rollout.mean_TBGNC[:, start:stop],
+    latents_BGNC=rollout.latents_BGNC[start:stop],
+  )
 
 
 def sample_ode(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array) -> Array:
   """Final latents of the probability-flow ODE, keeping no trajectory."""
+
   def step(x, times):
     t, t_next = times
     v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
     return flow.ode_step(x, v, t, t_next), None
+
   return jax.lax.scan(step, initial_noise(key_BG, shape), (grid[:-1], grid[1:]))[0]

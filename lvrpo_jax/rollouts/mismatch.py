@@ -21,7 +21,7 @@ from lvrpo_jax.rollouts import replay
 
 Array = jax.Array
 
-DETERMINISTIC_STD = .1
+DETERMINISTIC_STD = 0.1
 """Deviation, about that of the other steps, against which the end of a step without noise is
 measured: latents that were rounded to 16 bits then show."""
 
@@ -29,8 +29,13 @@ DECODE = 'gap/decode'
 """Metric: largest |log-ratio| of a token between decoding and teacher forcing."""
 
 
-def image_mismatch(sampler: str, v_BMNC: Array, transitions: types.Transitions, group: int,
-              latents_BGNC: Array | None = None) -> Array:
+def image_mismatch(
+  sampler: str,
+  v_BMNC: Array,
+  transitions: types.Transitions,
+  group: int,
+  latents_BGNC: Array | None = None,
+) -> Array:
   """Largest gap of any sample at every step, (K,), in nats per latent value.
 
   The largest of three, each 0 where a step is recorded as it was drawn:
@@ -50,13 +55,17 @@ def image_mismatch(sampler: str, v_BMNC: Array, transitions: types.Transitions, 
   if latents_BGNC is not None:
     s = s.replace(next_BMNC=s.next_BMNC.at[:, -group:].set(latents_BGNC))
   mean, std_BM11 = replay.transition(sampler, v_BMNC, s)
-  old, new = (jnp.where(x > 0, x, 1.) for x in (s.std_BM, std_BM11[..., 0, 0]))
+  old, new = (jnp.where(x > 0, x, 1.0) for x in (s.std_BM, std_BM11[..., 0, 0]))
   axes = flow_objectives.TOKENS
   missed = s.next_BMNC - (s.mean_BMNC + s.std_BM[..., None, None] * s.noise_BMNC)
   gap_BM = jnp.maximum(
-      jnp.maximum(jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, old, axes)),
-                  jnp.square(jnp.log(new / old))),
-      jnp.mean(jnp.square(missed), axes) / (2 * jnp.square(jnp.where(s.std_BM > 0, old, DETERMINISTIC_STD))))
+    jnp.maximum(
+      jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, old, axes)),
+      jnp.square(jnp.log(new / old)),
+    ),
+    jnp.mean(jnp.square(missed), axes)
+    / (2 * jnp.square(jnp.where(s.std_BM > 0, old, DETERMINISTIC_STD))),
+  )
   return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
 
 
@@ -83,11 +92,12 @@ def check(number: int, scalars: Mapping[str, float], limits: Mapping[str, float]
     kind = _limit_of(name)
     if kind and limits[kind] and not gap <= limits[kind]:
       raise ValueError(
-          f'iteration {number}: {name} is {gap:g}, config.align.gap_limit.{kind} is '
-          f'{limits[kind]:g}: before any update, the policy gives samples other densities than '
-          'those they were drawn with, so ratios mean nothing. Compute in float32 in another '
-          'workdir; or, where you know why, raise the limit: this run then goes on where it was '
-          'saved last')
+        f'iteration {number}: {name} is {gap:g}, config.align.gap_limit.{kind} is '
+        f'{limits[kind]:g}: before any update, the policy gives samples other densities than '
+        'those they were drawn with, so ratios mean nothing. Compute in float32 in another '
+        'workdir; or, where you know why, raise the limit: this run then goes on where it was '
+        'saved last'
+      )
 
 
 def _limit_of(name: str) -> str:

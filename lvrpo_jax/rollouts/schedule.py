@@ -14,7 +14,9 @@ Array = jax.Array
 SCHEDULES = ('random', 'sliding')
 
 
-def window_start(schedule: str, seed: int, iteration: int, permitted: int, size: int, every: int) -> int:
+def window_start(
+  schedule: str, seed: int, iteration: int, permitted: int, size: int, every: int
+) -> int:
   """First of `size` consecutive steps out of `permitted`; all of them where the numbers are equal.
 
   Args:
@@ -42,4 +44,4 @@ def noise_levels(eta: float, steps: int, low: float, high: float, grid: Array) -
   The last step stays deterministic, or the scored image would keep its noise.
   """
   inside = (grid[:-1] > low) & (grid[:-1] <= high) & (jnp.arange(steps) < steps - 1)
-  return jnp.where(inside, eta, 0.)
+  return jnp.where(inside, eta, 0.0)

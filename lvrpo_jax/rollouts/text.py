@@ -16,8 +16,16 @@ Decode = Callable[[Any, Array, Array], tuple[Array, Any]]
 """`decode(row, index, token_BG) -> (logits_BGV, row)`."""
 
 
-def sample(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length: int,
-            temperature: float, top_p: float = 1.) -> types.TextTrajectory:
+def sample(
+  decode: Decode,
+  row: Any,
+  key_BG: Array,
+  bos: int,
+  eos: int,
+  length: int,
+  temperature: float,
+  top_p: float = 1.0,
+) -> types.TextTrajectory:
   """Samples an answer for every row; stops when all rows have ended.
 
   Args:
@@ -35,7 +43,7 @@ def sample(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length: 
     Tokens after the end of a row are `eos`, with mask False and log-probability 0.
   """
   B, G = key_BG.shape
-  scale = temperature if temperature > 0 else 1.
+  scale = temperature if temperature > 0 else 1.0
 
   def step(carry):
     index, row, token, ended, tokens, logps, mask = carry
@@ -49,18 +57,31 @@ def sample(decode: Decode, row: Any, key_BG: Array, bos: int, eos: int, length: 
     else:
       token = jnp.argmax(logits, axis=-1)
     token = jnp.where(ended, eos, token).astype(jnp.int32)
-    logp = jnp.where(ended, 0., ops.token_logp(logits, token, scale))
+    logp = jnp.where(ended, 0.0, ops.token_logp(logits, token, scale))
     put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=2)
-    carry = (index + 1, row, token, ended | (token == eos), put(tokens, token), put(logps, logp),
-             put(mask, ~ended))
+    carry = (
+      index + 1,
+      row,
+      token,
+      ended | (token == eos),
+      put(tokens, token),
+      put(logps, logp),
+      put(mask, ~ended),
+    )
     return carry
 
-  start = (jnp.int32(0), row, jnp.full((B, G), bos, jnp.int32), jnp.zeros((B, G), bool),
-           jnp.full((B, G, length), eos, jnp.int32), jnp.zeros((B, G, length)),
-           jnp.zeros((B, G, length), bool))
+  start = (
+    jnp.int32(0),
+    row,
+    jnp.full((B, G), bos, jnp.int32),
+    jnp.zeros((B, G), bool),
+    jnp.full((B, G, length), eos, jnp.int32),
+    jnp.zeros((B, G, length)),
+    jnp.zeros((B, G, length), bool),
+  )
   unfinished = lambda carry: (carry[0] < length) & ~jnp.all(carry[3])
   _, _, _, _, tokens, logps, mask = jax.lax.while_loop(unfinished, step, start)
-  return types.TextTrajectory(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.))
+  return types.TextTrajectory(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.0))
 
 
 def nucleus(logits_V: Array, temperature: float, top_p: float) -> Array:
@@ -82,7 +103,7 @@ def rescore(rollout: types.TextTrajectory, logits_BGTV: Array) -> types.TextTraj
   that the update replays, they do not. What decoding was off by stays in `drift`.
   """
   logp = ops.token_logp(logits_BGTV, rollout.tokens_BGT, rollout.temperature)
-  logp = jnp.where(rollout.mask_BGT, logp, 0.)
+  logp = jnp.where(rollout.mask_BGT, logp, 0.0)
   return rollout.replace(logp_BGT=logp, drift=jnp.max(jnp.abs(logp - rollout.logp_BGT)))
 
 

@@ -27,8 +27,14 @@ IMAGE_SALT = 1 << 20
 """Folded into a row's key for its image; its text folds in the numbers of its tokens."""
 
 
-def sample_text(policy: policy_lib.Policy, params: types.Params, cache: types.Cache, key_BG: Array,
-          length: int, temperature: float) -> types.TextTrajectory:
+def sample_text(
+  policy: policy_lib.Policy,
+  params: types.Params,
+  cache: types.Cache,
+  key_BG: Array,
+  length: int,
+  temperature: float,
+) -> types.TextTrajectory:
   """Samples texts of at most `length` tokens after contexts; see `rollouts.text.rollout`."""
   decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
   row = bagel.empty_row(policy.config, key_BG.shape, length)
@@ -44,8 +50,11 @@ def regroup_images(rollout: types.ImageTrajectory, group: int) -> types.ImageTra
   """A rollout of B * G prompts with one image each as one of B prompts with G."""
   wide = lambda x: x.reshape(*x.shape[:-4], -1, group, *x.shape[-2:])
   return rollout.replace(
-      x_TBGNC=wide(rollout.x_TBGNC), noise_TBGNC=wide(rollout.noise_TBGNC),
-      mean_TBGNC=wide(rollout.mean_TBGNC), latents_BGNC=wide(rollout.latents_BGNC))
+    x_TBGNC=wide(rollout.x_TBGNC),
+    noise_TBGNC=wide(rollout.noise_TBGNC),
+    mean_TBGNC=wide(rollout.mean_TBGNC),
+    latents_BGNC=wide(rollout.latents_BGNC),
+  )
 
 
 @struct.dataclass
@@ -56,11 +65,14 @@ class ThinkTrajectory:
     plan: the texts.
     image: the images as groups; their `prompts` are those of the plans.
   """
+
   plan: types.TextTrainBatch
   image: types.ImageTrainBatch
 
 
-def split_think(thought: ThinkTrajectory, bos: int, advantage_BG: Array, valid_BG: Array) -> dict[str, Any]:
+def split_think(
+  thought: ThinkTrajectory, bos: int, advantage_BG: Array, valid_BG: Array
+) -> dict[str, Any]:
   """The halves as the update reads them: an image is a row whose context has its own plan."""
   plan, image = thought.plan, thought.image
   B, G = valid_BG.shape
@@ -69,11 +81,20 @@ def split_think(thought: ThinkTrajectory, bos: int, advantage_BG: Array, valid_B
     # (B, K * G, ...) with row k * G + g, to (B * G, K, ...).
     split = x.reshape(B, x.shape[1] // G, G, *x.shape[2:])
     return jnp.moveaxis(split, 2, 1).reshape(B * G, x.shape[1] // G, *x.shape[2:])
-  arrays = {f.name: jax.tree.map(alone, getattr(image, f.name))
-            for f in dataclasses.fields(image) if f.name != 'prompts'}
+
+  arrays = {
+    f.name: jax.tree.map(alone, getattr(image, f.name))
+    for f in dataclasses.fields(image)
+    if f.name != 'prompts'
+  }
   return {
-      tasks.PLAN: plan.replace(advantage_BG=advantage_BG, valid_BG=valid_BG),
-      tasks.THINK_GENERATE: types.ImageTrainBatch(**{
-          **arrays, 'prompts': policy_lib.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT,
-                                                      bos),
-          'advantage_BG': alone(advantage_BG), 'valid_BG': alone(valid_BG)})}
+    tasks.PLAN: plan.replace(advantage_BG=advantage_BG, valid_BG=valid_BG),
+    tasks.THINK_GENERATE: types.ImageTrainBatch(
+      **{
+        **arrays,
+        'prompts': policy_lib.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT, bos),
+        'advantage_BG': alone(advantage_BG),
+        'valid_BG': alone(valid_BG),
+      }
+    ),
+  }

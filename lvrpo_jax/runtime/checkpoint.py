@@ -42,14 +42,22 @@ class Checkpoints:
     self._cut_off = sorted(path.name for path in self._folder.glob('[0-9]*.orbax-checkpoint-tmp*'))
     policies = [preservation_policy.LatestN(keep)]
     if best:
-      policies.append(preservation_policy.BestN(
-          get_metric_fn=lambda metrics: metrics['score'], n=best,
-          keep_checkpoints_without_metrics=False))
+      policies.append(
+        preservation_policy.BestN(
+          get_metric_fn=lambda metrics: metrics['score'],
+          n=best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._manager = _Manager(
-        self._folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True,
-            best_fn=(lambda metrics: metrics['score']) if best else None,
-            enable_async_checkpointing=True))
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        create=True,
+        best_fn=(lambda metrics: metrics['score']) if best else None,
+        enable_async_checkpointing=True,
+      ),
+    )
 
   def latest(self) -> int | None:
     """Step of the newest complete checkpoint."""
@@ -59,9 +67,11 @@ class Checkpoints:
     """Starts saving; the state may be donated, and the record changed, as soon as this returns. A
     score of nan is none."""
     record = copy.deepcopy(record)  # Orbax writes it later.
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
-                       metrics={'score': float(score)} if math.isfinite(score) else None)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+      metrics={'score': float(score)} if math.isfinite(score) else None,
+    )
 
   def record(self) -> dict[str, Any] | None:
     """The newest record alone; None where there is none that can be read."""
@@ -74,8 +84,11 @@ class Checkpoints:
   def best(self) -> int | None:
     """Step of the checkpoint of highest score that is kept; the newest one of equals."""
     self._manager.wait_until_finished()
-    scores = [(metrics['score'], step) for step in self._manager.all_steps()
-              if (metrics := self._manager.metrics(step))]
+    scores = [
+      (metrics['score'], step)
+      for step in self._manager.all_steps()
+      if (metrics := self._manager.metrics(step))
+    ]
     return max(scores)[1] if scores else None
 
   def restore(self, target: Any, newest: int | None = None) -> tuple[Any, dict[str, Any]] | None:
@@ -91,13 +104,15 @@ class Checkpoints:
         stays where it is.
     """
     self._manager.wait_until_finished()
-    steps = multihost.broadcast_integers([s for s in sorted(self._manager.all_steps(), reverse=True)
-                    if newest is None or s <= newest])
+    steps = multihost.broadcast_integers(
+      [s for s in sorted(self._manager.all_steps(), reverse=True) if newest is None or s <= newest]
+    )
     latest = max(self._manager.all_steps(), default=-1)
     cut_off = [name for name in self._cut_off if int(name.split('.')[0]) > latest]
     if cut_off and jax.process_index() == 0:
-      logging.warning('in %s a save was cut off and is skipped: %s', self._folder,
-                      ', '.join(cut_off))
+      logging.warning(
+        'in %s a save was cut off and is skipped: %s', self._folder, ', '.join(cut_off)
+      )
     unreadable = []
     for step in steps:
       out, error = self._read(step, target)
@@ -108,8 +123,10 @@ class Checkpoints:
       logging.warning('checkpoint of step %d cannot be read (%s)', step, error)
       unreadable.append(step)
     if steps:
-      raise ValueError(f'none of the checkpoints in {self._folder} can be read; bring one back '
-                       'from a copy, or delete the folder to begin this stage anew')
+      raise ValueError(
+        f'none of the checkpoints in {self._folder} can be read; bring one back '
+        'from a copy, or delete the folder to begin this stage anew'
+      )
     return None
 
   def _read(self, step: int, target: Any) -> tuple[Any, str | None]:
@@ -121,7 +138,8 @@ class Checkpoints:
     folder, out, error = self._folder / str(step), None, None
     try:
       state = ocp.StandardCheckpointHandler().restore(
-          epath.Path(folder / 'state'), args=ocp.args.StandardRestore(target))
+        epath.Path(folder / 'state'), args=ocp.args.StandardRestore(target)
+      )
       out = state, _read_record(folder)
     except Exception as e:  # Orbax raises a bare Exception where the data of an array is lost.
       if type(e) is not Exception and not isinstance(e, (OSError, ValueError, KeyError)):
@@ -132,8 +150,10 @@ class Checkpoints:
     different = differences(folder / 'state', target)
     if multihost.any_process(bool(different)):
       shown = different[:10] + [f'and {len(different) - 10} more'] * (len(different) > 10)
-      raise ValueError(f'{folder} holds other arrays than this program; use another --workdir, or '
-                       'the code and the config that wrote it:\n  ' + '\n  '.join(shown))
+      raise ValueError(
+        f'{folder} holds other arrays than this program; use another --workdir, or '
+        'the code and the config that wrote it:\n  ' + '\n  '.join(shown)
+      )
     return None, error or 'another process cannot'
 
   def _set_aside(self, steps: Sequence[int]):
@@ -161,13 +181,20 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
 def differences(folder: pathlib.Path, target: Any) -> list[str]:
   """What the arrays in a folder are called and shaped other than in `target`; [] where the folder
   cannot tell."""
+
   def shapes(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
   try:
     there = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(folder)).tree)
   except (OSError, ValueError, KeyError):
     return []
   here = shapes(target)
-  return [f'{name}: {there.get(name, "absent")} there, {here.get(name, "absent")} here'
-          for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+  return [
+    f'{name}: {there.get(name, "absent")} there, {here.get(name, "absent")} here'
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]

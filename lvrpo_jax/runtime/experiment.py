@@ -45,6 +45,7 @@ WORDS_AT_ONCE = 256
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """The fixed parts of a run. Parameters are held by the programs, not here."""
+
   config: ml_collections.FrozenConfigDict
   workdir: pathlib.Path
   data: Any
@@ -113,7 +114,9 @@ class Experiment:
   def rounded(self, params: Any) -> Any:
     """A copy of parameters as `rollout_dtype` says; no pass gives other numbers with it."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.array(x, self.rollout_dtype(placement.parameter_name(path), x.dtype)), params)
+      lambda path, x: jnp.array(x, self.rollout_dtype(placement.parameter_name(path), x.dtype)),
+      params,
+    )
 
   def sampler(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `function(params, vae_params, prompts, ...)`, which samples, as rollouts run.
@@ -128,8 +131,10 @@ class Experiment:
       return compiled
 
     shapes = jax.eval_shape(lambda: bagel.init(self.policy.config, jax.random.key(0)))
-    move = jax.jit(lambda x: self.rounded(lora.merge_adapters(x)),
-                   out_shardings=placement.tree_shardings(shapes, self.rollout_mesh))
+    move = jax.jit(
+      lambda x: self.rounded(lora.merge_adapters(x)),
+      out_shardings=placement.tree_shardings(shapes, self.rollout_mesh),
+    )
 
     def run(params, vae_params, prompts, *rest):
       if elsewhere:
@@ -137,13 +142,19 @@ class Experiment:
         prompts = jax.device_put(prompts, placement.rows_sharding(self.rollout_mesh))
       moved = tuple(map(move, params)) if isinstance(params, tuple) else move(params)
       return compiled(moved, vae_params, prompts, *rest)
+
     return run
 
   def pays(self, component: str) -> bool:
     """Whether any task of the alignment has a weight for a component of the rewards."""
     a = self.config.align
-    return any(weight for task in tasks.TASKS if a[task]
-               for name, weight in a.rewards[task].items() if name == component)
+    return any(
+      weight
+      for task in tasks.TASKS
+      if a[task]
+      for name, weight in a.rewards[task].items()
+      if name == component
+    )
 
   def captions(self, texts: list[str]) -> np.ndarray:
     """Token ids (R, L) for the judge's text tower, whose last position is pooled."""
@@ -162,10 +173,15 @@ class Experiment:
       cut[r] = len(tokens) >= length
       if cut[r] and not self._logged_cuts:
         self._logged_cuts.append(text)
-        logging.warning('%r has %d tokens, of which the judge reads %d (config.data.prompt_words); '
-                        'further such texts are not logged', text, len(tokens), length - 1)
-      tokens = tokens[:length - 1]
-      ids[r, :len(tokens)] = tokens
+        logging.warning(
+          '%r has %d tokens, of which the judge reads %d (config.data.prompt_words); '
+          'further such texts are not logged',
+          text,
+          len(tokens),
+          length - 1,
+        )
+      tokens = tokens[: length - 1]
+      ids[r, : len(tokens)] = tokens
     return ids, cut
 
   @functools.cached_property
@@ -183,12 +199,17 @@ def load_symbol(path: str, key: str) -> Any:
   try:
     return importlib.import_module(module).__dict__[name]
   except (ImportError, KeyError, ValueError) as error:
-    raise ValueError(f"{key} is {path!r}, which cannot be imported ({error!r}); "
-                     "expected 'package.module:name'") from error
+    raise ValueError(
+      f"{key} is {path!r}, which cannot be imported ({error!r}); expected 'package.module:name'"
+    ) from error
 
 
-def build(config: ml_collections.ConfigDict, workdir: pathlib.Path,
-          devices: list[jax.Device] | None = None, image_size: int = 0) -> Experiment:
+def build(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  devices: list[jax.Device] | None = None,
+  image_size: int = 0,
+) -> Experiment:
   """Builds all fixed parts; nothing is trained or loaded yet.
 
   Args:
@@ -198,20 +219,40 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   d = config.data
   tokenizer = released_tokenizer(config.checkpoint) if config.checkpoint else None
   data = load_symbol(d.source, 'data.source')(
-      seed=config.seed, generate_kinds=d.generate_kinds.to_dict(),
-      question_kinds=d.question_kinds.to_dict(), wrong=d.wrong, chatty=d.chatty, plan=d.plan,
-      describe=d.describe, drop=d.drop, tokenizer=tokenizer)
+    seed=config.seed,
+    generate_kinds=d.generate_kinds.to_dict(),
+    question_kinds=d.question_kinds.to_dict(),
+    wrong=d.wrong,
+    chatty=d.chatty,
+    plan=d.plan,
+    describe=d.describe,
+    drop=d.drop,
+    tokenizer=tokenizer,
+  )
   architecture = find_architecture(config)
-  policy = (released_policy(config, data, architecture) if architecture else
-            small_policy(config, data))
-  policy = dataclasses.replace(policy, joint=config.parallel.joint,
-                               image_size=image_size or policy.image_size)
-  template = encoding.Template(d.prompt_words, d.answer_words, policy.vit_tokens,
-                               policy.latent_shape[0], d.uniform, policy.image_size)
-  return Experiment(config=ml_collections.FrozenConfigDict(config), workdir=workdir, data=data,
-             encoder=encoding.Encoder(data.tokenizer, template), policy=policy,
-             judge=build_dual_encoder(config, data), mesh=mesh_lib.make_mesh(
-                 config.parallel.mesh, devices, config.parallel.slices))
+  policy = (
+    released_policy(config, data, architecture) if architecture else small_policy(config, data)
+  )
+  policy = dataclasses.replace(
+    policy, joint=config.parallel.joint, image_size=image_size or policy.image_size
+  )
+  template = encoding.Template(
+    d.prompt_words,
+    d.answer_words,
+    policy.vit_tokens,
+    policy.latent_shape[0],
+    d.uniform,
+    policy.image_size,
+  )
+  return Experiment(
+    config=ml_collections.FrozenConfigDict(config),
+    workdir=workdir,
+    data=data,
+    encoder=encoding.Encoder(data.tokenizer, template),
+    policy=policy,
+    judge=build_dual_encoder(config, data),
+    mesh=mesh_lib.make_mesh(config.parallel.mesh, devices, config.parallel.slices),
+  )
 
 
 def find_architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -225,14 +266,21 @@ def find_architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return mine
   theirs = bagel_config.read_config(config.checkpoint)
   if mine:
-    sizes = lambda a: {**dataclasses.asdict(bagel_config.model_config(a)), **{
+    sizes = lambda a: {
+      **dataclasses.asdict(bagel_config.model_config(a)),
+      **{
         f'vae_config.{key}': value
-        for key, value in bagel_config.autoencoder(a).__dict__.items() if key in a['vae_config']}}
+        for key, value in bagel_config.autoencoder(a).__dict__.items()
+        if key in a['vae_config']
+      },
+    }
     here, there = sizes(mine), sizes(theirs)
     for key, value in here.items():
       if value != there[key]:
-        raise ValueError(f'config.architecture gives {key} = {value!r}, but the model in '
-                         f'config.checkpoint = {config.checkpoint!r} has {there[key]!r}')
+        raise ValueError(
+          f'config.architecture gives {key} = {value!r}, but the model in '
+          f'config.checkpoint = {config.checkpoint!r} has {there[key]!r}'
+        )
   return theirs
 
 
@@ -248,8 +296,9 @@ def released_tokenizer(folder: str | os.PathLike) -> tokenizer_lib.Tokenizer:
     raise ValueError(f'config.checkpoint: {error}') from error
 
 
-def released_policy(config: ml_collections.ConfigDict, data: Any, architecture: dict[str, Any]
-                    ) -> policy_lib.Policy:
+def released_policy(
+  config: ml_collections.ConfigDict, data: Any, architecture: dict[str, Any]
+) -> policy_lib.Policy:
   """A model of the released architecture.
 
   Where a tokenizer is given (`config.checkpoint`) its special tokens hold; one that lacked them
@@ -257,55 +306,100 @@ def released_policy(config: ml_collections.ConfigDict, data: Any, architecture: 
   """
   m, tokens = config.model, data.tokenizer
   model = dataclasses.replace(
-      bagel_config.model_config(architecture), dtype=m.dtype, unroll=m.unroll, remat=m.remat,
-      attention=m.attention)
+    bagel_config.model_config(architecture),
+    dtype=m.dtype,
+    unroll=m.unroll,
+    remat=m.remat,
+    attention=m.attention,
+  )
   vae, patch = bagel_config.autoencoder(architecture), architecture['latent_patch_size']
   if config.checkpoint:
-    mine = dict(bos_token_id=tokens.bos, eos_token_id=tokens.eos,
-                start_of_image=tokens.start_of_image, end_of_image=tokens.end_of_image)
+    mine = dict(
+      bos_token_id=tokens.bos,
+      eos_token_id=tokens.eos,
+      start_of_image=tokens.start_of_image,
+      end_of_image=tokens.end_of_image,
+    )
     if not tokens.added and mine != architecture['special_tokens']:
-      logging.warning('special tokens of the tokenizer in %s are %s, its configuration says %s; '
-                      "the tokenizer's hold", config.checkpoint, mine,
-                      architecture['special_tokens'])
+      logging.warning(
+        'special tokens of the tokenizer in %s are %s, its configuration says %s; '
+        "the tokenizer's hold",
+        config.checkpoint,
+        mine,
+        architecture['special_tokens'],
+      )
     model = dataclasses.replace(
-        model, vocab=max(model.vocab, len(tokens)), start_of_image=tokens.start_of_image,
-        end_of_image=tokens.end_of_image)
+      model,
+      vocab=max(model.vocab, len(tokens)),
+      start_of_image=tokens.start_of_image,
+      end_of_image=tokens.end_of_image,
+    )
   if data.image_size % (vae.downsample * patch):
-    raise ValueError(f'config.data.source {config.data.source!r} has images of {data.image_size} '
-                     f'pixels a side; allowed: multiples of {vae.downsample * patch}')
+    raise ValueError(
+      f'config.data.source {config.data.source!r} has images of {data.image_size} '
+      f'pixels a side; allowed: multiples of {vae.downsample * patch}'
+    )
   policy = policy_lib.Policy(model, vae, data.image_size, patch, bos=tokens.bos, eos=tokens.eos)
   if policy.latent_grid > model.latent_side:
-    raise ValueError(f'config.data.source {config.data.source!r} has images of {data.image_size} '
-                     f'pixels a side; allowed: at most {model.latent_side * vae.downsample * patch}'
-                     ', the position table of the model')
+    raise ValueError(
+      f'config.data.source {config.data.source!r} has images of {data.image_size} '
+      f'pixels a side; allowed: at most {model.latent_side * vae.downsample * patch}'
+      ', the position table of the model'
+    )
   return policy
 
 
 def small_policy(config: ml_collections.ConfigDict, data: Any) -> policy_lib.Policy:
   """The unified model of `config.model` with the small autoencoder."""
   m, tokens = config.model, data.tokenizer
-  for key, patch in (('vae.patch', config.vae.patch), ('model.vit_patch', m.vit_patch),
-                     ('judge.patch', config.judge.patch)):
+  for key, patch in (
+    ('vae.patch', config.vae.patch),
+    ('model.vit_patch', m.vit_patch),
+    ('judge.patch', config.judge.patch),
+  ):
     if data.image_size % patch:
-      raise ValueError(f'config.{key} is {patch}; allowed: a divisor of the {data.image_size} '
-                       'pixels along a side of an image')
+      raise ValueError(
+        f'config.{key} is {patch}; allowed: a divisor of the {data.image_size} '
+        'pixels along a side of an image'
+      )
   tokens_a_side = data.image_size // min(config.vae.patch, m.vit_patch)
   if m.position_side < tokens_a_side:
-    raise ValueError(f'config.model.position_side is {m.position_side}; allowed: at least the '
-                     f'{tokens_a_side} tokens along a side of an image')
+    raise ValueError(
+      f'config.model.position_side is {m.position_side}; allowed: at least the '
+      f'{tokens_a_side} tokens along a side of an image'
+    )
   vae = vae_lib.PatchAutoencoder(patch=config.vae.patch, z_channels=config.vae.channels)
   vit = bagel.VitConfig(
-      width=m.vit_width, depth=m.vit_depth, heads=m.vit_heads, ff_width=m.vit_ff_width,
-      patch=m.vit_patch, side=m.position_side)
+    width=m.vit_width,
+    depth=m.vit_depth,
+    heads=m.vit_heads,
+    ff_width=m.vit_ff_width,
+    patch=m.vit_patch,
+    side=m.position_side,
+  )
   model = bagel.ModelConfig(
-      vocab=len(tokens), width=m.width, depth=m.depth, heads=m.heads, kv_heads=m.kv_heads,
-      ff_width=m.ff_width, latent_channels=config.vae.channels,
-      latent_side=m.position_side, interpolate_pos=True, vit=vit,
-      start_of_image=tokens.start_of_image, end_of_image=tokens.end_of_image, eps=m.eps,
-      rope_theta=m.rope_theta, dtype=m.dtype, unroll=m.unroll, remat=m.remat,
-      attention=m.attention)
-  return policy_lib.Policy(model, vae, data.image_size, latent_patch=1, bos=tokens.bos,
-                           eos=tokens.eos)
+    vocab=len(tokens),
+    width=m.width,
+    depth=m.depth,
+    heads=m.heads,
+    kv_heads=m.kv_heads,
+    ff_width=m.ff_width,
+    latent_channels=config.vae.channels,
+    latent_side=m.position_side,
+    interpolate_pos=True,
+    vit=vit,
+    start_of_image=tokens.start_of_image,
+    end_of_image=tokens.end_of_image,
+    eps=m.eps,
+    rope_theta=m.rope_theta,
+    dtype=m.dtype,
+    unroll=m.unroll,
+    remat=m.remat,
+    attention=m.attention,
+  )
+  return policy_lib.Policy(
+    model, vae, data.image_size, latent_patch=1, bos=tokens.bos, eos=tokens.eos
+  )
 
 
 def build_dual_encoder(config: ml_collections.ConfigDict, data: Any) -> siglip.Siglip:
@@ -313,9 +407,14 @@ def build_dual_encoder(config: ml_collections.ConfigDict, data: Any) -> siglip.S
   j = config.judge
   tower = dict(hidden=j.width, mlp=j.ff_width, layers=j.depth, heads=j.heads)
   return siglip.Siglip(
-      siglip.SiglipVisionConfig(image_size=data.image_size, patch=j.patch, **tower),
-      siglip.SiglipTextConfig(vocab=len(data.tokenizer), projection=j.width,
-                              max_positions=config.data.prompt_words + 1, **tower))
+    siglip.SiglipVisionConfig(image_size=data.image_size, patch=j.patch, **tower),
+    siglip.SiglipTextConfig(
+      vocab=len(data.tokenizer),
+      projection=j.width,
+      max_positions=config.data.prompt_words + 1,
+      **tower,
+    ),
+  )
 
 
 def key_words(job: Experiment, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -328,8 +427,8 @@ def key_words(job: Experiment, texts: list[str]) -> tuple[np.ndarray, np.ndarray
   row_BK, count_BK = np.zeros((2, len(texts), job.config.data.prompt_words), np.int32)
   for b, text in enumerate(texts):
     found = collections.Counter(word for word in text.split() if word in rows)
-    row_BK[b, :len(found)] = [rows[word] for word in found]
-    count_BK[b, :len(found)] = list(found.values())
+    row_BK[b, : len(found)] = [rows[word] for word in found]
+    count_BK[b, : len(found)] = list(found.values())
   return row_BK, count_BK
 
 
@@ -340,8 +439,12 @@ def word_table(job: Experiment, judge_params: Any) -> Array:
   """
   words = sorted(job.data.key_words) if job.pays('dense') else []
   ids_WL = job.captions(words)
-  embed = lambda ids_L: job.judge.apply({'params': judge_params}, ids_L[None],
-                                        method='embed_text')[0][0]
+  embed = lambda ids_L: job.judge.apply({'params': judge_params}, ids_L[None], method='embed_text')[
+    0
+  ][0]
   # In parts: a data class may know the nouns of a language.
-  return (jax.lax.map(embed, jnp.asarray(ids_WL), batch_size=WORDS_AT_ONCE) if words else
-          jnp.zeros((0, job.judge.text_config.projection)))
+  return (
+    jax.lax.map(embed, jnp.asarray(ids_WL), batch_size=WORDS_AT_ONCE)
+    if words
+    else jnp.zeros((0, job.judge.text_config.projection))
+  )

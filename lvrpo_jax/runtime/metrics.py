@@ -27,8 +27,12 @@ class MetricWriter:
   counts such values under 'nonfinite'. TensorBoard events lie in `tensorboard/<stage>`.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, process_index: int = 0,
-               clock: Callable[[], float] = time.monotonic):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    process_index: int = 0,
+    clock: Callable[[], float] = time.monotonic,
+  ):
     """Opens nothing yet; `clock` returns seconds."""
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / 'metrics.jsonl'
@@ -64,14 +68,16 @@ class MetricWriter:
       partial = self._path.with_suffix('.jsonl.tmp')
       partial.write_text(kept_text)
       partial.replace(self._path)
-    spent = max((line['seconds'] for line in kept if line['stage'] == stage), default=0.)
+    spent = max((line['seconds'] for line in kept if line['stage'] == stage), default=0.0)
     self._started[stage] = self._clock() - spent
     if stage in self._events:
       self._events.pop(stage).close()
     # Event files are named by the second: without a suffix a quick restart would overwrite one.
     self._events[stage] = tensorboardX.SummaryWriter(
-        str(self._workdir / 'tensorboard' / stage), purge_step=restored_step + 1,
-        filename_suffix=f'.from{restored_step + 1}')
+      str(self._workdir / 'tensorboard' / stage),
+      purge_step=restored_step + 1,
+      filename_suffix=f'.from{restored_step + 1}',
+    )
 
   def write(self, stage: str, step: int, scalars: Scalars):
     """Appends one line and the same scalars as events.
@@ -109,7 +115,8 @@ class MetricWriter:
     """Adds a grid of uint8 pictures to the events of the stage begun last."""
     if self._active:
       self._events[self._stage].add_image(
-          tag, picture_grid(images_RYXC, columns), int(step), dataformats='HWC')
+        tag, picture_grid(images_RYXC, columns), int(step), dataformats='HWC'
+      )
 
   def flush(self):
     """Writes events still in memory; lines are on disk as soon as they are written."""
@@ -126,9 +133,16 @@ class MetricWriter:
 class Progress:
   """A bar on a terminal, otherwise a log line every `interval` seconds, on process 0 only."""
 
-  def __init__(self, stage: str, total: int, start: int = 0, keys: Sequence[str] = (),
-               interval: float = 30., process_index: int = 0,
-               clock: Callable[[], float] = time.monotonic):
+  def __init__(
+    self,
+    stage: str,
+    total: int,
+    start: int = 0,
+    keys: Sequence[str] = (),
+    interval: float = 30.0,
+    process_index: int = 0,
+    clock: Callable[[], float] = time.monotonic,
+  ):
     """Starts the clock.
 
     Args:
@@ -162,8 +176,15 @@ class Progress:
     self._shown = now
     rate = (step - self._start) / max(now - self._began, 1e-9)
     left = f'{_clock_face((self._total - step) / rate)} left' if rate > 0 else 'time left unknown'
-    logging.info('%s %d/%d, %.3g steps/s, %s%s', self._stage, step, self._total, rate, left,
-                 ''.join(f', {key} {value}' for key, value in shown.items()))
+    logging.info(
+      '%s %d/%d, %.3g steps/s, %s%s',
+      self._stage,
+      step,
+      self._total,
+      rate,
+      left,
+      ''.join(f', {key} {value}' for key, value in shown.items()),
+    )
 
   def close(self):
     """Leaves the bar as it stands."""
@@ -179,6 +200,7 @@ class Progress:
 
 class Compilations:
   """Counts the programs that XLA compiles in this process."""
+
   total = 0
 
   @classmethod
@@ -249,8 +271,9 @@ def picture_grid(images_RYXC: np.ndarray, columns: int) -> np.ndarray:
   """
   images_RYXC = np.asarray(images_RYXC)
   if images_RYXC.dtype != np.uint8 or images_RYXC.ndim != 4 or not len(images_RYXC):
-    raise ValueError(f'want uint8 pictures [R, Y, X, C], got {images_RYXC.dtype} '
-                     f'{images_RYXC.shape}')
+    raise ValueError(
+      f'want uint8 pictures [R, Y, X, C], got {images_RYXC.dtype} {images_RYXC.shape}'
+    )
   if columns < 1:
     raise ValueError(f'want at least one column, got {columns}')
   count, height, width, channels = images_RYXC.shape
@@ -259,7 +282,7 @@ def picture_grid(images_RYXC: np.ndarray, columns: int) -> np.ndarray:
   grid = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, np.uint8)
   for index, image_YXC in enumerate(images_RYXC):
     top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
-    grid[top:top + height, left:left + width] = image_YXC
+    grid[top : top + height, left : left + width] = image_YXC
   return grid
 
 

@@ -22,6 +22,7 @@ class StopSignal:
   It stops all of them at one number, the largest that any has reached as the signal comes and one
   more, so the numbers have to be those of the calls: steps of a stage begin anywhere.
   """
+
   _calls = itertools.count(1)  # Of this process.
   _agreed = False
 

@@ -25,9 +25,18 @@ from lvrpo_jax.runtime import workdir as workdir_lib
 BASE, ALIGNED, VAE, JUDGE = 'base', 'aligned', 'vae', 'judge'
 """Checkpoints of parameters alone, by their folder in `<workdir>/checkpoints`."""
 
-COPIED = ('config.json', 'llm_config.json', 'vit_config.json', 'generation_config.json',
-          'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt',
-          'special_tokens_map.json', 'added_tokens.json')
+COPIED = (
+  'config.json',
+  'llm_config.json',
+  'vit_config.json',
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'vocab.json',
+  'merges.txt',
+  'special_tokens_map.json',
+  'added_tokens.json',
+)
 """Files of a released folder that alignment does not change."""
 
 
@@ -37,22 +46,33 @@ SHAPED_BY = ('architecture', 'checkpoint', 'data.source', 'model.', 'vae.')
 
 def template(job: experiment_lib.Experiment, name: str) -> types.Params:
   """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or judge."""
+
   def make():
     if name == JUDGE:
       side = job.judge.vision_config.image_size
       return job.judge.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), job.captions(['']))[
-          'params']
+        'params'
+      ]
     if name != VAE:
       return bagel.init(job.policy.config, jax.random.key(0))
     side = job.policy.image_size
     return job.policy.vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))['params']
+
   shapes = jax.eval_shape(make)
-  return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-                      shapes, placement.tree_shardings(shapes, job.mesh))
+  return jax.tree.map(
+    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+    shapes,
+    placement.tree_shardings(shapes, job.mesh),
+  )
 
 
-def make_or_restore(workdir: pathlib.Path, name: str, like: types.Params,
-         make: Callable[[], types.Params], record: dict[str, Any] | None = None) -> types.Params:
+def make_or_restore(
+  workdir: pathlib.Path,
+  name: str,
+  like: types.Params,
+  make: Callable[[], types.Params],
+  record: dict[str, Any] | None = None,
+) -> types.Params:
   """Parameters that are made once and then read back."""
   folder = workdir / 'checkpoints' / name
   if multihost.path_exists(folder):
@@ -94,8 +114,10 @@ def _check_source(job: experiment_lib.Experiment, name: str, folder: pathlib.Pat
   store.close()
   mine, here = source(job, name), record.get('source', {})
   if here and here['digest'] != mine['digest']:
-    raise ValueError(f"config.checkpoint is {job.config.checkpoint!r}, but {folder} was imported "
-                     f"from {here['folder']}, whose weights differ; use another --workdir")
+    raise ValueError(
+      f'config.checkpoint is {job.config.checkpoint!r}, but {folder} was imported '
+      f'from {here["folder"]}, whose weights differ; use another --workdir'
+    )
 
 
 def _config_of(job: experiment_lib.Experiment, name: str) -> bagel_params.Config:
@@ -105,7 +127,10 @@ def _config_of(job: experiment_lib.Experiment, name: str) -> bagel_params.Config
 def source(job: experiment_lib.Experiment, name: str) -> dict[str, str]:
   """Where the released weights of the policy or the autoencoder come from."""
   folder = pathlib.Path(job.config.checkpoint)
-  return {'folder': str(folder.resolve()), 'digest': bagel_params.fingerprint(folder, _config_of(job, name))}
+  return {
+    'folder': str(folder.resolve()),
+    'digest': bagel_params.fingerprint(folder, _config_of(job, name)),
+  }
 
 
 def read_released(job: experiment_lib.Experiment, name: str) -> types.Params:
@@ -131,15 +156,18 @@ def load_newest(job: experiment_lib.Experiment) -> tuple[types.Params, types.Par
     # Before any checkpoint is opened: keys of the config say more than names of arrays.
     workdir_lib.compare_config(job.workdir, job.config, SHAPED_BY)
   params, vae_params = restore(job, ALIGNED), restore(job, VAE)
-  logging.info('policy: %s', f'aligned, from {job.workdir}' if params else
-               job.config.checkpoint or 'missing')
+  logging.info(
+    'policy: %s', f'aligned, from {job.workdir}' if params else job.config.checkpoint or 'missing'
+  )
   if params is None and released:
     params = base(job, BASE)
   if vae_params is None and released:
     vae_params = read_released(job, VAE)
   if params is None or vae_params is None:
-    raise ValueError(f'{job.workdir} holds no aligned model; run the job with this --workdir '
-                     'first, or set config.checkpoint to the folder of a released model')
+    raise ValueError(
+      f'{job.workdir} holds no aligned model; run the job with this --workdir '
+      'first, or set config.checkpoint to the folder of a released model'
+    )
   return params, vae_params
 
 
@@ -155,8 +183,13 @@ def import_released(job: experiment_lib.Experiment) -> None:
   if not job.config.checkpoint:
     raise ValueError("config.checkpoint is ''; allowed: the folder of a released model")
   for name, params in {name: base(job, name) for name in (VAE, BASE)}.items():
-    make_or_restore(job.workdir, name, template(job, name), lambda params=params: params,
-         {'source': source(job, name)})
+    make_or_restore(
+      job.workdir,
+      name,
+      template(job, name),
+      lambda params=params: params,
+      {'source': source(job, name)},
+    )
     logging.info('imported %s into %s', name, job.workdir / 'checkpoints' / name)
 
 
@@ -172,12 +205,15 @@ def export(job: experiment_lib.Experiment, target: str | os.PathLike, shards: in
     raise ValueError("config.convert.target is ''; allowed: a folder that does not exist yet")
   target = pathlib.Path(target)
   if target.exists():
-    raise ValueError(f'config.convert.target is {str(target)!r}, which exists; allowed: a new '
-                     'folder')
+    raise ValueError(
+      f'config.convert.target is {str(target)!r}, which exists; allowed: a new folder'
+    )
   folder = job.config.checkpoint
   if not folder:
-    raise ValueError("config.checkpoint is ''; allowed: the folder of the released model that was "
-                     'aligned, whose configuration and tokenizer are copied')
+    raise ValueError(
+      "config.checkpoint is ''; allowed: the folder of the released model that was "
+      'aligned, whose configuration and tokenizer are copied'
+    )
   params, vae_params = load_newest(job)
   partial = target.with_name(target.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
@@ -191,8 +227,9 @@ def export(job: experiment_lib.Experiment, target: str | os.PathLike, shards: in
     _set_vocabulary(partial, job.policy.config.vocab)
     partial.rename(target)
   except OSError as error:
-    raise ValueError(f'config.convert.target is {str(target)!r}, which cannot be written: {error}'
-                     ) from error
+    raise ValueError(
+      f'config.convert.target is {str(target)!r}, which cannot be written: {error}'
+    ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   logging.info('exported to %s', target)

@@ -13,8 +13,17 @@ import ml_collections
 
 from configs import base
 
-CHANGEABLE_KEYS = ('parallel.', 'workers', 'log_every', 'report', 'topology', 'compile.', 'sample.',
-        'convert.', 'align.gap_limit')
+CHANGEABLE_KEYS = (
+  'parallel.',
+  'workers',
+  'log_every',
+  'report',
+  'topology',
+  'compile.',
+  'sample.',
+  'convert.',
+  'align.gap_limit',
+)
 """Keys of the config, by how they begin, that may differ between two starts of a run: how the work
 is split over devices and processes, which changes the rounding of sums and no more; what is shown
 of it, and what ends it; and what other programs read."""
@@ -39,8 +48,9 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
     multihost_utils.sync_global_devices('check_config')
 
 
-def compare_config(workdir: pathlib.Path, config: ml_collections.ConfigDict,
-                   parts: tuple[str, ...] = ()):
+def compare_config(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict, parts: tuple[str, ...] = ()
+):
   """Compares with the `config.json` of a workdir; with `parts`, only keys that start with one.
 
   Keys of `FREE` may differ. One that the file does not have yet may be at its default, with a
@@ -51,18 +61,32 @@ def compare_config(workdir: pathlib.Path, config: ml_collections.ConfigDict,
   """
   mine, default = (flatten(json.loads(c.to_json())) for c in (config, base.get_config()))
   theirs = flatten(json.loads((workdir / 'config.json').read_text()))
-  keys = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)
-          and not key.startswith(CHANGEABLE_KEYS) and (not parts or key.startswith(parts))]
-  young = [key for key in keys if key not in theirs and key in default
-           and mine[key] == default[key]]
-  different = [f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
-               for key in keys if key not in young]
+  keys = [
+    key
+    for key in sorted(mine.keys() | theirs.keys())
+    if mine.get(key) != theirs.get(key)
+    and not key.startswith(CHANGEABLE_KEYS)
+    and (not parts or key.startswith(parts))
+  ]
+  young = [
+    key for key in keys if key not in theirs and key in default and mine[key] == default[key]
+  ]
+  different = [
+    f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
+    for key in keys
+    if key not in young
+  ]
   if different:
-    raise ValueError(f'{workdir} holds a run of another config; use another --workdir, or the '
-                     'same values:\n  ' + '\n  '.join(different))
+    raise ValueError(
+      f'{workdir} holds a run of another config; use another --workdir, or the '
+      'same values:\n  ' + '\n  '.join(different)
+    )
   if young:
-    logging.warning('%s is older than some keys of the config; it goes on with the defaults %s',
-                    workdir, ', '.join(f'{key} = {mine[key]!r}' for key in young))
+    logging.warning(
+      '%s is older than some keys of the config; it goes on with the defaults %s',
+      workdir,
+      ', '.join(f'{key} = {mine[key]!r}' for key in young),
+    )
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -40,8 +40,9 @@ def score(scalars: dict[str, float], key: str) -> float:
     ValueError: there is no such metric.
   """
   if not key:
-    correct = [v for k, v in scalars.items()
-               if k.startswith('accuracy/') and k.endswith('/correct')]
+    correct = [
+      v for k, v in scalars.items() if k.startswith('accuracy/') and k.endswith('/correct')
+    ]
     return sum(correct) / len(correct) if correct else math.nan
   if key not in scalars:
     raise ValueError(f'config.align.score is {key!r}; allowed: {sorted(scalars)}')
@@ -50,17 +51,22 @@ def score(scalars: dict[str, float], key: str) -> float:
 
 def prompt_batches(job: experiment_lib.Experiment) -> dict[str, Iterator[Any]]:
   """Endless (examples, prompts) of every task."""
+
   def collate(task):
     return lambda rows: (rows, job.encoder(task, rows).prompts)
+
   return pretrain.task_batches(job, job.data.prompt, pretrain.sizes(job.config.align), collate)
 
 
-def draw(job: experiment_lib.Experiment, data: dict[str, Iterator[Any]], names: Iterable[str]
-         ) -> experience.Tasks:
+def draw(
+  job: experiment_lib.Experiment, data: dict[str, Iterator[Any]], names: Iterable[str]
+) -> experience.Tasks:
   """The next prompts of the named tasks."""
   drawn = {task: next(data[task]) for task in names}
-  return experience.Tasks({task: list(rows) for task, (rows, _) in drawn.items()},
-                          {task: job.place(prompts) for task, (_, prompts) in drawn.items()})
+  return experience.Tasks(
+    {task: list(rows) for task, (rows, _) in drawn.items()},
+    {task: job.place(prompts) for task, (_, prompts) in drawn.items()},
+  )
 
 
 def check(job: experiment_lib.Experiment):
@@ -68,23 +74,42 @@ def check(job: experiment_lib.Experiment):
   experience.Collector(job).close()
   a, measured = job.config.align, job.config.evaluate.guidance
   if a.objective in flow_objectives.COUPLED and a.guidance != measured:
-    logging.warning('config.align.guidance is %g and config.evaluate.guidance is %g: one policy is '
-                    'trained, and another one is scored', a.guidance, measured)
+    logging.warning(
+      'config.align.guidance is %g and config.evaluate.guidance is %g: one policy is '
+      'trained, and another one is scored',
+      a.guidance,
+      measured,
+    )
   if a.objective in flow_objectives.COUPLED and a.gap_limit.images > a.image_clip / 5:
-    logging.warning('config.align.gap_limit.images is %g and config.align.image_clip %g: at most a '
-                    'fifth of the clip range would keep gaps from being taken for updates',
-                    a.gap_limit.images, a.image_clip)
+    logging.warning(
+      'config.align.gap_limit.images is %g and config.align.image_clip %g: at most a '
+      'fifth of the clip range would keep gaps from being taken for updates',
+      a.gap_limit.images,
+      a.image_clip,
+    )
   if a.lora.rank:
-    jax.eval_shape(lambda: lora.init(bagel.init(job.policy.config, jax.random.key(0)),
-                                     a.lora.rank, a.lora.target, jax.random.key(0)))
+    jax.eval_shape(
+      lambda: lora.init(
+        bagel.init(job.policy.config, jax.random.key(0)),
+        a.lora.rank,
+        a.lora.target,
+        jax.random.key(0),
+      )
+    )
 
 
 HeldOutReward = Callable[[types.Params], dict[str, float]]
 """Scores of a policy on held-out captions, by another detector than the one that pays."""
 
 
-def monitor_pictures(watch: over_optimization.Monitor, aligner: learner.Learner, number: int, metrics: dict[str, Any],
-            pictures: dict[str, np.ndarray], gold: HeldOutReward | None) -> dict[str, float]:
+def monitor_pictures(
+  watch: over_optimization.Monitor,
+  aligner: learner.Learner,
+  number: int,
+  metrics: dict[str, Any],
+  pictures: dict[str, np.ndarray],
+  gold: HeldOutReward | None,
+) -> dict[str, float]:
   """How an iteration's pictures look, what held-out captions score, and how many alarms there
   were, with warnings of new ones."""
   task = next((t for t in (tasks.GENERATE, tasks.THINK_GENERATE) if t in pictures), None)
@@ -95,8 +120,10 @@ def monitor_pictures(watch: over_optimization.Monitor, aligner: learner.Learner,
   every = aligner.job.config.align.gold_every
   if gold and every and number % every == 0:
     held_out = gold(aligner.params)
-    reward = sum(weight * float(metrics[f'reward/{task}/{name}'])
-                 for name, weight in aligner.collector.weights(task).items())
+    reward = sum(
+      weight * float(metrics[f'reward/{task}/{name}'])
+      for name, weight in aligner.collector.weights(task).items()
+    )
     raised += watch.gold(reward, held_out)
     out.update({f'held_out/{name}': value for name, value in held_out.items()})
   for sentence in raised:
@@ -104,8 +131,9 @@ def monitor_pictures(watch: over_optimization.Monitor, aligner: learner.Learner,
   return {**out, 'alarms': float(len(watch.state['raised']))}
 
 
-def resume(aligner: learner.Learner, store: checkpoint.Checkpoints,
-           data: dict[str, Iterator[Any]]) -> dict[str, Any]:
+def resume(
+  aligner: learner.Learner, store: checkpoint.Checkpoints, data: dict[str, Iterator[Any]]
+) -> dict[str, Any]:
   """Puts the newest checkpoint into the aligner and the data; its record, or {} without one."""
   restored = store.restore(aligner.state)
   if not restored:
@@ -117,8 +145,9 @@ def resume(aligner: learner.Learner, store: checkpoint.Checkpoints,
   return record
 
 
-def end_on_mismatch(number: int, scalars: dict[str, float], limits: dict[str, float],
-               store: checkpoint.Checkpoints) -> None:
+def end_on_mismatch(
+  number: int, scalars: dict[str, float], limits: dict[str, float], store: checkpoint.Checkpoints
+) -> None:
   """`mismatch.check`; where it raises, what was saved before is whole when the process ends."""
   try:
     mismatch.check(number, scalars, limits)
@@ -127,9 +156,14 @@ def end_on_mismatch(number: int, scalars: dict[str, float], limits: dict[str, fl
     raise
 
 
-def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.Params,
-        siglip_params: types.Params, writer: metrics_lib.MetricWriter, gold: HeldOutReward | None = None
-        ) -> types.Params:
+def run(
+  job: experiment_lib.Experiment,
+  params: types.Params,
+  vae_params: types.Params,
+  siglip_params: types.Params,
+  writer: metrics_lib.MetricWriter,
+  gold: HeldOutReward | None = None,
+) -> types.Params:
   """Aligns from the pretrained parameters or from the last checkpoint.
 
   Args:
@@ -150,17 +184,24 @@ def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.
   scores = record.get('scores', [])
   writer.begin('align', start if record else -1)
   keys = tuple(f'accuracy/{task}/correct' for task in data)
-  with (contextlib.closing(aligner.collector), preemption.StopSignal() as stop,
-        metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress):
+  with (
+    contextlib.closing(aligner.collector),
+    preemption.StopSignal() as stop,
+    metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress,
+  ):
+
     def consume(number, scalars):
       progress.update(number, scalars)
       writer.write('align', number, scalars)
       end_on_mismatch(number, scalars, a.gap_limit, store)  # The record shows what ends a run.
       scores.append(score(scalars, a.score))
+
     late = metrics_lib.Late('align', consume)
+
     def fresh(names):
       stop.check()  # Before every round of sampling.
       return draw(job, data, names)
+
     states = lambda: {task: iterator.get_state() for task, iterator in data.items()}
 
     def save(number, at, due):
@@ -168,14 +209,28 @@ def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.
       mean = float(np.mean(scores)) if due and scores else math.nan
       if due:
         scores.clear()
-      store.save(number, aligner.state, {
-          'iteration': number, 'data': at, 'factors': aligner.factors, 'watch': watch.state,
-          'scores': scores}, mean)
+      store.save(
+        number,
+        aligner.state,
+        {
+          'iteration': number,
+          'data': at,
+          'factors': aligner.factors,
+          'watch': watch.state,
+          'scores': scores,
+        },
+        mean,
+      )
+
     saved = start
     for number in range(start + 1, a.steps + 1):
       if a.stop_on_alarm and watch.state['raised']:
-        logging.warning('alignment ends after iteration %d of %d: %s', number - 1, a.steps,
-                        ', '.join(watch.state['raised']))
+        logging.warning(
+          'alignment ends after iteration %d of %d: %s',
+          number - 1,
+          a.steps,
+          ', '.join(watch.state['raised']),
+        )
         break
       at = states()
       try:
@@ -187,9 +242,12 @@ def run(job: experiment_lib.Experiment, params: types.Params, vae_params: types.
         store.close()
         if isinstance(error, remote_client.JudgeUnavailable):
           raise
-        raise preemption.Preempted(f'align stopped after iteration {number - 1} of {a.steps}'
-                                   ) from error
-      late.push(number, {**metrics, **monitor_pictures(watch, aligner, number, metrics, pictures, gold)})
+        raise preemption.Preempted(
+          f'align stopped after iteration {number - 1} of {a.steps}'
+        ) from error
+      late.push(
+        number, {**metrics, **monitor_pictures(watch, aligner, number, metrics, pictures, gold)}
+      )
       if number % PICTURES_EVERY == 0:
         for task, images in pictures.items():
           writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)

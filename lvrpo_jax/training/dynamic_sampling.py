@@ -27,6 +27,7 @@ class Sampled(NamedTuple):
     facts: for the log.
     pixels: uint8 (B, G, Y, X, 3), or None for answers.
   """
+
   experience: Any
   rewards: dict[str, types.Rewards]
   facts: dict[str, Any]
@@ -39,8 +40,13 @@ def informative(rewards: dict[str, types.Rewards], component: str = '') -> np.nd
   if component in rewards:
     rewards = {component: rewards[component]}
   valid = np.stack([multihost.gather_rows(r.valid_BG) for r in rewards.values()]).all(0)
-  return np.any([~np.asarray(advantage_lib.constant(multihost.gather_rows(r.value_BG), valid))[:, 0]
-                 for r in rewards.values()], axis=0)
+  return np.any(
+    [
+      ~np.asarray(advantage_lib.constant(multihost.gather_rows(r.value_BG), valid))[:, 0]
+      for r in rewards.values()
+    ],
+    axis=0,
+  )
 
 
 def replacement_rows(dead: np.ndarray, alive: np.ndarray) -> np.ndarray:
@@ -61,9 +67,13 @@ def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
   return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows_B], old, new)
 
 
-def replace_constant_groups(found: dict[str, Sampled], rounds: int, component: str,
-         draw: Callable[[list[str]], dict[str, Sampled]], place: Callable[[Any], Any]
-         ) -> tuple[dict[str, Sampled], dict[str, float]]:
+def replace_constant_groups(
+  found: dict[str, Sampled],
+  rounds: int,
+  component: str,
+  draw: Callable[[list[str]], dict[str, Sampled]],
+  place: Callable[[Any], Any],
+) -> tuple[dict[str, Sampled], dict[str, float]]:
   """Replaces prompts of constant groups, for at most so many rounds.
 
   Args:
@@ -88,5 +98,7 @@ def replace_constant_groups(found: dict[str, Sampled], rounds: int, component: s
       # Some arrays were made on one device and follow the others as long as they are not moved.
       found[task] = place(_take(found[task], fresh, rows))
       dead[task] &= rows < len(rows)
-  return found, {**{f'refill/{task}/rounds': float(n) for task, n in used.items()},
-                 **{f'refill/{task}/dead': float(rows.mean()) for task, rows in dead.items()}}
+  return found, {
+    **{f'refill/{task}/rounds': float(n) for task, n in used.items()},
+    **{f'refill/{task}/dead': float(rows.mean()) for task, rows in dead.items()},
+  }

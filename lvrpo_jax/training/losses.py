@@ -28,8 +28,14 @@ from lvrpo_jax.training import step as step_lib
 Array = jax.Array
 
 
-def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], draws: int,
-                shift: float, seed: int, repa: repa_lib.Repa | None = None) -> step_lib.Loss:
+def pretraining(
+  policy: policy_lib.Policy,
+  coefficients: Mapping[str, float],
+  draws: int,
+  shift: float,
+  seed: int,
+  repa: repa_lib.Repa | None = None,
+) -> step_lib.Loss:
   """Next token on answers and flow matching on images.
 
   Args:
@@ -68,22 +74,32 @@ def pretraining(policy: policy_lib.Policy, coefficients: Mapping[str, float], dr
     batch = _halves(batch)
     points = {t: noised(frozen, b, root) for t, b in batch.items() if t not in tasks.TEXT_OUTPUTS}
     texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t in tasks.TEXT_OUTPUTS}
-    inputs = (params, frozen['vae'], {t: b.prompts for t, b in batch.items()},
-              {t: p.x_t for t, p in points.items()}, {t: p.t for t, p in points.items()}, texts)
+    inputs = (
+      params,
+      frozen['vae'],
+      {t: b.prompts for t, b in batch.items()},
+      {t: p.x_t for t, p in points.items()},
+      {t: p.t for t, p in points.items()},
+      texts,
+    )
     if repa:
       v, logits, states = policy.follow_with_states(*inputs)
     else:
       v, logits = policy.follow(*inputs)
     totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
     if repa:
-      found = [repa.loss(policy, params, states[t], repa.target(
-          frozen['judge'], batch[t].target_BYXC, N)) for t in points]
+      found = [
+        repa.loss(policy, params, states[t], repa.target(frozen['judge'], batch[t].target_BYXC, N))
+        for t in points
+      ]
       totals['repa'] = tuple(map(sum, zip(*found)))
     for task in texts:
       b = batch[task]
       totals[task] = sft.next_token(logits[task][:, 0], b.answer_BL[:, 1:], b.answer_mask_BL)
-    return ({t: total for t, (total, _) in totals.items()},
-            {f'{t}_loss': total for t, total in totals.items()})
+    return (
+      {t: total for t, (total, _) in totals.items()},
+      {f'{t}_loss': total for t, total in totals.items()},
+    )
 
   return step_lib.Loss(weights, sums, coefficients)
 
@@ -99,13 +115,17 @@ def _halves(batch: dict[str, types.SupervisedBatch]) -> dict[str, types.Supervis
     return batch
   b = batch[tasks.THINK_GENERATE]
   said = jnp.pad(b.answer_mask_BL, ((0, 0), (1, 0)), constant_values=True)
-  return {**batch, tasks.PLAN: b, tasks.THINK_GENERATE: b.replace(
-      prompts=policy_lib.with_text(b.prompts, b.answer_BL, said))}
+  return {
+    **batch,
+    tasks.PLAN: b,
+    tasks.THINK_GENERATE: b.replace(prompts=policy_lib.with_text(b.prompts, b.answer_BL, said)),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
   """Numbers of the alignment loss; see `configs/base.py` for units and meaning."""
+
   weights: Mapping[str, float]
   objective: str
   sampler: str
@@ -139,15 +159,18 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step_lib.Loss:
   if a.objective not in allowed:
     raise ValueError(f'align.objective is {a.objective!r}; allowed: {allowed}')
   if a.image_kl != 'velocity' and a.objective in flow_objectives.DECOUPLED:
-    raise ValueError(f"align.image_kl is {a.image_kl!r}, which is of steps of the rollout; allowed "
-                     f"with align.objective {a.objective!r}: 'velocity'")
+    raise ValueError(
+      f'align.image_kl is {a.image_kl!r}, which is of steps of the rollout; allowed '
+      f"with align.objective {a.objective!r}: 'velocity'"
+    )
 
   def weights(batch):
     out = {}
     for task, b in batch.items():
       if task in tasks.TEXT_OUTPUTS:
-        w = text_objectives.total_weight(b.mask_BGT, b.valid_BG,
-                              text_objectives.OBJECTIVES[a.text_objective].aggregation)
+        w = text_objectives.total_weight(
+          b.mask_BGT, b.valid_BG, text_objectives.OBJECTIVES[a.text_objective].aggregation
+        )
       else:
         w = jnp.sum(_per_point(b.valid_BG, b))
       out[task] = out[f'{task}_penalty'] = w
@@ -184,6 +207,7 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
   Raises:
     ValueError: the samples do not divide by the parts.
   """
+
   def cut(x, group):
     B, M = x.shape[:2]
     x = x.reshape(B, M // group, parts, group // parts, *x.shape[2:])
@@ -194,13 +218,20 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
     if group == 1:  # Every row is a sample with a context of its own.
       return placement.split_micro_batches(b, parts)
     if group % parts:
-      raise ValueError(f'groups of {group} samples do not divide into parallel.group_parts = '
-                       f'{parts}')
+      raise ValueError(
+        f'groups of {group} samples do not divide into parallel.group_parts = {parts}'
+      )
     whole = ('prompts', 'temperature_B')
     repeat = lambda x: jnp.broadcast_to(x, (parts, *x.shape))
-    return b.replace(**{
-        f.name: jax.tree.map(repeat if f.name in whole else lambda x: cut(x, group),
-                             getattr(b, f.name)) for f in dataclasses.fields(b)})
+    return b.replace(
+      **{
+        f.name: jax.tree.map(
+          repeat if f.name in whole else lambda x: cut(x, group), getattr(b, f.name)
+        )
+        for f in dataclasses.fields(b)
+      }
+    )
+
   return {task: split(b) for task, b in batch.items()}
 
 
@@ -212,19 +243,25 @@ def _per_point(x_BG: Array, b: types.ImageTrainBatch) -> Array:
 def _text_sums(a: Alignment, logits: Array, b: types.TextTrainBatch):
   """The text objective, and the penalty to the reference (arXiv 2402.03300)."""
   logp = replay.token_logp(logits, b)
-  log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
+  log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.0)
   objective = text_objectives.OBJECTIVES[a.text_objective]
   weight = text_objectives.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
-  loss, log_ratio = text_objectives.loss(objective, log_ratio, logp, b.mask_BGT, b.advantage_BG, a.text_low,
-                              a.text_high)
-  sampled = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.)
-  kl = jnp.where(b.mask_BGT, kl_lib.of_text(a.text_kl, logp, b.reference_BGT, sampled), 0.)
+  loss, log_ratio = text_objectives.loss(
+    objective, log_ratio, logp, b.mask_BGT, b.advantage_BG, a.text_low, a.text_high
+  )
+  sampled = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.0)
+  kl = jnp.where(b.mask_BGT, kl_lib.of_text(a.text_kl, logp, b.reference_BGT, sampled), 0.0)
   ratio = jnp.exp(log_ratio)
   clipped = ((ratio < 1 - a.text_low) & (not objective.cut)) | (ratio > 1 + a.text_high)
-  return jnp.sum(loss * weight), jnp.sum(kl * weight), {
+  return (
+    jnp.sum(loss * weight),
+    jnp.sum(kl * weight),
+    {
       f'kl_{a.text_kl}': (jnp.sum(kl * weight), jnp.sum(weight)),
       'entropy': ops.masked_sum(ops.token_entropy(logits), weight),
-      'clip_fraction': ops.masked_sum(clipped, weight)}
+      'clip_fraction': ops.masked_sum(clipped, weight),
+    },
+  )
 
 
 def _forward_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
@@ -254,7 +291,9 @@ def _replayed_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
 
 def _image_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
   """The image objective, and the penalty to the reference."""
-  loss, extra = (_forward_sums if a.objective in flow_objectives.DECOUPLED else _replayed_sums)(a, v, b)
+  loss, extra = (_forward_sums if a.objective in flow_objectives.DECOUPLED else _replayed_sums)(
+    a, v, b
+  )
   valid = _per_point(b.valid_BG, b)
   drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
   metrics, penalty = {'velocity_mse': drift, **extra}, drift
@@ -263,5 +302,8 @@ def _image_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
     means = (replay.transition(a.sampler, x, s).mean for x in (v, b.reference_BMNC))
     penalty = kl_lib.of_steps(a.image_kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
     metrics['kl'] = penalty
-  return jnp.sum(loss * valid), jnp.sum(penalty * valid), {
-      name: (jnp.sum(value * valid), jnp.sum(valid)) for name, value in metrics.items()}
+  return (
+    jnp.sum(loss * valid),
+    jnp.sum(penalty * valid),
+    {name: (jnp.sum(value * valid), jnp.sum(valid)) for name, value in metrics.items()},
+  )

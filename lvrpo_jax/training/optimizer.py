@@ -31,25 +31,37 @@ def schedule(kind: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
     parts, bounds = [optax.constant_schedule(peak)], []
   elif kind == 'linear':
     half = steps // 2
-    parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, 0., max(steps - half, 1))]
+    parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, max(steps - half, 1))]
     bounds = [half]
   else:
     raise ValueError(f"optimizer schedule is {kind!r}; allowed: 'constant', 'linear'")
   rate = optax.join_schedules(parts, bounds)
-  return lambda step: rate(step) * jnp.minimum(1., (step + 1) / max(warmup, 1))
+  return lambda step: rate(step) * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
 
 
 def rates(params: types.Params, rules: Sequence[tuple[str, float]]) -> types.Params:
   """Multiplier of the learning rate for every parameter: the first rule that matches, else 1."""
-  rules = [(pattern, 0.) for pattern in FROZEN] + list(rules)
+  rules = [(pattern, 0.0) for pattern in FROZEN] + list(rules)
+
   def rate(path, _):
-    return next((value for pattern, value in rules if re.search(pattern, parameter_name(path))), 1.)
+    return next(
+      (value for pattern, value in rules if re.search(pattern, parameter_name(path))), 1.0
+    )
+
   return jax.tree_util.tree_map_with_path(rate, params)
 
 
-def build(kind: str, learning_rate: optax.Schedule, b1: float, b2: float, eps: float,
-          weight_decay: float, clip_norm: float, muon_rate: optax.Schedule | None = None,
-          rules: Sequence[tuple[str, float]] = ()) -> optax.GradientTransformation:
+def build(
+  kind: str,
+  learning_rate: optax.Schedule,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  clip_norm: float,
+  muon_rate: optax.Schedule | None = None,
+  rules: Sequence[tuple[str, float]] = (),
+) -> optax.GradientTransformation:
   """The optimizer after clipping by global norm; weight decay on kernels only.
 
   Args:
@@ -62,25 +74,44 @@ def build(kind: str, learning_rate: optax.Schedule, b1: float, b2: float, eps: f
     ValueError: unknown kind.
   """
   is_kernel = lambda params: jax.tree_util.tree_map_with_path(
-      lambda path, _: parameter_name(path).endswith('kernel'), params)
+    lambda path, _: parameter_name(path).endswith('kernel'), params
+  )
   if kind == 'adamw':
     inner = optax.chain(
-        optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask=is_kernel),
-        optax.scale_by_learning_rate(learning_rate))
+      optax.scale_by_adam(b1, b2, eps),
+      optax.add_decayed_weights(weight_decay, mask=is_kernel),
+      optax.scale_by_learning_rate(learning_rate),
+    )
   elif kind == 'muon':
+
     def matrices(params):
       # Scanned layers add a leading axis.
       return jax.tree_util.tree_map_with_path(
-          lambda path, _: contrib.MuonDimensionNumbers(
-              (1,), (2,)) if re.search(r'trunk/layers/.*kernel$', parameter_name(path)) else None, params)
+        lambda path, _: (
+          contrib.MuonDimensionNumbers((1,), (2,))
+          if re.search(r'trunk/layers/.*kernel$', parameter_name(path))
+          else None
+        ),
+        params,
+      )
+
     inner = contrib.muon(
-        muon_rate, adam_learning_rate=learning_rate, adam_b1=b1, adam_b2=b2, eps=eps,
-        adam_weight_decay=weight_decay, muon_weight_dimension_numbers=matrices)
+      muon_rate,
+      adam_learning_rate=learning_rate,
+      adam_b1=b1,
+      adam_b2=b2,
+      eps=eps,
+      adam_weight_decay=weight_decay,
+      muon_weight_dimension_numbers=matrices,
+    )
   else:
     raise ValueError(f"optimizer.kind is {kind!r}; allowed: 'adamw', 'muon'")
 
   def scale(updates, state, params):
     return jax.tree.map(lambda u, r: u * r, updates, rates(params, rules)), state
-  return optax.chain(optax.clip_by_global_norm(clip_norm), inner,
-                     optax.GradientTransformation(lambda _: optax.EmptyState(), scale))
+
+  return optax.chain(
+    optax.clip_by_global_norm(clip_norm),
+    inner,
+    optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
+  )

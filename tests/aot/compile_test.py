@@ -42,22 +42,22 @@ def signature(tree):
 
 
 class ProgramsTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     cls.job = make_job()
     cls.programs = aot_compile.programs(cls.job)
 
-  @parameterized.parameters(dict(), dict(objective='sde', draws=3, guidance=2.))
+  @parameterized.parameters(dict(), dict(objective='sde', draws=3, guidance=2.0))
   def test_arguments_are_those_of_an_iteration(self, **changes):
     job = make_job(**changes)
     programs, policy = aot_compile.programs(job), job.policy
     image = jnp.zeros((1, policy.image_size, policy.image_size, 3))
     params, vae_params, judge_params = (
-        bagel.init(policy.config, jax.random.key(0)),
-        policy.vae.init(jax.random.key(0), image)['params'],
-        job.judge.init(jax.random.key(0), image, job.captions(['']))['params'])
+      bagel.init(policy.config, jax.random.key(0)),
+      policy.vae.init(jax.random.key(0), image)['params'],
+      job.judge.init(jax.random.key(0), image, job.captions(['']))['params'],
+    )
     aligner = learner.Learner(job, params, vae_params, judge_params)
     data = align.prompt_batches(job)
     tasks = align.draw(job, data, data)
@@ -67,11 +67,11 @@ class ProgramsTest(parameterized.TestCase):
 
     def step(*arguments):
       raise Called(*arguments)
+
     aligner.step = step
     with self.assertRaises(Called) as caught:
       aligner.iterate(tasks, 1)
-    self.assertEqual(signature(programs['step']().arguments),
-                     signature(caught.exception.args))
+    self.assertEqual(signature(programs['step']().arguments), signature(caught.exception.args))
     everything = {}
     for name in ('text', 'image'):
       asked = programs[name]().arguments
@@ -92,7 +92,7 @@ class ProgramsTest(parameterized.TestCase):
     self.assertGreater(out['hbm_bytes']['arguments'], 0.2 * given)
     # The state of an update stays while a rollout runs: policy, reference, old policy and moments.
     size = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(program.arguments[0]))
-    self.assertAlmostEqual(out['hbm_bytes']['resident'] / size, 5., delta=0.01)
+    self.assertAlmostEqual(out['hbm_bytes']['resident'] / size, 5.0, delta=0.01)
     self.assertAlmostEqual(out['arithmetic_seconds'], out['flops'] / 1e9, delta=1e-3)
     self.assertEqual(sum(out['collective_bytes'].values()), 0)
     self.assertEqual(out['unknown_loops'], 0)
@@ -100,7 +100,6 @@ class ProgramsTest(parameterized.TestCase):
 
 
 class DescribeTest(absltest.TestCase):
-
   def test_table(self):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -108,11 +107,15 @@ class DescribeTest(absltest.TestCase):
     *rows, total = printed.getvalue().splitlines()
     self.assertRegex(rows[0], r'parameter +shape +partition +bytes a device')
     found = {row.split('  ')[0]: row for row in rows[1:]}
-    self.assertRegex(found['base/trunk/layers/und/q_proj/kernel'],
-                     r'\(2, 16, 16\) +\(-, fsdp, tensor\) +2,048$')
+    self.assertRegex(
+      found['base/trunk/layers/und/q_proj/kernel'], r'\(2, 16, 16\) +\(-, fsdp, tensor\) +2,048$'
+    )
     job = experiment_lib.build(tiny.get_config(), pathlib.Path('unused'))
-    leaves = [leaf for kind in (weights.BASE, weights.VAE, weights.JUDGE)
-              for leaf in jax.tree.leaves(weights.template(job, kind))]
+    leaves = [
+      leaf
+      for kind in (weights.BASE, weights.VAE, weights.JUDGE)
+      for leaf in jax.tree.leaves(weights.template(job, kind))
+    ]
     self.assertLen(found, len(leaves))
     size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     listed = sum(int(re.search(r'([\d,]+)$', row)[1].replace(',', '')) for row in rows[1:])
@@ -121,7 +124,6 @@ class DescribeTest(absltest.TestCase):
 
 
 class TopologyTest(parameterized.TestCase):
-
   @parameterized.parameters('', 'v9:2x2', 'h100')
   def test_unknown_chip_is_named(self, topology):
     config = tiny.get_config()
@@ -129,13 +131,17 @@ class TopologyTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f"config.topology is '{topology}'; allowed: .*v5p"):
       aot_compile.run(config, pathlib.Path('unused'))
 
-
-  @parameterized.parameters(('v4:2x2x2', 'megacore', 'v4-16'), ('v5p:2x2x2', None, 'v5p-16'),
-                            ('v6e:2x4', None, 'v6e-8'))
+  @parameterized.parameters(
+    ('v4:2x2x2', 'megacore', 'v4-16'), ('v5p:2x2x2', None, 'v5p-16'), ('v6e:2x4', None, 'v6e-8')
+  )
   def test_a_chip_is_a_device(self, topology, asked, accelerator):
     described = lambda count: types.SimpleNamespace(devices=[object() for _ in range(count)])
-    with mock.patch.dict(os.environ), mock.patch.object(
-        aot_compile.topologies, 'get_topology_desc', return_value=described(8)) as describe:
+    with (
+      mock.patch.dict(os.environ),
+      mock.patch.object(
+        aot_compile.topologies, 'get_topology_desc', return_value=described(8)
+      ) as describe,
+    ):
       os.environ.pop('TPU_ACCELERATOR_TYPE', None)
       self.assertLen(aot_compile.devices(topology), 8)
       self.assertEqual(os.environ['TPU_ACCELERATOR_TYPE'], accelerator)
@@ -145,18 +151,23 @@ class TopologyTest(parameterized.TestCase):
         aot_compile.devices(topology)
 
 
-MEASURED = {'program': 'step', 'fits': True, 'hbm_share': 0.2, 'replicated': {},
-            'collective_bytes': {'all-gather': 0}}
+MEASURED = {
+  'program': 'step',
+  'fits': True,
+  'hbm_share': 0.2,
+  'replicated': {},
+  'collective_bytes': {'all-gather': 0},
+}
 
 
 class LimitsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('fits', {'fits': False, 'hbm_share': 0.9}, r'fits is false, hbm_share is 0\.9; .* 0\.85'),
-      ('ratio', {'collective_ratio': 1.31}, r'collective_ratio is 1\.31; .* 1\.3$'),
-      ('replicated', {'replicated': {'vae/b': 2 ** 21, 'base/a': 2 ** 22}}, 'are base/a, vae/b;'))
+    ('fits', {'fits': False, 'hbm_share': 0.9}, r'fits is false, hbm_share is 0\.9; .* 0\.85'),
+    ('ratio', {'collective_ratio': 1.31}, r'collective_ratio is 1\.31; .* 1\.3$'),
+    ('replicated', {'replicated': {'vae/b': 2**21, 'base/a': 2**22}}, 'are base/a, vae/b;'),
+  )
   def test_each_is_named(self, _, measures, message):
-    fault, = aot_compile.exceeded({**MEASURED, **measures})
+    (fault,) = aot_compile.exceeded({**MEASURED, **measures})
     self.assertRegex(fault, f'^step: .*{message}')
 
   def test_what_stays_below_is_fine(self):
@@ -166,14 +177,21 @@ class LimitsTest(parameterized.TestCase):
   def test_all_programs_are_measured_before_the_end(self):
     config = tiny.get_config()
     config.topology = 'v5p:2x2x1'
-    bytes_of_ten_passes = 10 * 2 * sum(
-        x.size for x in jax.tree.leaves(weights.template(make_job(), weights.BASE)))
-    measures = {'text': {'fits': False, 'hbm_share': 1.5}, 'image': {},
-                'step': {'collective_bytes': {'all-gather': bytes_of_ten_passes}}}
+    bytes_of_ten_passes = (
+      10 * 2 * sum(x.size for x in jax.tree.leaves(weights.template(make_job(), weights.BASE)))
+    )
+    measures = {
+      'text': {'fits': False, 'hbm_share': 1.5},
+      'image': {},
+      'step': {'collective_bytes': {'all-gather': bytes_of_ten_passes}},
+    }
     printed, workdir = io.StringIO(), pathlib.Path(self.create_tempdir().full_path)
     with mock.patch.multiple(
-        aot_compile, build=lambda *_: make_job(), programs=lambda _: dict.fromkeys(measures, dict),
-        measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]}):
+      aot_compile,
+      build=lambda *_: make_job(),
+      programs=lambda _: dict.fromkeys(measures, dict),
+      measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]},
+    ):
       with contextlib.redirect_stdout(printed), self.assertRaises(aot_compile.Exceeded) as caught:
         aot_compile.run(config, workdir)
     self.assertRegex(str(caught.exception), '^text: fits .*; step: collective_ratio is 3.333; ')
@@ -190,6 +208,7 @@ AXES = (AxisType.Auto,) * 3
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """A device of which nothing is asked but where it stands in a mesh."""
+
   id: int
   platform: str = 'cpu'
   device_kind: str = 'cpu'
@@ -200,8 +219,11 @@ class PartitionTest(parameterized.TestCase):
   """Meshes of several devices that are only described."""
 
   @parameterized.parameters(
-      ((2, 4, 1), P('fsdp', 'tensor'), 8. * 16 * 2 / 4), ((2, 2, 2), P('fsdp', 'tensor'), 64.),
-      ((8, 1, 1), P('fsdp', 'tensor'), 256.), ((2, 4, 1), P(('data', 'fsdp')), 32.))
+    ((2, 4, 1), P('fsdp', 'tensor'), 8.0 * 16 * 2 / 4),
+    ((2, 2, 2), P('fsdp', 'tensor'), 64.0),
+    ((8, 1, 1), P('fsdp', 'tensor'), 256.0),
+    ((2, 4, 1), P(('data', 'fsdp')), 32.0),
+  )
   def test_bytes_follow_the_partition(self, shape, spec, wanted):
     mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=AXES)
     leaf = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
@@ -210,23 +232,34 @@ class PartitionTest(parameterized.TestCase):
   def test_what_every_device_holds_whole(self):
     def tree(*shape):
       mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=AXES)
-      leaf = lambda spec: jax.ShapeDtypeStruct((512, 1024), jnp.float32,
-                                               sharding=NamedSharding(mesh, spec))
+      leaf = lambda spec: jax.ShapeDtypeStruct(
+        (512, 1024), jnp.float32, sharding=NamedSharding(mesh, spec)
+      )
       small = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=NamedSharding(mesh, P()))
-      return {'a': {'fsdp': leaf(P('fsdp')), 'tensor': leaf(P(None, 'tensor'))},
-              'none': leaf(P()), 'small': small}
-    size = 2 ** 21
+      return {
+        'a': {'fsdp': leaf(P('fsdp')), 'tensor': leaf(P(None, 'tensor'))},
+        'none': leaf(P()),
+        'small': small,
+      }
+
+    size = 2**21
     self.assertEqual(aot_compile.large_replicated(tree(2, 2, 2)), {'none': size})
     self.assertEqual(aot_compile.large_replicated(tree(2, 1, 4)), {'none': size, 'a/fsdp': size})
-    self.assertEqual(aot_compile.large_replicated(tree(8, 1, 1)),
-                     {'none': size, 'a/fsdp': size, 'a/tensor': size})
+    self.assertEqual(
+      aot_compile.large_replicated(tree(8, 1, 1)), {'none': size, 'a/fsdp': size, 'a/tensor': size}
+    )
     self.assertEqual(aot_compile.large_replicated(tree(1, 1, 1)), {})
     self.assertLen(aot_compile.large_replicated(tree(2, 2, 2), limit=0), 2)
 
   @parameterized.parameters(
-      ('TPU v5', 64, 0, 1), ('TPU v5', 16, 0, 2), ('TPU v5', 8, 0, 8), ('TPU v6 lite', 64, 0, 8),
-      ('NVIDIA H100 80GB HBM3', 32, 0, 1), ('NVIDIA H100 80GB HBM3', 16, 0, 8),
-      ('TPU v6 lite', 64, 4, 4))
+    ('TPU v5', 64, 0, 1),
+    ('TPU v5', 16, 0, 2),
+    ('TPU v5', 8, 0, 8),
+    ('TPU v6 lite', 64, 0, 8),
+    ('NVIDIA H100 80GB HBM3', 32, 0, 1),
+    ('NVIDIA H100 80GB HBM3', 16, 0, 8),
+    ('TPU v6 lite', 64, 4, 4),
+  )
   def test_contexts_are_encoded_as_seldom_as_memory_lets(self, kind, count, asked, want):
     config = tiny.get_config()
     config.align.group = 8
@@ -243,8 +276,10 @@ class PartitionTest(parameterized.TestCase):
     chips = [Chip(id=number) for number in range(8)]
     with mock.patch.object(aot_compile, 'devices', return_value=chips):
       programs = aot_compile.programs(aot_compile.build(config, pathlib.Path('unused')))
-    found = {name: set(aot_compile.large_replicated(make().held, limit=500))
-             for name, make in programs.items()}
+    found = {
+      name: set(aot_compile.large_replicated(make().held, limit=500))
+      for name, make in programs.items()
+    }
     self.assertContainsSubset({'base/connector_fc1/kernel', 'base/vit_pos_embed'}, found['text'])
     self.assertEqual(found['text'], found['image'])
     # The small autoencoder is split nowhere.

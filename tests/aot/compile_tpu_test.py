@@ -24,7 +24,6 @@ MISSING = "libtpu is not installed: pip install -e '.[tpu]'"
 
 @unittest.skipUnless(importlib.util.find_spec('libtpu'), MISSING)
 class CompiledTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -67,10 +66,12 @@ class CompiledTest(absltest.TestCase):
 
 @unittest.skipUnless(importlib.util.find_spec('libtpu'), MISSING)
 class DevicesTest(absltest.TestCase):
-
   def test_a_chip_is_a_device(self):
-    for topology, kind in (('v4:2x2x2', 'TPU v4'), ('v5p:2x2x2', 'TPU v5'),
-                           ('v6e:2x4', 'TPU v6 lite')):
+    for topology, kind in (
+      ('v4:2x2x2', 'TPU v4'),
+      ('v5p:2x2x2', 'TPU v5'),
+      ('v6e:2x4', 'TPU v6 lite'),
+    ):
       with self.subTest(topology):
         found = aot_compile.devices(topology)
         self.assertLen(found, 8)

@@ -12,9 +12,19 @@ from lvrpo_jax.models.bagel import model as bagel
 WIDTH, DEPTH, HEADS, KV_HEADS, FF, VOCAB, CHANNELS = 128, 2, 4, 2, 512, 96, 16
 TIME_FEATURES = 256
 CONFIG = bagel.ModelConfig(
-    vocab=VOCAB, width=WIDTH, depth=DEPTH, heads=HEADS, kv_heads=KV_HEADS, ff_width=FF,
-    latent_channels=CHANNELS, latent_side=8, unroll=DEPTH,
-    vit=bagel.VitConfig(16, 1, 2, 16, patch=2, side=4), start_of_image=1, end_of_image=2)
+  vocab=VOCAB,
+  width=WIDTH,
+  depth=DEPTH,
+  heads=HEADS,
+  kv_heads=KV_HEADS,
+  ff_width=FF,
+  latent_channels=CHANNELS,
+  latent_side=8,
+  unroll=DEPTH,
+  vit=bagel.VitConfig(16, 1, 2, 16, patch=2, side=4),
+  start_of_image=1,
+  end_of_image=2,
+)
 TOLERANCE = 0.05
 
 
@@ -30,11 +40,18 @@ def sequence(rows, und, gen):
   """Rows of `und` text tokens and `gen` latent tokens."""
   floats = lambda *shape: abstract(*shape, dtype=jnp.float32)
   return types.Sequence(
-      ids_BL=abstract(rows, und), text=layout(rows, und),
-      patches_BNP=floats(rows, 0, CONFIG.vit.patch ** 2 * 3), patch_position_BN=abstract(rows, 0),
-      patch_image_BN=abstract(rows, 0), vit=layout(rows, 0),
-      latents_BNC=floats(rows, gen, CHANNELS), latent_position_BN=abstract(rows, gen),
-      time_BN=floats(rows, gen), gen=layout(rows, gen), next_position_B=abstract(rows))
+    ids_BL=abstract(rows, und),
+    text=layout(rows, und),
+    patches_BNP=floats(rows, 0, CONFIG.vit.patch**2 * 3),
+    patch_position_BN=abstract(rows, 0),
+    patch_image_BN=abstract(rows, 0),
+    vit=layout(rows, 0),
+    latents_BNC=floats(rows, gen, CHANNELS),
+    latent_position_BN=abstract(rows, gen),
+    time_BN=floats(rows, gen),
+    gen=layout(rows, gen),
+    next_position_B=abstract(rows),
+  )
 
 
 def flops(function, *args):
@@ -42,8 +59,7 @@ def flops(function, *args):
 
 
 def apply(method):
-  return lambda params, *args: bagel.Unified(CONFIG).apply(
-      {'params': params}, *args, method=method)
+  return lambda params, *args: bagel.Unified(CONFIG).apply({'params': params}, *args, method=method)
 
 
 def layer_flops(tokens, keys):
@@ -54,7 +70,6 @@ def layer_flops(tokens, keys):
 
 
 class FlopsTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.params = jax.eval_shape(lambda: bagel.init(CONFIG, jax.random.key(0)))
@@ -63,8 +78,10 @@ class FlopsTest(parameterized.TestCase):
   def test_every_token_takes_one_expert(self, und, gen):
     rows = 2
     needed = rows * (
-        layer_flops(und + gen, und + gen) + und * 2 * WIDTH * VOCAB
-        + gen * 2 * (2 * CHANNELS * WIDTH + TIME_FEATURES * WIDTH + WIDTH * WIDTH))
+      layer_flops(und + gen, und + gen)
+      + und * 2 * WIDTH * VOCAB
+      + gen * 2 * (2 * CHANNELS * WIDTH + TIME_FEATURES * WIDTH + WIDTH * WIDTH)
+    )
     found = flops(apply('__call__'), self.params, sequence(rows, und, gen))
     self.assertBetween(found / needed, 1 - TOLERANCE, 1 + TOLERANCE)
     # The bound can fail: both experts on all tokens would need nearly twice as much.
@@ -77,8 +94,14 @@ class FlopsTest(parameterized.TestCase):
     time = abstract(rows, group, dtype=jnp.float32)
     position = abstract(rows, image)
     cache = jax.eval_shape(apply('prefill'), self.params, context)
-    both = flops(lambda params, seq, *args: apply('velocity')(
-        params, apply('prefill')(params, seq), *args), self.params, context, x, time, position)
+    both = flops(
+      lambda params, seq, *args: apply('velocity')(params, apply('prefill')(params, seq), *args),
+      self.params,
+      context,
+      x,
+      time,
+      position,
+    )
     images = flops(apply('velocity'), self.params, cache, x, time, position)
     prefill = flops(apply('prefill'), self.params, context)
     self.assertBetween((both - images) / prefill, 1 - TOLERANCE, 1 + TOLERANCE)
@@ -97,12 +120,13 @@ class CountTest(parameterized.TestCase):
   def test_convolution(self):
     image, kernel = abstract(2, 8, 8, 3, dtype=jnp.float32), abstract(3, 3, 3, 7, dtype=jnp.float32)
     convolve = lambda x, w: jax.lax.conv_general_dilated(
-        x, w, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      x, w, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
     self.assertEqual(self.count(convolve, image, kernel), 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3))
 
   def test_control_flow(self):
     x = abstract(4, 4, dtype=jnp.float32)
-    once = 2 * 4 ** 3
+    once = 2 * 4**3
     scan = lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0]
     loop = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ x, x)
     choice = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)

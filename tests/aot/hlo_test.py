@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from lvrpo_jax.aot import hlo
 
-TEXT = '''
+TEXT = """
 HloModule jit_step, is_scheduled=true
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -87,11 +87,10 @@ ENTRY %main (s: (s32[], f32[8,16], bf16[16]), y: f32[32]) -> f32[32] {
   %sent = f32[32]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}
   ROOT %total = f32[32]{0} all-reduce(%sent), replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'a'}, to_apply=%sum
 }
-'''
+"""
 
 
 class HloTest(parameterized.TestCase):
-
   def test_size(self):
     self.assertEqual(hlo.size('bf16[4,8]{1,0:T(8,128)}'), 64)
     self.assertEqual(hlo.size('(f32[3]{0}, s32[], pred[2,2], token[])'), 12 + 4 + 4)
@@ -107,15 +106,21 @@ class HloTest(parameterized.TestCase):
     self.assertEqual(hlo.unknown_loops(unbounded), ['loop'])
 
   @parameterized.parameters(
-      ((), 4),  # 1, 3, 5, 7.
-      ((('%first = u32[]{:T(128)} constant(1)', '%first = u32[]{:T(128)} constant(2)'),), 3),
-      ((('u32[]', 's64[]'),), 4),
-      ((('constant(2)', 'constant(3)'),), 3),
-      ((('direction=LT', 'direction=LE'), ('constant(8)', 'constant(7)')), 4),
-      ((('compare(%n.4, %limit.1), direction=LT', 'compare(%limit.1, %n.4), direction=GT'),), 4),
-      ((('add(%p.2, %q)', 'subtract(%p.2, %q)'), ('direction=LT', 'direction=GT'),
+    ((), 4),  # 1, 3, 5, 7.
+    ((('%first = u32[]{:T(128)} constant(1)', '%first = u32[]{:T(128)} constant(2)'),), 3),
+    ((('u32[]', 's64[]'),), 4),
+    ((('constant(2)', 'constant(3)'),), 3),
+    ((('direction=LT', 'direction=LE'), ('constant(8)', 'constant(7)')), 4),
+    ((('compare(%n.4, %limit.1), direction=LT', 'compare(%limit.1, %n.4), direction=GT'),), 4),
+    (
+      (
+        ('add(%p.2, %q)', 'subtract(%p.2, %q)'),
+        ('direction=LT', 'direction=GT'),
         ('u32[]{:T(128)} constant(1)', 'u32[]{:T(128)} constant(9)'),
-        ('constant(8)', 'constant(0)')), 5),  # 9, 7, 5, 3, 1.
+        ('constant(8)', 'constant(0)'),
+      ),
+      5,
+    ),  # 9, 7, 5, 3, 1.
   )
   def test_counter_that_steps(self, changes, wanted):
     """Also one of another width, direction or start; the fusion that adds hides nothing."""
@@ -132,9 +137,16 @@ class HloTest(parameterized.TestCase):
   def test_collectives(self):
     """Five passes gather 64 values among four and scatter as many; a pair sums 32 floats; four
     passes send six floats."""
-    self.assertEqual(hlo.collectives(TEXT, 8), {
-        'all-gather': 5 * 128 * 3 / 4, 'reduce-scatter': 5 * 128 * 3 / 4,
-        'all-reduce': 2 * 128 / 2, 'all-to-all': 0., 'collective-permute': 128. + 4 * 24})
+    self.assertEqual(
+      hlo.collectives(TEXT, 8),
+      {
+        'all-gather': 5 * 128 * 3 / 4,
+        'reduce-scatter': 5 * 128 * 3 / 4,
+        'all-reduce': 2 * 128 / 2,
+        'all-to-all': 0.0,
+        'collective-permute': 128.0 + 4 * 24,
+      },
+    )
 
   def test_memory(self):
     """Only the row that a fusion cuts out of its operand counts, not the table."""
@@ -142,31 +154,37 @@ class HloTest(parameterized.TestCase):
     add, compare = 3 * 4, 4 + 4 + 1
     copied, sent = 2 * 4, 2 * 24
     window = add + copied + sent + compare
-    self.assertEqual(hlo.memory_traffic(TEXT),
-                     5 * (row + gather + scatter + add + compare) + 4 * window + rest)
+    self.assertEqual(
+      hlo.memory_traffic(TEXT), 5 * (row + gather + scatter + add + compare) + 4 * window + rest
+    )
 
   def test_a_compiled_loop(self):
     def function(x, w_EDD):
       return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_EDD)[0]
+
     shapes = jnp.zeros((4, 64)), jnp.zeros((6, 64, 64))
     text = jax.jit(function).lower(*shapes).compile().as_text()
     self.assertEqual(max(hlo.trips(text).values()), 6)
     weights = 6 * 64 * 64 * 4
     self.assertBetween(hlo.memory_traffic(text), weights, 4 * weights)
-    self.assertEqual(sum(hlo.collectives(text, 1).values()), 0.)
+    self.assertEqual(sum(hlo.collectives(text, 1).values()), 0.0)
 
   def test_a_compiled_loop_whose_count_is_not_written_down(self):
     def function(x, w_EDD):
-      more = lambda state: (state[0] < 9) & (state[1].sum() < 100.)
+      more = lambda state: (state[0] < 9) & (state[1].sum() < 100.0)
       step = lambda state: (state[0] + 2, jnp.tanh(state[1] @ w_EDD[state[0] // 2]))
       x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_EDD)[0]
       return jax.lax.while_loop(more, step, (0, x))[1]
+
     shapes = jnp.zeros((4, 64)), jnp.zeros((6, 64, 64))
-    text = re.sub(r'"known_trip_count":\{"n":"\d+"\},?', '',
-                  jax.jit(function).lower(*shapes).compile().as_text())
+    text = re.sub(
+      r'"known_trip_count":\{"n":"\d+"\},?',
+      '',
+      jax.jit(function).lower(*shapes).compile().as_text(),
+    )
     self.assertNotIn('known_trip_count', text)
     self.assertEqual(hlo.unknown_loops(text), [])
-    self.assertContainsSubset({5., 6.}, hlo.trips(text, unknown=100).values())
+    self.assertContainsSubset({5.0, 6.0}, hlo.trips(text, unknown=100).values())
 
 
 if __name__ == '__main__':

@@ -30,9 +30,15 @@ TARGET = np.full((4, 4, 3), 200, np.uint8)
 
 
 def encoder(**changes):
-  return encoding.Encoder(TOKENIZER, encoding.Template(**{
-      **dict(prompt_words=3, answer_words=2, vit_tokens=2, latent_tokens=1, image_size=4),
-      **changes}))
+  return encoding.Encoder(
+    TOKENIZER,
+    encoding.Template(
+      **{
+        **dict(prompt_words=3, answer_words=2, vit_tokens=2, latent_tokens=1, image_size=4),
+        **changes,
+      }
+    ),
+  )
 
 
 def example(prompt, **kwargs):
@@ -41,19 +47,29 @@ def example(prompt, **kwargs):
 
 def rows(layout, row):
   """(sample, order, split, mode, position) of a row, as lists."""
-  return [x[row].tolist() for x in (layout.sample_BL, layout.order_BL, layout.split_BL,
-                                    layout.mode_BL, layout.position_BL)]
+  return [
+    x[row].tolist()
+    for x in (
+      layout.sample_BL,
+      layout.order_BL,
+      layout.split_BL,
+      layout.mode_BL,
+      layout.position_BL,
+    )
+  ]
 
 
 class EncoderTest(parameterized.TestCase):
-
   def test_generate(self):
-    batch = encoder()('generate', [example('a red circle', target=TARGET),
-                                   example('a', target=TARGET, drop_text=True)])
+    batch = encoder()(
+      'generate',
+      [example('a red circle', target=TARGET), example('a', target=TARGET, drop_text=True)],
+    )
     p = batch.prompts
     np.testing.assert_array_equal(p.ids_BL, [[BOS, A, RED, CIRCLE, EOS], [BOS, A, EOS, EOS, EOS]])
-    self.assertEqual(rows(p.text, 0), [[0] * 5, [0, 1, 2, 3, 4], [0] * 5, [types.CAUSAL] * 5,
-                                       [0, 1, 2, 3, 4]])
+    self.assertEqual(
+      rows(p.text, 0), [[0] * 5, [0, 1, 2, 3, 4], [0] * 5, [types.CAUSAL] * 5, [0, 1, 2, 3, 4]]
+    )
     self.assertEqual(rows(p.text, 1)[0], [PAD] * 5)
     np.testing.assert_array_equal(p.next_position_B, [5, 0])
     np.testing.assert_array_equal(p.index_B, [5, 5])
@@ -64,34 +80,58 @@ class EncoderTest(parameterized.TestCase):
     self.assertEqual((batch.answer_BL.shape, batch.answer_mask_BL.shape), ((2, 0), (2, 0)))
 
   def test_understand(self):
-    batch = encoder()('understand', [example('what colour ?', source=SOURCE, answer='red'),
-                                     example('a', source=SOURCE, answer='red circle')])
+    batch = encoder()(
+      'understand',
+      [
+        example('what colour ?', source=SOURCE, answer='red'),
+        example('a', source=SOURCE, answer='red circle'),
+      ],
+    )
     p = batch.prompts
     what, colour, mark = TOKENIZER.encode('what colour ?')
-    np.testing.assert_array_equal(p.ids_BL, [[SOI, EOI, BOS, what, colour, mark, EOS],
-                                             [SOI, EOI, BOS, A, EOS, EOS, EOS]])
-    self.assertEqual(rows(p.text, 1), [
-        [0, 0, 0, 0, 0, PAD, PAD], [0, 3, 4, 5, 6, 7, 8], [0, 0, 1, 1, 1, 1, 1],
-        [types.FULL] * 2 + [types.CAUSAL] * 5, [0, 0, 1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(
+      p.ids_BL, [[SOI, EOI, BOS, what, colour, mark, EOS], [SOI, EOI, BOS, A, EOS, EOS, EOS]]
+    )
+    self.assertEqual(
+      rows(p.text, 1),
+      [
+        [0, 0, 0, 0, 0, PAD, PAD],
+        [0, 3, 4, 5, 6, 7, 8],
+        [0, 0, 1, 1, 1, 1, 1],
+        [types.FULL] * 2 + [types.CAUSAL] * 5,
+        [0, 0, 1, 2, 3, 4, 5],
+      ],
+    )
     self.assertEqual(rows(p.vit, 1), [[0, 0], [1, 2], [0, 0], [types.FULL] * 2, [0, 0]])
     self.assertEqual(p.gen.sample_BL.shape, (2, 0))
     np.testing.assert_array_equal(p.next_position_B, [6, 4])
     np.testing.assert_array_equal(p.source_BYXC, [SOURCE, SOURCE])
-    np.testing.assert_array_equal(batch.answer_BL, [[BOS, RED, EOS, EOS],
-                                                    [BOS, RED, CIRCLE, EOS]])
+    np.testing.assert_array_equal(batch.answer_BL, [[BOS, RED, EOS, EOS], [BOS, RED, CIRCLE, EOS]])
     np.testing.assert_array_equal(batch.answer_mask_BL, [[1, 1, 0], [1, 1, 1]])
     self.assertEqual(batch.target_BYXC.size, 0)
 
   def test_edit(self):
-    batch = encoder()('edit', [example('a', source=SOURCE, target=TARGET),
-                               example('a', source=SOURCE, target=TARGET, drop_vit=True)])
+    batch = encoder()(
+      'edit',
+      [
+        example('a', source=SOURCE, target=TARGET),
+        example('a', source=SOURCE, target=TARGET, drop_vit=True),
+      ],
+    )
     p = batch.prompts
     np.testing.assert_array_equal(p.ids_BL[0], [SOI, EOI, SOI, EOI, BOS, A, EOS, EOS, EOS])
     self.assertEqual(rows(p.gen, 0), [[0], [1], [0], [types.FULL], [0]])
     self.assertEqual(rows(p.vit, 0), [[0, 0], [4, 5], [1, 1], [types.FULL] * 2, [1, 1]])
-    self.assertEqual(rows(p.text, 0), [
-        [0] * 7 + [PAD] * 2, [0, 2, 3, 6, 7, 8, 9, 10, 11], [0, 0, 1, 1, 2, 2, 2, 2, 2],
-        [types.FULL] * 4 + [types.CAUSAL] * 5, [0, 0, 1, 1, 2, 3, 4, 5, 6]])
+    self.assertEqual(
+      rows(p.text, 0),
+      [
+        [0] * 7 + [PAD] * 2,
+        [0, 2, 3, 6, 7, 8, 9, 10, 11],
+        [0, 0, 1, 1, 2, 2, 2, 2, 2],
+        [types.FULL] * 4 + [types.CAUSAL] * 5,
+        [0, 0, 1, 1, 2, 3, 4, 5, 6],
+      ],
+    )
     np.testing.assert_array_equal(p.next_position_B, [5, 5])
     self.assertEqual(rows(p.vit, 1)[0], [PAD, PAD])
     self.assertEqual(rows(p.text, 1)[0][:4], [0, 0, PAD, PAD])
@@ -109,11 +149,11 @@ class EncoderTest(parameterized.TestCase):
     self.assertEqual(rows(generate.text, 0)[0], [PAD] * 4 + [0] * 3 + [PAD] * 2)
     self.assertEqual(rows(generate.vit, 0)[0] + rows(generate.gen, 0)[0], [PAD] * 3)
     self.assertEqual(rows(understand.vit, 0)[0] + rows(understand.gen, 0)[0], [0, 0, PAD])
-    self.assertEqual([int(p.next_position_B[0]) for p in prompts.values()],
-                     [3, 4, 5, 3])
+    self.assertEqual([int(p.next_position_B[0]) for p in prompts.values()], [3, 4, 5, 3])
 
   @parameterized.parameters(
-      ('generate', 'a a red circle', 'prompt_words'), ('understand', 'red circle a', 'answer'))
+    ('generate', 'a a red circle', 'prompt_words'), ('understand', 'red circle a', 'answer')
+  )
   def test_too_long_text_is_named(self, task, text, key):
     kwargs = dict(answer=text, source=SOURCE) if task == 'understand' else dict(target=TARGET)
     prompt = 'a' if task == 'understand' else text
@@ -122,7 +162,6 @@ class EncoderTest(parameterized.TestCase):
 
 
 class BatchesTest(parameterized.TestCase):
-
   def make(self, shard=(0, 1), length=8, size=2):
     return loader.batches(loader.IndexedSource(lambda i: i * 10, length), size, np.array, shard)
 
@@ -162,21 +201,27 @@ class BatchesTest(parameterized.TestCase):
 def world():
   d = base.get_config().data
   return shapes_source.ShapesData(
-      seed=0, generate_kinds=d.generate_kinds.to_dict(),
-      question_kinds=d.question_kinds.to_dict(), wrong=d.wrong, chatty=d.chatty, plan=d.plan,
-      describe=d.describe, drop=d.drop)
+    seed=0,
+    generate_kinds=d.generate_kinds.to_dict(),
+    question_kinds=d.question_kinds.to_dict(),
+    wrong=d.wrong,
+    chatty=d.chatty,
+    plan=d.plan,
+    describe=d.describe,
+    drop=d.drop,
+  )
 
 
 class MixtureTest(parameterized.TestCase):
-
   def examples(self, make, count=60):
     return [make(i) for i in range(count)]
 
   @parameterized.parameters(*tasks.TASKS)
   def test_every_text_fits_the_default_template(self, task):
     d = base.get_config().data
-    encode = encoding.Encoder(world().tokenizer, encoding.Template(
-        d.prompt_words, d.answer_words, 4, 4))
+    encode = encoding.Encoder(
+      world().tokenizer, encoding.Template(d.prompt_words, d.answer_words, 4, 4)
+    )
     for make in (world().pretraining, world().prompt):
       examples = self.examples(functools.partial(make, task))
       batch = encode(task, examples)
@@ -184,10 +229,13 @@ class MixtureTest(parameterized.TestCase):
 
   @parameterized.parameters(*tasks.TASKS)
   def test_deterministic(self, task):
-    for one, two in zip(self.examples(functools.partial(world().pretraining, task), 5),
-                        self.examples(functools.partial(world().pretraining, task), 5)):
-      self.assertEqual((one.prompt, one.answer, one.drop_text),
-                       (two.prompt, two.answer, two.drop_text))
+    for one, two in zip(
+      self.examples(functools.partial(world().pretraining, task), 5),
+      self.examples(functools.partial(world().pretraining, task), 5),
+    ):
+      self.assertEqual(
+        (one.prompt, one.answer, one.drop_text), (two.prompt, two.answer, two.drop_text)
+      )
       np.testing.assert_array_equal(one.target, two.target)
 
   @parameterized.parameters(*tasks.TASKS)
@@ -198,13 +246,16 @@ class MixtureTest(parameterized.TestCase):
     self.assertEmpty(pretraining & set(prompts))
     # The largest row number of either still is below the first of the other, and an int32.
     self.assertGreaterEqual(min(prompts), shapes_source.ALIGN_OFFSET)
-    self.assertLess(2 * shapes_source.ALIGN_OFFSET - 1, 2 ** 31)
+    self.assertLess(2 * shapes_source.ALIGN_OFFSET - 1, 2**31)
 
   @parameterized.parameters(*tasks.TASKS)
   def test_evaluation_shares_no_meaning(self, task):
-    held_out = {world().evaluation(task, split, kind, i).meaning
-                for split in ('eval', 'unseen') for kind in world().kinds(task, split)
-                for i in range(25)}
+    held_out = {
+      world().evaluation(task, split, kind, i).meaning
+      for split in ('eval', 'unseen')
+      for kind in world().kinds(task, split)
+      for i in range(25)
+    }
     self.assertGreater(len(held_out), 20)
     for make in (world().prompt, world().pretraining):
       seen = {make(task, i).meaning for i in range(150)}
@@ -213,13 +264,21 @@ class MixtureTest(parameterized.TestCase):
 
   def test_meanings_of_prompts_are_in_the_training_split(self):
     for i in range(60):
-      self.assertFalse(splits.is_held_out(world().prompt('generate', i).meaning,
-                                          world().world.eval_fraction))
+      self.assertFalse(
+        splits.is_held_out(world().prompt('generate', i).meaning, world().world.eval_fraction)
+      )
 
   def test_kinds_follow_their_weights(self):
     data = shapes_source.ShapesData(
-        seed=0, generate_kinds={'colors': 3., 'counting': 1.}, question_kinds={'color': 1.},
-        wrong=0., chatty=0., plan=0., describe=0., drop=0.)
+      seed=0,
+      generate_kinds={'colors': 3.0, 'counting': 1.0},
+      question_kinds={'color': 1.0},
+      wrong=0.0,
+      chatty=0.0,
+      plan=0.0,
+      describe=0.0,
+      drop=0.0,
+    )
     kinds = [data.prompt('generate', i).kind for i in range(400)]
     self.assertEqual(set(kinds), {'colors', 'counting'})
     self.assertAlmostEqual(kinds.count('colors') / 400, 0.75, delta=0.07)
@@ -227,26 +286,42 @@ class MixtureTest(parameterized.TestCase):
 
   def test_answers_as_found(self):
     data = lambda wrong, drop: shapes_source.ShapesData(
-        seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=wrong,
-        chatty=0., plan=0., describe=0., drop=drop)
-    for wrong in (0., 1.):
+      seed=0,
+      generate_kinds={'colors': 1.0},
+      question_kinds={'color': 1.0},
+      wrong=wrong,
+      chatty=0.0,
+      plan=0.0,
+      describe=0.0,
+      drop=drop,
+    )
+    for wrong in (0.0, 1.0):
       for i in range(20):
-        right = data(wrong, 0.).world.question(i, 'train', 'color').answer
-        said = data(wrong, 0.).pretraining('understand', i).answer
-        self.assertEqual(wording.read_answer(said)[0] == right, wrong == 0.)
-    for drop in (0., 1.):
-      self.assertEqual({data(0., drop).pretraining('generate', i).drop_text for i in range(9)},
-                       {bool(drop)})
-    self.assertFalse(data(0., 1.).prompt('generate', 0).drop_text)
+        right = data(wrong, 0.0).world.question(i, 'train', 'color').answer
+        said = data(wrong, 0.0).pretraining('understand', i).answer
+        self.assertEqual(wording.read_answer(said)[0] == right, wrong == 0.0)
+    for drop in (0.0, 1.0):
+      self.assertEqual(
+        {data(0.0, drop).pretraining('generate', i).drop_text for i in range(9)}, {bool(drop)}
+      )
+    self.assertFalse(data(0.0, 1.0).prompt('generate', 0).drop_text)
 
   def test_descriptions_take_their_share(self):
     data = shapes_source.ShapesData(
-        seed=0, generate_kinds={'colors': 1.}, question_kinds={'color': 1.}, wrong=0., chatty=0.,
-        plan=0., describe=.25, drop=0.)
+      seed=0,
+      generate_kinds={'colors': 1.0},
+      question_kinds={'color': 1.0},
+      wrong=0.0,
+      chatty=0.0,
+      plan=0.0,
+      describe=0.25,
+      drop=0.0,
+    )
     asked = [data.pretraining('understand', i).prompt in wording.DESCRIBE for i in range(400)]
     self.assertAlmostEqual(np.mean(asked), 0.25, delta=0.07)
     self.assertNoCommonElements(
-        [data.prompt('understand', i).prompt for i in range(50)], wording.DESCRIBE)
+      [data.prompt('understand', i).prompt for i in range(50)], wording.DESCRIBE
+    )
 
   def test_judge_pairs_speak_the_vocabulary(self):
     for i in range(30):

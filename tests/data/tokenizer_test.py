@@ -16,7 +16,6 @@ SPECIAL = tuple(tokenizer_lib.SPECIAL.values())
 
 
 class WordsTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.tokenizer = tokenizer_lib.from_words(WORDS)
@@ -61,15 +60,20 @@ class WordsTest(absltest.TestCase):
       self.assertLen(loaded, len(self.tokenizer))
       self.assertEqual(loaded.encode('a red ?'), self.tokenizer.encode('a red ?'))
       self.assertEqual(loaded.decode(loaded.encode('a red ?')), 'a red ?')
-      self.assertEqual((loaded.bos, loaded.eos, loaded.start_of_image, loaded.end_of_image),
-                       (self.tokenizer.bos, self.tokenizer.eos, self.tokenizer.start_of_image,
-                        self.tokenizer.end_of_image))
+      self.assertEqual(
+        (loaded.bos, loaded.eos, loaded.start_of_image, loaded.end_of_image),
+        (
+          self.tokenizer.bos,
+          self.tokenizer.eos,
+          self.tokenizer.start_of_image,
+          self.tokenizer.end_of_image,
+        ),
+      )
       with self.assertRaisesRegex(ValueError, "'blue'"):
         loaded.encode('blue')
 
 
 class FilesTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -113,16 +117,26 @@ class FilesTest(absltest.TestCase):
 
   def test_tokens_beside_the_vocabulary_keep_their_ids(self):
     size = len(self.write_bpe())
-    ids = {'<|endoftext|>': size, SPECIAL[0]: size + 1, SPECIAL[1]: size + 2, '<tool>': size + 3,
-           SPECIAL[2]: size + 4, SPECIAL[3]: size + 5}
+    ids = {
+      '<|endoftext|>': size,
+      SPECIAL[0]: size + 1,
+      SPECIAL[1]: size + 2,
+      '<tool>': size + 3,
+      SPECIAL[2]: size + 4,
+      SPECIAL[3]: size + 5,
+    }
     names = list(ids)
     (self.folder / 'added_tokens.json').write_text(
-        json.dumps({name: ids[name] for name in reversed(names[:3])}))
-    (self.folder / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': {
-        str(ids[name]): {'content': name} for name in names}}))
+      json.dumps({name: ids[name] for name in reversed(names[:3])})
+    )
+    (self.folder / 'tokenizer_config.json').write_text(
+      json.dumps({'added_tokens_decoder': {str(ids[name]): {'content': name} for name in names}})
+    )
     t = tokenizer_lib.from_path(self.folder)
-    self.assertEqual((t.added, t.bos, t.eos, t.start_of_image, t.end_of_image),
-                     (0, size + 1, size + 2, size + 4, size + 5))
+    self.assertEqual(
+      (t.added, t.bos, t.eos, t.start_of_image, t.end_of_image),
+      (0, size + 1, size + 2, size + 4, size + 5),
+    )
     (self.folder / 'tokenizer_config.json').unlink()
     (self.folder / 'added_tokens.json').write_text(json.dumps({SPECIAL[0]: size + 7}))
     with self.assertRaisesRegex(ValueError, f'should have id {size + 7}, but would have {size}'):

@@ -36,6 +36,7 @@ def after(owner, name, when, strike):
     if when(signature.bind(*args, **kwargs).arguments):
       strike(out)
     return out
+
   setattr(owner, name, wrapped)
 
 
@@ -50,11 +51,13 @@ def hold_back(number):
       late = work(jnp.zeros((512, 512)))[0, 0]
       vae_params = jax.tree.map(lambda x: x + late, vae_params)
     return rollout(self, policies, vae_params, tasks, iteration)
+
   experience.Collector.rollout = held
 
 
 def prepare(moment, stage, number, signal, report):
   """Makes the moment come."""
+
   def strike(**seen):
     report.write_text(json.dumps(seen))
     os.kill(os.getpid(), signal)
@@ -67,17 +70,27 @@ def prepare(moment, stage, number, signal, report):
       if (folder.name, pathlib.Path(target).name) == (stage, str(number)):
         strike(found=sorted(path.name for path in folder.iterdir()))
       rename(source, target)
+
     os.rename = renamed
   elif moment == 'sampling':
     hold_back(number)
-    after(experience.Collector, 'rollout', lambda given: given['iteration'] == number,
-          lambda out: strike(ready=[x.is_ready() for x in jax.tree.leaves(out)]))
+    after(
+      experience.Collector,
+      'rollout',
+      lambda given: given['iteration'] == number,
+      lambda out: strike(ready=[x.is_ready() for x in jax.tree.leaves(out)]),
+    )
   elif moment == 'rewarded':
-    after(learner.Learner, 'collect', lambda given: given['iteration'] == number,
-          lambda out: strike())
+    after(
+      learner.Learner, 'collect', lambda given: given['iteration'] == number, lambda out: strike()
+    )
   else:
-    after(metrics_lib.Late, 'push', lambda given: (
-        given['self']._stage, given['step']) == (stage, number), lambda out: strike())
+    after(
+      metrics_lib.Late,
+      'push',
+      lambda given: (given['self']._stage, given['step']) == (stage, number),
+      lambda out: strike(),
+    )
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from lvrpo_jax.rewards.remote import http as remote_http
 KEY = 'align.judges.taste'
 SECRET = 'sk-very-secret-0123'
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOREVER_S = 60.
+FOREVER_S = 60.0
 
 
 class Scripted(server.ThreadingHTTPServer):
@@ -90,12 +90,11 @@ def prompts(B=2, **kwargs):
 
 def brightness(images_BGYXC):
   """What `judge_server.example_score` gives."""
-  return images_BGYXC.mean(axis=(2, 3, 4)) / 255.
+  return images_BGYXC.mean(axis=(2, 3, 4)) / 255.0
 
 
 class JudgeTestCase(parameterized.TestCase):
   """Starts servers and judges, and ends them with the test."""
-
 
   def setUp(self):
     super().setUp()
@@ -123,7 +122,7 @@ class JudgeTestCase(parameterized.TestCase):
     return web
 
   def judge(self, url, **kwargs):
-    kwargs = {'deadline_s': 20., 'timeout_s': 10., 'batch': 2, 'concurrency': 4, **kwargs}
+    kwargs = {'deadline_s': 20.0, 'timeout_s': 10.0, 'batch': 2, 'concurrency': 4, **kwargs}
     if kwargs.get('protocol') == 'chat':
       kwargs.setdefault('model', 'm')
     judge = remote_client.Judge(remote_client.Endpoint(url=url, **kwargs), KEY)
@@ -137,10 +136,14 @@ class JudgeTestCase(parameterized.TestCase):
 
   def failed(self, scored):
     """Counts of the causes, without zeros."""
-    return {cause: scored.stats[f'failed_{cause}'] for cause in remote_client.CAUSES
-            if scored.stats[f'failed_{cause}']}
+    return {
+      cause: scored.stats[f'failed_{cause}']
+      for cause in remote_client.CAUSES
+      if scored.stats[f'failed_{cause}']
+    }
 
   def assert_scores(self, scored, pixels_BGYXC):
     """Valid samples have the value of their image, and the others 0."""
     np.testing.assert_allclose(
-        scored.value_BG, np.where(scored.valid_BG, brightness(pixels_BGYXC), 0.), rtol=1e-6)
+      scored.value_BG, np.where(scored.valid_BG, brightness(pixels_BGYXC), 0.0), rtol=1e-6
+    )

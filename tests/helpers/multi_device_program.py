@@ -36,10 +36,19 @@ from tests.training import step_test
 ROWS, GROUP = 8, 2
 TASKS = tasks_lib.TASKS
 ALL = (*TASKS, tasks_lib.PLAN)
-MESHES = {'data': ((8, 1, 1), 'jit'), 'fsdp': ((1, 8, 1), 'jit'), 'mixed': ((2, 2, 2), 'jit'),
-          'pmap': ((8, 1, 1), 'pmap')}
-BATCHES = {'mixed': ALL, 'text': (tasks_lib.UNDERSTAND,), 'image': (tasks_lib.GENERATE,),
-           'edit': (tasks_lib.EDIT,), 'thinking': (tasks_lib.PLAN, tasks_lib.THINK_GENERATE)}
+MESHES = {
+  'data': ((8, 1, 1), 'jit'),
+  'fsdp': ((1, 8, 1), 'jit'),
+  'mixed': ((2, 2, 2), 'jit'),
+  'pmap': ((8, 1, 1), 'pmap'),
+}
+BATCHES = {
+  'mixed': ALL,
+  'text': (tasks_lib.UNDERSTAND,),
+  'image': (tasks_lib.GENERATE,),
+  'edit': (tasks_lib.EDIT,),
+  'thinking': (tasks_lib.PLAN, tasks_lib.THINK_GENERATE),
+}
 """Tasks that count in an update; samples of the others have no weight, and shapes stay."""
 
 
@@ -51,7 +60,7 @@ def make_config():
     part.update(dict.fromkeys(TASKS, ROWS))
   config.pretrain.update(understand=0, edit=0)  # Thinking has answers too.
   config.align.update(group=GROUP, steps_per_image=3, window=1)
-  config.data.update(answer_words=11, chatty=0., plan=0., describe=0.)
+  config.data.update(answer_words=11, chatty=0.0, plan=0.0, describe=0.0)
   return config
 
 
@@ -67,29 +76,44 @@ def make_experience(job, prompts):
 
   def text(task):
     return types.TextTrainBatch(
-        prompts[task], tokens, -np.abs(normal(ROWS, GROUP, T)) - 3.,
-        rng.random((ROWS, GROUP, T)) < 0.7, np.ones(ROWS, np.float32),
-        -np.abs(normal(ROWS, GROUP, T)) - 3., normal(ROWS, GROUP), valid)
+      prompts[task],
+      tokens,
+      -np.abs(normal(ROWS, GROUP, T)) - 3.0,
+      rng.random((ROWS, GROUP, T)) < 0.7,
+      np.ones(ROWS, np.float32),
+      -np.abs(normal(ROWS, GROUP, T)) - 3.0,
+      normal(ROWS, GROUP),
+      valid,
+    )
+
   x = lambda: normal(ROWS, M, N, C)
   time = lambda low: rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
-  transitions = types.Transitions(x(), x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(),
-                                  time(0.1))
+  transitions = types.Transitions(
+    x(), x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(), time(0.1)
+  )
   image = lambda task: types.ImageTrainBatch(
-      prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid)
+    prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid
+  )
   thought = think.ThinkTrajectory(text(tasks_lib.THINK_GENERATE), image(tasks_lib.THINK_GENERATE))
-  return {tasks_lib.UNDERSTAND: text(tasks_lib.UNDERSTAND),
-          tasks_lib.GENERATE: image(tasks_lib.GENERATE),
-          # The branch without the text has rows of its own.
-          tasks_lib.EDIT: image(tasks_lib.EDIT).replace(
-              guidance_BM=np.linspace(1.5, 4., ROWS * M, dtype=np.float32).reshape(ROWS, M)),
-          **jax.tree.map(np.asarray, think.split_think(
-              thought, job.policy.bos, normal(ROWS, GROUP), valid))}
+  return {
+    tasks_lib.UNDERSTAND: text(tasks_lib.UNDERSTAND),
+    tasks_lib.GENERATE: image(tasks_lib.GENERATE),
+    # The branch without the text has rows of its own.
+    tasks_lib.EDIT: image(tasks_lib.EDIT).replace(
+      guidance_BM=np.linspace(1.5, 4.0, ROWS * M, dtype=np.float32).reshape(ROWS, M)
+    ),
+    **jax.tree.map(
+      np.asarray, think.split_think(thought, job.policy.bos, normal(ROWS, GROUP), valid)
+    ),
+  }
 
 
 def only(batch, tasks):
   """The batch in which the samples of other tasks have no weight."""
-  return {task: b if task in tasks else b.replace(valid_BG=np.zeros_like(b.valid_BG))
-          for task, b in batch.items()}
+  return {
+    task: b if task in tasks else b.replace(valid_BG=np.zeros_like(b.valid_BG))
+    for task, b in batch.items()
+  }
 
 
 def run_updates(loss, params, vae_params, batches, shape, runner, count, **parts):
@@ -100,9 +124,18 @@ def run_updates(loss, params, vae_params, batches, shape, runner, count, **parts
   """
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:count])
   # Adam divides by the gradient's size; a large eps keeps rounding noise of tiny gradients small.
-  optimizer = optax.chain(optax.trace(0.), optimizer_lib.build(
-      kind='adamw', learning_rate=optimizer_lib.schedule('constant', 1e-2, 10, 1), b1=.9, b2=.98, eps=1e-2,
-      weight_decay=0.01, clip_norm=1.))
+  optimizer = optax.chain(
+    optax.trace(0.0),
+    optimizer_lib.build(
+      kind='adamw',
+      learning_rate=optimizer_lib.schedule('constant', 1e-2, 10, 1),
+      b1=0.9,
+      b2=0.98,
+      eps=1e-2,
+      weight_decay=0.01,
+      clip_norm=1.0,
+    ),
+  )
   step = step_lib.compile_step(loss, optimizer, mesh, runner=runner, **parts)
   out = {}
   for name, batch in batches.items():
@@ -118,8 +151,10 @@ def run_updates(loss, params, vae_params, batches, shape, runner, count, **parts
 
 def difference(one, two):
   """Largest absolute difference of two trees."""
-  return max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
-             for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+  return max(
+    float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+  )
 
 
 def largest(tree):
@@ -128,38 +163,57 @@ def largest(tree):
 
 def together(parts):
   """One loss of several, each on its own part of the batch: half the programs to compile."""
+
   def label(results):
-    return {f'{name}/{key}': value for name, result in results.items()
-            for key, value in result.items()}
+    return {
+      f'{name}/{key}': value for name, result in results.items() for key, value in result.items()
+    }
 
   def sums(params, state, frozen, batch):
     found = {name: loss.sums(params, state, frozen, batch[name]) for name, loss in parts.items()}
     return tuple(label({name: pair[i] for name, pair in found.items()}) for i in range(2))
 
   return step_lib.Loss(
-      lambda batch: label({name: loss.weights(batch[name]) for name, loss in parts.items()}), sums,
-      label({name: loss.coefficients for name, loss in parts.items()}))
+    lambda batch: label({name: loss.weights(batch[name]) for name, loss in parts.items()}),
+    sums,
+    label({name: loss.coefficients for name, loss in parts.items()}),
+  )
 
 
 def updates(job, params, vae_params, batches):
   """The losses on every mesh against one device."""
   p = job.config.pretrain
-  loss = together({
+  loss = together(
+    {
       'pretrain': losses.pretraining(job.policy, p.weights, p.draws, p.shift, job.config.seed),
-      'align': learner.alignment_loss(job)})
-  batches = {name: dict(batches, align=only(batches['align'], tasks))
-             for name, tasks in BATCHES.items()}
+      'align': learner.alignment_loss(job),
+    }
+  )
+  batches = {
+    name: dict(batches, align=only(batches['align'], tasks)) for name, tasks in BATCHES.items()
+  }
   one = run_updates(loss, params, vae_params, batches, (1, 1, 1), 'jit', 1)
-  out = {'one': {name: dict(metrics={k: float(v) for k, v in metrics.items()},
-                            moved=difference(got, params), gradient=largest(gradients))
-                 for name, (got, gradients, metrics) in one.items()}}
+  out = {
+    'one': {
+      name: dict(
+        metrics={k: float(v) for k, v in metrics.items()},
+        moved=difference(got, params),
+        gradient=largest(gradients),
+      )
+      for name, (got, gradients, metrics) in one.items()
+    }
+  }
   for mesh, (shape, runner) in MESHES.items():
     out[mesh] = {
-        name: dict(params=difference(got, one[name][0]),
-                   gradients=difference(gradients, one[name][1]),
-                   metrics={k: float(v) for k, v in metrics.items()})
-        for name, (got, gradients, metrics) in run_updates(
-            loss, params, vae_params, batches, shape, runner, 8).items()}
+      name: dict(
+        params=difference(got, one[name][0]),
+        gradients=difference(gradients, one[name][1]),
+        metrics={k: float(v) for k, v in metrics.items()},
+      )
+      for name, (got, gradients, metrics) in run_updates(
+        loss, params, vae_params, batches, shape, runner, 8
+      ).items()
+    }
   return out
 
 
@@ -169,10 +223,15 @@ def parts(job, params, vae_params, batch):
   loss = learner.alignment_loss
   one = run_updates(loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
   joint = dataclasses.replace(job, policy=dataclasses.replace(job.policy, joint=True))
-  got = run_updates(loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4, micro_batches=2,
-                    group_parts=GROUP)
-  return {'parts': dict(params=difference(got['all'][0], one['all'][0]),
-                        gradients=difference(got['all'][1], one['all'][1]))}
+  got = run_updates(
+    loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4, micro_batches=2, group_parts=GROUP
+  )
+  return {
+    'parts': dict(
+      params=difference(got['all'][0], one['all'][0]),
+      gradients=difference(got['all'][1], one['all'][1]),
+    )
+  }
 
 
 def linear():
@@ -184,10 +243,13 @@ def linear():
 def rollouts(job, params, vae_params, prompts):
   """Samples of one device and of eight."""
   found = {}
-  shapes = {'one': (1, 1, 1), **{mesh: shape for mesh, (shape, runner) in MESHES.items()
-                                 if runner == 'jit'}, 'apart': MESHES['mixed'][0]}
+  shapes = {
+    'one': (1, 1, 1),
+    **{mesh: shape for mesh, (shape, runner) in MESHES.items() if runner == 'jit'},
+    'apart': MESHES['mixed'][0],
+  }
   for name, shape in shapes.items():
-    mesh = mesh_lib.make_mesh(shape, jax.devices()[:1 if name == 'one' else 8])
+    mesh = mesh_lib.make_mesh(shape, jax.devices()[: 1 if name == 'one' else 8])
     placed = dataclasses.replace(job, mesh=mesh)
     if name == 'apart':
       config = ml_collections.ConfigDict(job.config)
@@ -196,23 +258,36 @@ def rollouts(job, params, vae_params, prompts):
       assert placed.rollout_mesh is not mesh
     tasks = experience.Tasks({}, {task: placed.place(p) for task, p in prompts.items()})
     # Texts and images by policies of their own.
-    policies = tuple(placement.shard_state(jax.tree.map(lambda x: factor * x, params), mesh)
-                     for factor in (1., .9))
-    found[name] = jax.tree.map(np.asarray, experience.Collector(placed).rollout(
-        policies, placement.shard_state(vae_params, mesh), tasks, 3))
+    policies = tuple(
+      placement.shard_state(jax.tree.map(lambda x: factor * x, params), mesh)
+      for factor in (1.0, 0.9)
+    )
+    found[name] = jax.tree.map(
+      np.asarray,
+      experience.Collector(placed).rollout(
+        policies, placement.shard_state(vae_params, mesh), tasks, 3
+      ),
+    )
   texts, images, pixels = found.pop('one')
   tokens = {task: text.tokens_BGT for task, text in texts.items()}
   logp = lambda texts: {task: text.logp_BGT for task, text in texts.items()}
-  return {'rollout': {name: dict(
-      tokens=sum(int(np.sum(tokens[task] != text.tokens_BGT)) for task, text in others.items()),
-      logp=difference(logp(texts), logp(others)),
-      latents=difference(images, other_images), pixels=difference(pixels, other_pixels))
-                      for name, (others, other_images, other_pixels) in found.items()},
-          'samples': dict(
-              distinct_texts=min(len(np.unique(x.reshape(ROWS * GROUP, -1), axis=0))
-                                 for x in tokens.values()),
-              deviation=min(float(np.std(x.latents_BGNC, axis=(0, 1)).min())
-                            for x in images.values()))}
+  return {
+    'rollout': {
+      name: dict(
+        tokens=sum(int(np.sum(tokens[task] != text.tokens_BGT)) for task, text in others.items()),
+        logp=difference(logp(texts), logp(others)),
+        latents=difference(images, other_images),
+        pixels=difference(pixels, other_pixels),
+      )
+      for name, (others, other_images, other_pixels) in found.items()
+    },
+    'samples': dict(
+      distinct_texts=min(
+        len(np.unique(x.reshape(ROWS * GROUP, -1), axis=0)) for x in tokens.values()
+      ),
+      deviation=min(float(np.std(x.latents_BGNC, axis=(0, 1)).min()) for x in images.values()),
+    ),
+  }
 
 
 def kernels():
@@ -220,8 +295,10 @@ def kernels():
   B, M, L, S, H, J, K = 4, 1, 72, 40, 4, 2, 16
   rng = np.random.default_rng(2)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  arrays = normal(B, M, L, H, K), [(normal(B, S, J, K), normal(B, S, J, K)),
-                                   (normal(B, M, L, J, K), normal(B, M, L, J, K))]
+  arrays = (
+    normal(B, M, L, H, K),
+    [(normal(B, S, J, K), normal(B, S, J, K)), (normal(B, M, L, J, K), normal(B, M, L, J, K))],
+  )
   keys = jnp.asarray(rng.random((B, S)) < 0.7)
   dense = jnp.asarray(rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool)
   factor = normal(B, M, L, H, K)
@@ -231,6 +308,7 @@ def kernels():
       q, kv = arrays
       out = attend(q, [attention.Block(k, v, mask) for (k, v), mask in zip(kv, masks)])
       return jnp.sum(factor * out), out
+
     return jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
 
   mesh, found = mesh_lib.make_mesh((2, 2, 2)), {}
@@ -238,26 +316,39 @@ def kernels():
     masks = attention.Mask(keys=keys), mask
     (_, out), gradients = run(attention.attend_xla, masks, arrays)
     with mesh_lib.scope(mesh):
-      (_, got), others = run(functools.partial(attention.attend_splash, interpret=True), masks,
-                             placement.shard_rows(arrays, mesh))
+      (_, got), others = run(
+        functools.partial(attention.attend_splash, interpret=True),
+        masks,
+        placement.shard_rows(arrays, mesh),
+      )
     assert got.sharding.spec[0] and got.sharding.spec[3] == 'tensor', got.sharding
-    found[name] = dict(output=difference(out, got), gradients=difference(gradients, others),
-                       largest=largest((out, gradients)))
+    found[name] = dict(
+      output=difference(out, got),
+      gradients=difference(gradients, others),
+      largest=largest((out, gradients)),
+    )
   return {'kernels': found}
 
 
 def main():
   assert len(jax.devices()) == 8, jax.devices()
   job = experiment_lib.build(make_config(), pathlib.Path('unused'))
-  params, vae_params = noise.parameters(job, .2)[:2]
+  params, vae_params = noise.parameters(job, 0.2)[:2]
   encode = lambda task, make: job.encoder(task, [make(task, i) for i in range(ROWS)])
   prompts = {task: encode(task, job.data.prompt).prompts for task in TASKS}
-  batches = {'pretrain': {task: encode(task, job.data.pretraining)
-                          for task in pretrain.sizes(job.config.pretrain)},
-             'align': make_experience(job, prompts)}
-  out = {**updates(job, params, vae_params, batches),
-         **parts(job, params, vae_params, batches['align']), **linear(),
-         **rollouts(job, params, vae_params, prompts), **kernels()}
+  batches = {
+    'pretrain': {
+      task: encode(task, job.data.pretraining) for task in pretrain.sizes(job.config.pretrain)
+    },
+    'align': make_experience(job, prompts),
+  }
+  out = {
+    **updates(job, params, vae_params, batches),
+    **parts(job, params, vae_params, batches['align']),
+    **linear(),
+    **rollouts(job, params, vae_params, prompts),
+    **kernels(),
+  }
   print(json.dumps(out))
 
 

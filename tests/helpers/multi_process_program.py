@@ -32,9 +32,17 @@ SEVERAL = dict(mesh=(2, 2, 2), rollout_mesh=(4, 1, 2), joint=True)
 def make_job(folder, several):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(steps=1, generate=ROWS, understand=ROWS, edit=0, steps_per_image=3, window=1,
-                      save_every=1, learning_rate=3e-3)
-  config.data.update(answer_words=4, chatty=0., plan=0., describe=0.)
+  config.align.update(
+    steps=1,
+    generate=ROWS,
+    understand=ROWS,
+    edit=0,
+    steps_per_image=3,
+    window=1,
+    save_every=1,
+    learning_rate=3e-3,
+  )
+  config.data.update(answer_words=4, chatty=0.0, plan=0.0, describe=0.0)
   config.parallel.update(SEVERAL if several else dict(mesh=(8, 1, 1)))
   return experiment_lib.build(config, folder / ('several' if several else 'one'))
 
@@ -44,7 +52,7 @@ def iteration(job):
   job.workdir.mkdir(parents=True, exist_ok=True)
   writer = metrics_lib.MetricWriter(job.workdir, jax.process_index())
   with mock.patch.object(align, 'PICTURES_EVERY', 1):
-    align.run(job, *noise.parameters(job, .2), writer)
+    align.run(job, *noise.parameters(job, 0.2), writer)
   writer.close()
 
 
@@ -54,7 +62,7 @@ def lines(folder):
 
 def restored(job):
   """The checkpoint of a workdir, laid out for the devices of this process."""
-  aligner = learner.Learner(job, *noise.parameters(job, .2))
+  aligner = learner.Learner(job, *noise.parameters(job, 0.2))
   store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align')
   state, record = store.restore(aligner.state)
   store.close()
@@ -69,29 +77,42 @@ def compare(folder):
   # The same devices as before, which now belong to one process, and another mesh.
   _, theirs, their_record = restored(dataclasses.replace(one, workdir=folder / 'several'))
   params = lambda state: jax.tree.leaves(jax.tree.map(np.asarray, state.params))
-  distance = lambda a, b: max(float(np.max(np.abs(x - y))) for x, y in zip(
-      params(a), params(b), strict=True))
+  distance = lambda a, b: max(
+    float(np.max(np.abs(x - y))) for x, y in zip(params(a), params(b), strict=True)
+  )
   return dict(
-      moved=distance(start, mine), difference=distance(mine, theirs), step=int(theirs.step),
-      iterations=[record['iteration'], their_record['iteration']],
-      reference=distance(*(s.replace(params=s.reference) for s in (mine, theirs))),
-      old=distance(*(s.replace(params=s.old) for s in (mine, theirs))),
-      optimizer=distance(*(s.replace(params=s.opt_state) for s in (mine, theirs))),
-      metrics=[lines(folder / name)[-1] for name in ('one', 'several')])
+    moved=distance(start, mine),
+    difference=distance(mine, theirs),
+    step=int(theirs.step),
+    iterations=[record['iteration'], their_record['iteration']],
+    reference=distance(*(s.replace(params=s.reference) for s in (mine, theirs))),
+    old=distance(*(s.replace(params=s.old) for s in (mine, theirs))),
+    optimizer=distance(*(s.replace(params=s.opt_state) for s in (mine, theirs))),
+    metrics=[lines(folder / name)[-1] for name in ('one', 'several')],
+  )
 
 
 def main():
-  folder, address, processes, process = (pathlib.Path(sys.argv[1]), sys.argv[2],
-                                         *map(int, sys.argv[3:]))
+  folder, address, processes, process = (
+    pathlib.Path(sys.argv[1]),
+    sys.argv[2],
+    *map(int, sys.argv[3:]),
+  )
   if processes > 1:
     jax.distributed.initialize(address, processes, process)
   assert len(jax.devices()) == 8 and jax.process_count() == processes, jax.devices()
   if processes > 1:
     iteration(make_job(folder, several=True))
     several = folder / 'several'
-    print(json.dumps(dict(
-        files=sorted(os.listdir(several)), lines=len(lines(several)),
-        events=len(list(several.rglob('*tfevents*'))))))
+    print(
+      json.dumps(
+        dict(
+          files=sorted(os.listdir(several)),
+          lines=len(lines(several)),
+          events=len(list(several.rglob('*tfevents*'))),
+        )
+      )
+    )
   else:
     print(json.dumps(compare(folder)))
 

@@ -10,12 +10,15 @@ from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 
-def parameters(job: experiment_lib.Experiment, scale: float = .3) -> tuple[Any, Any, Any]:
+def parameters(job: experiment_lib.Experiment, scale: float = 0.3) -> tuple[Any, Any, Any]:
   """Policy, autoencoder and judge with noise on every leaf, the same in every process."""
   image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
-  shapes = jax.eval_shape(lambda: (
+  shapes = jax.eval_shape(
+    lambda: (
       bagel.init(job.policy.config, jax.random.key(0)),
       job.policy.vae.init(jax.random.key(0), image)['params'],
-      job.judge.init(jax.random.key(0), image, job.captions(['']))['params']))
+      job.judge.init(jax.random.key(0), image, job.captions(['']))['params'],
+    )
+  )
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda s: (scale * rng.normal(size=s.shape)).astype(s.dtype), shapes)

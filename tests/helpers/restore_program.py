@@ -27,18 +27,22 @@ ROWS = 8
 
 def quadratic():
   """A loss that pulls every parameter towards a value of the batch: next to nothing to compile."""
+
   def sums(params, state, frozen, batch):
     del state, frozen
     off = sum(jnp.sum(jnp.square(x - jnp.mean(batch))) for x in jax.tree.leaves(params))
     return {'off': off}, {}
-  return step_lib.Loss(lambda batch: {'off': jnp.float32(len(batch))}, sums, {'off': 1.})
+
+  return step_lib.Loss(lambda batch: {'off': jnp.float32(len(batch))}, sums, {'off': 1.0})
 
 
 def on(shape, count):
   """A mesh of the first devices, and the compiled step there."""
   mesh = mesh_lib.make_mesh(shape, jax.devices()[:count])
-  optimizer = optimizer_lib.build('adamw', optimizer_lib.schedule('constant', 1e-2, 100, 1), .9, .98, 1e-4, .01, 1.)
-  return mesh, optimizer, step_lib.compile_step(quadratic(), optimizer, mesh, ema_decay=.9)
+  optimizer = optimizer_lib.build(
+    'adamw', optimizer_lib.schedule('constant', 1e-2, 100, 1), 0.9, 0.98, 1e-4, 0.01, 1.0
+  )
+  return mesh, optimizer, step_lib.compile_step(quadratic(), optimizer, mesh, ema_decay=0.9)
 
 
 def fresh(mesh, optimizer, params):
@@ -55,8 +59,11 @@ def run(state, mesh, step, first):
 
 def gathered(tree):
   """Names of the leaves that lie in parts and of which the host holds the whole."""
-  return [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(tree)
-          if not x.is_fully_replicated and x._npy_value is not None]
+  return [
+    jax.tree_util.keystr(path)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    if not x.is_fully_replicated and x._npy_value is not None
+  ]
 
 
 def main():
@@ -80,9 +87,10 @@ def main():
     store.close()
   out['gathered_by_restore'] = gathered(restored) + gathered(target)
   out['devices'] = sorted({len(x.sharding.device_set) for x in jax.tree.leaves(restored)})
-  difference = lambda one, two: max(float(np.max(np.abs(np.float64(a) - np.float64(b))))
-                                    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two),
-                                                    strict=True))
+  difference = lambda one, two: max(
+    float(np.max(np.abs(np.float64(a) - np.float64(b))))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+  )
   out['restored'] = difference(state, restored)
   out['gathered_by_looking'] = len(gathered(state))
   whole, rest = run(state, mesh, step, STEPS), run(restored, half, fewer, STEPS)

@@ -1,6 +1,6 @@
 """What one of two processes does where they have to agree; `multi_process_test` reads its output.
 
-    python -m tests.helpers.two_processes_program FOLDER ADDRESS PROCESS TASK [ARGUMENT]
+python -m tests.helpers.two_processes_program FOLDER ADDRESS PROCESS TASK [ARGUMENT]
 """
 
 from concurrent import futures
@@ -30,12 +30,12 @@ from lvrpo_jax.runtime import weights
 
 FIRST = 500
 STEPS = 8
-NOTICE = 3.
+NOTICE = 3.0
 """Seconds in which the coordination service, which looks once a second, sees a signal."""
 
 
 def make_state():
-  return placement.shard_state({'x': jnp.arange(4.)}, mesh.make_mesh((-1, 1, 1)))
+  return placement.shard_state({'x': jnp.arange(4.0)}, mesh.make_mesh((-1, 1, 1)))
 
 
 def loop(store, start, call):
@@ -85,6 +85,7 @@ def blind(steps):
     if jax.process_index() and int(directory.parent.name) in steps:
       raise OSError('stale file handle')
     return read(self, directory, *args, **kwargs)
+
   return mock.patch.object(ocp.StandardCheckpointHandler, 'restore', restore)
 
 
@@ -118,17 +119,23 @@ def kept(folder):
     def make():
       made.append(value)
       return {'x': value + jnp.zeros(4)}
+
     params = weights.make_or_restore(folder, 'kept', make_state(), make)
     out.append(float(np.asarray(params['x'].addressable_data(0))[0]))
 
   def blind(first, second):
     return mock.patch.object(
-        pathlib.Path, 'exists', lambda path, **k: (second if jax.process_index() else first)
-        if path.name == 'kept' else see(path, **k))
+      pathlib.Path,
+      'exists',
+      lambda path, **k: (
+        (second if jax.process_index() else first) if path.name == 'kept' else see(path, **k)
+      ),
+    )
+
   with blind(False, True):
-    keep(1.)
+    keep(1.0)
   with blind(True, False):
-    keep(2.)
+    keep(2.0)
   return dict(values=out, made=made)
 
 
@@ -139,11 +146,13 @@ def asked(folder):
   slow, failing, checks = futures.Future(), futures.Future(), []
   first = jax.process_index() == 0
   scored = remote_client.Scored(np.ones((1, 1), np.float32), np.ones((1, 1), bool), {})
-  threading.Timer(2.5 if first else 0., slow.set_result, [scored]).start()
+  threading.Timer(2.5 if first else 0.0, slow.set_result, [scored]).start()
   if first:
     failing.set_result(scored)
   else:
-    threading.Timer(1.5, failing.set_exception, [remote_client.JudgeUnavailable('no server')]).start()
+    threading.Timer(
+      1.5, failing.set_exception, [remote_client.JudgeUnavailable('no server')]
+    ).start()
   waits = pending.PendingRewards({'generate': slow, 'edit': failing}, lambda: checks.append(1))
   value = waits.result('generate').value_BG.tolist()
   try:

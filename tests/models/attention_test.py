@@ -53,11 +53,16 @@ def visible(query, key, row, i, j):
 
 
 class KeepMaskTest(parameterized.TestCase):
-
   def test_picture(self):
     ttccnn = layout([CAUSAL] * 2 + [FULL] * 2 + [NOISE] * 2, [0, 0, 1, 1, 2, 2])
-    want = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0],
-            [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    want = [
+      [1, 0, 0, 0, 0, 0],
+      [1, 1, 0, 0, 0, 0],
+      [1, 1, 1, 1, 0, 0],
+      [1, 1, 1, 1, 0, 0],
+      [1, 1, 1, 1, 1, 1],
+      [1, 1, 1, 1, 1, 1],
+    ]
     np.testing.assert_array_equal(attention.keep_mask(ttccnn, ttccnn)[0], want)
 
   @parameterized.parameters(CAUSAL, FULL, NOISE)
@@ -82,8 +87,15 @@ class KeepMaskTest(parameterized.TestCase):
     query, key = random_layout(rng, 6, 17), random_layout(rng, 6, 23)
     for q, k in ((query, key), (key, key)):
       got = np.asarray(attention.keep_mask(q, k))
-      want = np.array([[[visible(q, k, b, i, j) for j in range(k.sample_BL.shape[1])]
-                        for i in range(q.sample_BL.shape[1])] for b in range(6)])
+      want = np.array(
+        [
+          [
+            [visible(q, k, b, i, j) for j in range(k.sample_BL.shape[1])]
+            for i in range(q.sample_BL.shape[1])
+          ]
+          for b in range(6)
+        ]
+      )
       np.testing.assert_array_equal(got, want)
       self.assertBetween(want.mean(), 0.05, 0.95)
 
@@ -96,9 +108,8 @@ class KeepMaskTest(parameterized.TestCase):
 
 
 class RopeTest(absltest.TestCase):
-
   def test_oracle(self):
-    K, theta = 6, 100.
+    K, theta = 6, 100.0
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 4, K)).astype(np.float32)
     position = np.array([[0, 1, 7], [5, 5, 1000]])
@@ -116,9 +127,11 @@ class RopeTest(absltest.TestCase):
   def test_products_depend_on_distance_alone(self):
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 8)).astype(np.float32)
+
     def product(i, j):
       turn = lambda x, p: attention.apply_rope(x, *attention.rope_table(np.array([p]), 8, 1e4))
       return float(jnp.sum(turn(q, i) * turn(k, j)))
+
     self.assertAlmostEqual(product(3, 1), product(13, 11), places=5)
     self.assertNotAlmostEqual(product(3, 1), product(3, 2), places=3)
 
@@ -127,10 +140,10 @@ def attend_oracle(q, keys, values, masks):
   """All blocks side by side, key/value heads repeated; float64."""
   B, M, L, H, K = q.shape
   wide = lambda x: np.broadcast_to(x[:, None], (B, M, *x.shape[1:])) if x.ndim == 4 else x
-  k, v = (np.concatenate([wide(x) for x in xs], axis=2).astype(np.float64)
-          for xs in (keys, values))
-  mask = np.concatenate([np.broadcast_to(m, (B, M, L, x.shape[-3]))
-                         for m, x in zip(masks, keys)], axis=-1)
+  k, v = (np.concatenate([wide(x) for x in xs], axis=2).astype(np.float64) for xs in (keys, values))
+  mask = np.concatenate(
+    [np.broadcast_to(m, (B, M, L, x.shape[-3])) for m, x in zip(masks, keys)], axis=-1
+  )
   out = np.zeros(q.shape)
   for h in range(H):
     j = h // (H // k.shape[3])
@@ -142,9 +155,9 @@ def attend_oracle(q, keys, values, masks):
 
 
 class AttendTest(parameterized.TestCase):
-
-  @parameterized.product(shared=([True], [False], [True, False], [True, False, True]),
-                         kv_heads=(1, 2, 6))
+  @parameterized.product(
+    shared=([True], [False], [True, False], [True, False, True]), kv_heads=(1, 2, 6)
+  )
   def test_oracle(self, shared, kv_heads):
     B, M, L, H, K = 2, 3, 4, 6, 8
     rng = np.random.default_rng(0)
@@ -158,15 +171,16 @@ class AttendTest(parameterized.TestCase):
       mask = rng.random((B, 1 if one else M, L, 3 + number)) < 0.6
       mask[..., 0] |= number == 0
       masks.append(mask)
-    got = attention.attend(q, [attention.Block(k, v, attention.Mask(m))
-                               for k, v, m in zip(keys, values, masks)])
+    got = attention.attend(
+      q, [attention.Block(k, v, attention.Mask(m)) for k, v, m in zip(keys, values, masks)]
+    )
     np.testing.assert_allclose(got, attend_oracle(q, keys, values, masks), atol=1e-5)
 
   def test_heads_are_repeated_not_tiled(self):
     q = np.zeros((1, 1, 1, 4, 2), np.float32)
-    v = np.array([1., 2.], np.float32).reshape(1, 1, 2, 1) * np.ones((1, 1, 2, 2), np.float32)
+    v = np.array([1.0, 2.0], np.float32).reshape(1, 1, 2, 1) * np.ones((1, 1, 2, 2), np.float32)
     out = attention.attend(q, [attention.Block(v, v, attention.Mask())])
-    np.testing.assert_array_equal(out[0, 0, 0, :, 0], [1., 1., 2., 2.])
+    np.testing.assert_array_equal(out[0, 0, 0, :, 0], [1.0, 1.0, 2.0, 2.0])
 
   def test_hidden_keys_have_no_influence(self):
     rng = np.random.default_rng(0)
@@ -174,25 +188,27 @@ class AttendTest(parameterized.TestCase):
     q, k, v = normal(1, 1, 2, 2, 4), normal(1, 3, 1, 4), normal(1, 3, 1, 4)
     mask = np.array([[[[True, True, False]]]])
     run = lambda k, v: np.asarray(
-        attention.attend(q, [attention.Block(k, v, attention.Mask(mask))]))
+      attention.attend(q, [attention.Block(k, v, attention.Mask(mask))])
+    )
     other_k, other_v = k.copy(), v.copy()
-    other_k[:, 2], other_v[:, 2] = 100., -100.
+    other_k[:, 2], other_v[:, 2] = 100.0, -100.0
     np.testing.assert_array_equal(run(k, v), run(other_k, other_v))
 
   def test_no_visible_key_is_finite(self):
     rng = np.random.default_rng(0)
     v = rng.normal(size=(1, 3, 1, 4)).astype(np.float32)
-    out = attention.attend(np.ones((1, 1, 1, 1, 4), np.float32),
-                           [attention.Block(v, v, attention.Mask(np.zeros((1, 1, 1, 3), bool)))])
+    out = attention.attend(
+      np.ones((1, 1, 1, 1, 4), np.float32),
+      [attention.Block(v, v, attention.Mask(np.zeros((1, 1, 1, 3), bool)))],
+    )
     np.testing.assert_allclose(out[0, 0, 0, 0], v[0, :, 0].mean(0), atol=1e-6)
 
 
 class LayersTest(parameterized.TestCase):
-
   def test_linear_is_a_matrix_product(self):
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
     params = layers.Linear(7).init(jax.random.key(0), x)['params']
-    params['bias'] = jnp.arange(7.)
+    params['bias'] = jnp.arange(7.0)
     got = layers.Linear(7).apply({'params': params}, x)
     np.testing.assert_allclose(got, x @ np.asarray(params['kernel']) + np.arange(7), atol=1e-5)
 
@@ -210,14 +226,14 @@ class LayersTest(parameterized.TestCase):
     scale, bias = rng.normal(size=(2, 8)).astype(np.float32)
     params = {'scale': scale} if norm is layers.RMSNorm else {'scale': scale, 'bias': bias}
     got = norm(1e-3).apply({'params': params}, x)
-    centre = 0. if norm is layers.RMSNorm else x.mean(-1, keepdims=True)
+    centre = 0.0 if norm is layers.RMSNorm else x.mean(-1, keepdims=True)
     want = (x - centre) / np.sqrt(np.mean((x - centre) ** 2, -1, keepdims=True) + 1e-3) * scale
-    np.testing.assert_allclose(got, want + (0. if norm is layers.RMSNorm else bias), atol=1e-5)
+    np.testing.assert_allclose(got, want + (0.0 if norm is layers.RMSNorm else bias), atol=1e-5)
 
   def test_sincos_table(self):
     table = layers.sincos_table(3, 8)
     row, column = 2, 1
-    angles = lambda p: np.array([p * 10000. ** (-k / 2) for k in range(2)])
+    angles = lambda p: np.array([p * 10000.0 ** (-k / 2) for k in range(2)])
     want = np.concatenate([f(angles(p)) for p in (column, row) for f in (np.sin, np.cos)])
     np.testing.assert_allclose(table[row * 3 + column], want, atol=1e-6)
     with self.assertRaisesRegex(ValueError, '6.*multiple of 4'):
@@ -230,12 +246,12 @@ class LayersTest(parameterized.TestCase):
     np.testing.assert_array_equal(layers.spread_positions(1, 2, 4), [0, 2])
     for side in range(1, 33):
       for tokens in range(1, side + 1):
-        self.assertLen(set(layers.spread_positions(tokens, tokens, side).tolist()), tokens ** 2)
+        self.assertLen(set(layers.spread_positions(tokens, tokens, side).tolist()), tokens**2)
 
   def test_time_features(self):
-    got = layers.time_features(jnp.array([0., 0.5]), 8)
-    angle = 0.5 * 10000. ** (-np.arange(4) / 4)
-    np.testing.assert_allclose(got[0], [1.] * 4 + [0.] * 4, atol=1e-6)
+    got = layers.time_features(jnp.array([0.0, 0.5]), 8)
+    angle = 0.5 * 10000.0 ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(got[0], [1.0] * 4 + [0.0] * 4, atol=1e-6)
     np.testing.assert_allclose(got[1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-6)
 
 
@@ -247,18 +263,23 @@ def case(masked, seed=0, dtype='float32', sizes=(2, 2, 4, 2), L=72, S=40):
   valid = jnp.asarray(rng.random((B, S)) < 0.7).at[:, 0].set(True)
   own = jnp.asarray(np.random.default_rng(seed + 1).random((B, L)) < 0.7)
   mask = {
-      'context': (attention.Mask(keys=valid), attention.Mask()),
-      'causal': (attention.Mask(keys=valid), attention.Mask(causal=True)),
-      'causal_padded': (attention.Mask(keys=valid), attention.Mask(keys=own, causal=True)),
-      'causal_offset': (attention.Mask(), attention.Mask(causal=True)),
-      'alone': (None, attention.Mask()),
-      'dense': (None, attention.Mask(jnp.asarray(
-          rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool))),
+    'context': (attention.Mask(keys=valid), attention.Mask()),
+    'causal': (attention.Mask(keys=valid), attention.Mask(causal=True)),
+    'causal_padded': (attention.Mask(keys=valid), attention.Mask(keys=own, causal=True)),
+    'causal_offset': (attention.Mask(), attention.Mask(causal=True)),
+    'alone': (None, attention.Mask()),
+    'dense': (
+      None,
+      attention.Mask(jnp.asarray(rng.random((B, 1, L, L)) < 0.4) | jnp.eye(L, dtype=bool)),
+    ),
   }[masked]
-  blocks = [] if mask[0] is None else [
-      attention.Block(normal(B, S, J, K), normal(B, S, J, K), mask[0])]
+  blocks = (
+    [] if mask[0] is None else [attention.Block(normal(B, S, J, K), normal(B, S, J, K), mask[0])]
+  )
   return normal(B, M, L, H, K), [
-      *blocks, attention.Block(normal(B, M, L, J, K), normal(B, M, L, J, K), mask[1])]
+    *blocks,
+    attention.Block(normal(B, M, L, J, K), normal(B, M, L, J, K), mask[1]),
+  ]
 
 
 def value_and_gradients(attend, q, blocks):
@@ -269,19 +290,22 @@ def value_and_gradients(attend, q, blocks):
     q, kv = arrays
     out = attend(q, [b._replace(k=k, v=v) for b, (k, v) in zip(blocks, kv)])
     return jnp.sum(weight * out), out
+
   run = jax.jit(jax.value_and_grad(total, has_aux=True))
   (_, out), grads = run((q, [(b.k, b.v) for b in blocks]))
   return out, grads
 
 
 class MaskTest(parameterized.TestCase):
-
   def test_arrays(self):
     keys = jnp.asarray([[True, False, True], [False, True, True]])
     every, causal = np.ones((3, 3), bool), np.tri(3, dtype=bool)
-    for mask, want in ((attention.Mask(), [every]), (attention.Mask(causal=True), [causal]),
-                       (attention.Mask(keys=keys), [every & row for row in keys]),
-                       (attention.Mask(keys=keys, causal=True), [causal & row for row in keys])):
+    for mask, want in (
+      (attention.Mask(), [every]),
+      (attention.Mask(causal=True), [causal]),
+      (attention.Mask(keys=keys), [every & row for row in keys]),
+      (attention.Mask(keys=keys, causal=True), [causal & row for row in keys]),
+    ):
       got = jnp.broadcast_to(mask.array(3, 3), (len(want), 1, 3, 3))
       np.testing.assert_array_equal(got[:, 0], want)
 
@@ -290,12 +314,14 @@ class ImplementationsTest(parameterized.TestCase):
   """The kernels of accelerators, interpreted, against the plain one."""
 
   @parameterized.product(
-      masked=('context', 'causal', 'causal_padded', 'alone', 'dense'), name=('splash', 'cudnn'))
+    masked=('context', 'causal', 'causal_padded', 'alone', 'dense'), name=('splash', 'cudnn')
+  )
   def test_agrees_with_xla(self, masked, name):
     attend = {
-        'splash': functools.partial(attention.attend_splash, interpret=True),
-        # The same call, masks and layouts included, without the GPU's kernel.
-        'cudnn': functools.partial(attention.attend_cudnn, implementation='xla')}[name]
+      'splash': functools.partial(attention.attend_splash, interpret=True),
+      # The same call, masks and layouts included, without the GPU's kernel.
+      'cudnn': functools.partial(attention.attend_cudnn, implementation='xla'),
+    }[name]
     q, blocks = case(masked)
     want = value_and_gradients(attention.attend_xla, q, blocks)
     got = value_and_gradients(attend, q, blocks)
@@ -303,8 +329,11 @@ class ImplementationsTest(parameterized.TestCase):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
 
   @parameterized.parameters(
-      ('causal_offset', 'float32', 520, 600), ('causal_padded', 'bfloat16', 520, 600),
-      ('context', 'float32', 200, 600), ('dense', 'float32', 520, 40))
+    ('causal_offset', 'float32', 520, 600),
+    ('causal_padded', 'bfloat16', 520, 600),
+    ('context', 'float32', 200, 600),
+    ('dense', 'float32', 520, 40),
+  )
   def test_splash_of_several_blocks(self, masked, dtype, L, S):
     """Above 512 tokens blocks hold 512; a causal diagonal then starts inside of one."""
     self.assertEqual(splash.block(L), 512 if L > 512 else 128)
@@ -312,15 +341,17 @@ class ImplementationsTest(parameterized.TestCase):
     self.assertGreater(L + S, 512)
     q, blocks = case(masked, dtype=dtype, sizes=(1, 1, 2, 1), L=L, S=S)
     wide = lambda tree: jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+      lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree
+    )
     want = value_and_gradients(attention.attend_xla, wide(q), wide(blocks))
     got = value_and_gradients(functools.partial(attention.attend_splash, interpret=True), q, blocks)
     self.assertEqual({x.dtype.name for x in jax.tree.leaves(got)}, {dtype})
     self.assertGreater(min(float(jnp.abs(g).max()) for g in jax.tree.leaves(want)), 0.1)
     # Of 16 bits: eight significant ones, for numbers of up to 1.
     tolerance = 2e-5 if dtype == 'float32' else 1e-2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
-                 wide(got), want)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), wide(got), want
+    )
 
   @parameterized.parameters('context', 'causal', 'alone', 'dense')
   def test_cudnn_gets_even_lengths(self, masked):
@@ -331,11 +362,13 @@ class ImplementationsTest(parameterized.TestCase):
       self.assertEqual((q.shape[1] % 2, k.shape[1] % 2, v.shape[1] % 2), (0, 0, 0))
       self.assertEqual(options['mask'].shape[2:], (q.shape[1], k.shape[1]))
       return plain(q, k, v, **options)
+
     q, blocks = case(masked, L=65)
     want = value_and_gradients(attention.attend_xla, q, blocks)
     with mock.patch.object(jax.nn, 'dot_product_attention', refusing):
       got = value_and_gradients(
-          functools.partial(attention.attend_cudnn, implementation='xla'), q, blocks)
+        functools.partial(attention.attend_cudnn, implementation='xla'), q, blocks
+      )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), got, want)
 
   @parameterized.parameters('splash', 'cudnn', 'xla')
@@ -346,8 +379,13 @@ class ImplementationsTest(parameterized.TestCase):
     self.assertEqual(attention.choose('auto', q, blocks), 'xla')
 
   @parameterized.parameters(
-      ('tpu', 'float32', 'splash'), ('tpu', 'bfloat16', 'splash'), ('gpu', 'bfloat16', 'cudnn'),
-      ('gpu', 'float16', 'cudnn'), ('gpu', 'float32', 'xla'), ('cpu', 'bfloat16', 'xla'))
+    ('tpu', 'float32', 'splash'),
+    ('tpu', 'bfloat16', 'splash'),
+    ('gpu', 'bfloat16', 'cudnn'),
+    ('gpu', 'float16', 'cudnn'),
+    ('gpu', 'float32', 'xla'),
+    ('cpu', 'bfloat16', 'xla'),
+  )
   def test_auto_is_the_kernel_of_the_platform(self, backend, dtype, wanted):
     q, blocks = case('context', dtype=dtype)
     with mock.patch.object(jax, 'default_backend', return_value=backend):

@@ -15,64 +15,77 @@ from lvrpo_jax.models.bagel import model as bagel
 def tree(seed=0):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  return {'layers': {'und': {'q_proj': {'kernel': draw(3, 6, 4), 'bias': draw(3, 4)}},
-                     'gen': {'q_proj': {'kernel': draw(3, 6, 4)}}},
-          'head': {'kernel': draw(6, 8)}}
+  return {
+    'layers': {
+      'und': {'q_proj': {'kernel': draw(3, 6, 4), 'bias': draw(3, 4)}},
+      'gen': {'q_proj': {'kernel': draw(3, 6, 4)}},
+    },
+    'head': {'kernel': draw(6, 8)},
+  }
 
 
 class LoraTest(parameterized.TestCase):
-
   def test_fresh_adapters_change_nothing(self):
     params = tree()
     adapters = lora.init(params, 2, 'kernel$', jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, lora.merge(params, adapters, 3.), params)
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(params, adapters, 3.0), params)
 
   def test_merge_against_numpy(self):
     params = tree()
     adapters = lora.init(params, 2, r'und/.*kernel$|head', jax.random.key(0))
-    adapters = jax.tree.map(lambda x: x + .5, adapters)
+    adapters = jax.tree.map(lambda x: x + 0.5, adapters)
     merged = lora.merge(params, adapters, 1.5)
     pick = lambda t, layer: np.float64(t['layers']['und']['q_proj']['kernel'][layer])
     a, b = (np.float64(adapters['layers']['und']['q_proj']['kernel'][k]) for k in 'ab')
     for layer in range(3):
       np.testing.assert_allclose(
-          pick(merged, layer), pick(params, layer) + 1.5 * a[layer] @ b[layer], rtol=1e-5)
-    np.testing.assert_array_equal(merged['layers']['gen']['q_proj']['kernel'],
-                                  params['layers']['gen']['q_proj']['kernel'])
+        pick(merged, layer), pick(params, layer) + 1.5 * a[layer] @ b[layer], rtol=1e-5
+      )
+    np.testing.assert_array_equal(
+      merged['layers']['gen']['q_proj']['kernel'], params['layers']['gen']['q_proj']['kernel']
+    )
     self.assertFalse(np.array_equal(merged['head']['kernel'], params['head']['kernel']))
 
   def test_layers_have_factors_of_their_own_and_a_sensible_size(self):
     kernel = jnp.zeros((4, 400, 300))
     a = lora.init({'kernel': kernel}, 8, 'kernel', jax.random.key(1))['kernel']['a']
     self.assertEqual(a.shape, (4, 400, 8))
-    np.testing.assert_allclose(np.std(a), 400 ** -.5, rtol=.05)
+    np.testing.assert_allclose(np.std(a), 400**-0.5, rtol=0.05)
     self.assertFalse(np.array_equal(a[0], a[1]))
 
   def test_gradients_reach_the_second_factor_first(self):
     params = tree()
     adapters = lora.init(params, 2, 'head', jax.random.key(0))
-    grads = jax.grad(lambda x: jnp.sum(jnp.square(lora.merge(params, x, 1.)['head']['kernel'])))(
-        adapters)
+    grads = jax.grad(lambda x: jnp.sum(jnp.square(lora.merge(params, x, 1.0)['head']['kernel'])))(
+      adapters
+    )
     self.assertGreater(np.abs(grads['head']['kernel']['b']).max(), 0)
-    np.testing.assert_array_equal(grads['head']['kernel']['a'], 0.)
+    np.testing.assert_array_equal(grads['head']['kernel']['a'], 0.0)
 
   def test_whole_merges_where_there_are_adapters(self):
     params = tree()
-    adapters = jax.tree.map(lambda x: x + .5, lora.init(params, 2, 'kernel$', jax.random.key(0)))
+    adapters = jax.tree.map(lambda x: x + 0.5, lora.init(params, 2, 'kernel$', jax.random.key(0)))
     self.assertIs(lora.merge_adapters(params), params)
-    jax.tree.map(np.testing.assert_array_equal, lora.merge_adapters(lora.AdaptedParams(params, adapters, 1.5)),
-                 lora.merge(params, adapters, 1.5))
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      lora.merge_adapters(lora.AdaptedParams(params, adapters, 1.5)),
+      lora.merge(params, adapters, 1.5),
+    )
 
   def test_adapters_of_a_large_model_are_small(self):
     model = bagel_config.model_config(bagel_7b.get_config().architecture.to_dict())
     params = jax.eval_shape(lambda: bagel.init(model, jax.random.key(0)))
-    adapters = jax.eval_shape(lambda p: lora.init(
-        p, 32, bagel_7b.get_config().align.lora.target, jax.random.key(0)), params)
+    adapters = jax.eval_shape(
+      lambda p: lora.init(p, 32, bagel_7b.get_config().align.lora.target, jax.random.key(0)), params
+    )
     size = lambda tree: sum(np.prod(x.shape) for x in jax.tree.leaves(tree))
-    self.assertBetween(size(adapters) / size(params), .005, .02)
+    self.assertBetween(size(adapters) / size(params), 0.005, 0.02)
 
-  @parameterized.parameters((2, 'nothing', 'matches no kernel'), (2, 'bias', 'matches no kernel'),
-                            (5, 'q_proj/kernel', 'at most 4, the smaller side of layers/gen'))
+  @parameterized.parameters(
+    (2, 'nothing', 'matches no kernel'),
+    (2, 'bias', 'matches no kernel'),
+    (5, 'q_proj/kernel', 'at most 4, the smaller side of layers/gen'),
+  )
   def test_bad_settings(self, rank, target, message):
     with self.assertRaisesRegex(ValueError, message):
       lora.init(tree(), rank, target, jax.random.key(0))

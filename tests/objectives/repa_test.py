@@ -18,21 +18,22 @@ from lvrpo_jax.training import step as step_lib
 
 
 class MisalignmentTest(absltest.TestCase):
-
   def test_negative_cosine_against_numpy(self):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 5))
     expected = -(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    np.testing.assert_allclose(repa_lib.misalignment(jnp.asarray(a), jnp.asarray(b)), expected,
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+      repa_lib.misalignment(jnp.asarray(a), jnp.asarray(b)), expected, rtol=1e-5
+    )
 
   def test_bounds_scale_and_zero(self):
     a = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6)), jnp.float32)
-    np.testing.assert_allclose(repa_lib.misalignment(3. * a, .1 * a), -1., rtol=1e-5)
-    np.testing.assert_allclose(repa_lib.misalignment(a, -a), 1., rtol=1e-5)
-    value, gradient = jax.value_and_grad(
-        lambda x: repa_lib.misalignment(x, a).sum())(jnp.zeros_like(a))
-    self.assertEqual(float(value), 0.)
+    np.testing.assert_allclose(repa_lib.misalignment(3.0 * a, 0.1 * a), -1.0, rtol=1e-5)
+    np.testing.assert_allclose(repa_lib.misalignment(a, -a), 1.0, rtol=1e-5)
+    value, gradient = jax.value_and_grad(lambda x: repa_lib.misalignment(x, a).sum())(
+      jnp.zeros_like(a)
+    )
+    self.assertEqual(float(value), 0.0)
     self.assertTrue(np.isfinite(gradient).all())
 
   def test_gradient_against_differences(self):
@@ -45,7 +46,6 @@ class MisalignmentTest(absltest.TestCase):
 
 
 class PretrainingTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -53,22 +53,25 @@ class PretrainingTest(absltest.TestCase):
     cls.addClassCleanup(folder.cleanup)
     config = tiny.get_config()
     cls.job = job = experiment_lib.build(config, pathlib.Path(folder.name))
-    cls.repa = repa_lib.Repa(.5, 1, job.judge)
+    cls.repa = repa_lib.Repa(0.5, 1, job.judge)
     cls.policy = pretrain.initial(job)
     # The velocity head of a fresh model is zero, which hides every gradient behind it.
-    cls.policy['llm2vae']['kernel'] = .1 * jax.random.normal(
-        jax.random.key(5), cls.policy['llm2vae']['kernel'].shape)
-    cls.params = {**cls.policy,
-                  repa_lib.PROJECTOR: cls.repa.init(job.policy, jax.random.key(1))}
+    cls.policy['llm2vae']['kernel'] = 0.1 * jax.random.normal(
+      jax.random.key(5), cls.policy['llm2vae']['kernel'].shape
+    )
+    cls.params = {**cls.policy, repa_lib.PROJECTOR: cls.repa.init(job.policy, jax.random.key(1))}
     side = job.data.image_size
     judge = job.judge.init(jax.random.key(2), jnp.zeros((1, side, side, 3)), job.captions(['']))
     cls.frozen = {'vae': fit.fit_autoencoder(job), 'judge': judge['params']}
-    cls.batch = {task: job.encoder(task, [job.data.pretraining(task, i) for i in range(2)])
-                 for task in ('generate', 'understand', 'edit')}
+    cls.batch = {
+      task: job.encoder(task, [job.data.pretraining(task, i) for i in range(2)])
+      for task in ('generate', 'understand', 'edit')
+    }
 
   def total(self, params, repa):
-    loss = losses.pretraining(self.job.policy, dict(generate=1., understand=1., edit=1.), 2, 2.2, 3,
-                              repa)
+    loss = losses.pretraining(
+      self.job.policy, dict(generate=1.0, understand=1.0, edit=1.0), 2, 2.2, 3, repa
+    )
     state = step_lib.types.TrainState(jnp.int32(4), params, None)
     sums, _ = loss.sums(params, state, self.frozen, self.batch)
     weights = loss.weights(self.batch)
@@ -78,7 +81,7 @@ class PretrainingTest(absltest.TestCase):
   def test_other_losses_stay_and_the_projector_is_not_read(self):
     plain = jax.jit(lambda p: self.total(p, None))(self.policy)
     both = jax.jit(lambda p: self.total(p, self.repa))(self.params)
-    self.assertBetween(float(both.pop('repa')), -1., 1.)
+    self.assertBetween(float(both.pop('repa')), -1.0, 1.0)
     self.assertEqual(plain.keys(), both.keys())
     for name, value in plain.items():
       np.testing.assert_allclose(both[name], value, rtol=1e-5, err_msg=name)
@@ -86,18 +89,21 @@ class PretrainingTest(absltest.TestCase):
   def test_only_what_comes_before_the_layer_learns(self):
     gradient = jax.jit(jax.grad(lambda p: self.total(p, self.repa)['repa']))(self.params)
     layers = gradient['trunk']['layers']['gen']['down_proj']['kernel']
-    self.assertGreater(float(jnp.abs(layers[0]).max()), 0.)
-    self.assertEqual(float(jnp.abs(layers[1]).max()), 0.)
-    self.assertEqual(float(jnp.abs(gradient['llm2vae']['kernel']).max()), 0.)
-    self.assertGreater(float(jnp.abs(gradient['projector']['mlp_0']['kernel']).max()), 0.)
+    self.assertGreater(float(jnp.abs(layers[0]).max()), 0.0)
+    self.assertEqual(float(jnp.abs(layers[1]).max()), 0.0)
+    self.assertEqual(float(jnp.abs(gradient['llm2vae']['kernel']).max()), 0.0)
+    self.assertGreater(float(jnp.abs(gradient['projector']['mlp_0']['kernel']).max()), 0.0)
 
   def test_target_follows_the_grid_of_latent_tokens(self):
     images, patches = self.batch['generate'].target_BYXC, self.job.judge.vision_config.patch
     count = (images.shape[1] // patches) ** 2
     whole = self.repa.target(self.frozen['judge'], images, count)
     _, features = self.job.judge.apply(
-        {'params': self.frozen['judge']}, images.astype(jnp.float32) / 127.5 - 1., False,
-        method='embed_image')
+      {'params': self.frozen['judge']},
+      images.astype(jnp.float32) / 127.5 - 1.0,
+      False,
+      method='embed_image',
+    )
     np.testing.assert_allclose(whole, features, atol=1e-6)
     # One token stands for all: the mean of the features.
     one = self.repa.target(self.frozen['judge'], images, 1)

@@ -10,24 +10,28 @@ ALL = ('generate', 'understand', 'edit', 'plan', 'think_generate')
 
 
 class MultiDeviceTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     cls.out = jax_settings.on_devices(
-        'tests.helpers.multi_device_program', 8, timeout=900,
-        flags='--xla_cpu_multi_thread_eigen=false')
+      'tests.helpers.multi_device_program',
+      8,
+      timeout=900,
+      flags='--xla_cpu_multi_thread_eigen=false',
+    )
 
-  @parameterized.product(mesh=('data', 'fsdp', 'mixed', 'pmap'),
-                         batch=('mixed', 'text', 'image', 'edit', 'thinking'))
+  @parameterized.product(
+    mesh=('data', 'fsdp', 'mixed', 'pmap'), batch=('mixed', 'text', 'image', 'edit', 'thinking')
+  )
   def test_update_equals_one_device(self, mesh, batch):
     one, got = self.out['one'][batch], self.out[mesh][batch]
-    self.assertLess(got['gradients'], TOLERANCE * max(1., one['gradient']))
+    self.assertLess(got['gradients'], TOLERANCE * max(1.0, one['gradient']))
     self.assertLess(got['params'], TOLERANCE)
     self.assertEqual(got['metrics'].keys(), one['metrics'].keys())
     for name, value in one['metrics'].items():
-      self.assertAlmostEqual(got['metrics'][name], value,
-                             delta=TOLERANCE * max(1., abs(value)), msg=name)
+      self.assertAlmostEqual(
+        got['metrics'][name], value, delta=TOLERANCE * max(1.0, abs(value)), msg=name
+      )
 
   def test_parts_in_one_pass_equal_the_whole(self):
     self.assertLess(self.out['parts']['gradients'], TOLERANCE)
@@ -38,11 +42,15 @@ class MultiDeviceTest(parameterized.TestCase):
     self.assertTrue(self.out['linear']['donated'])
 
   @parameterized.parameters(
-      ('mixed', ALL), ('text', ('understand',)), ('image', ('generate',)), ('edit', ('edit',)),
-      ('thinking', ('plan', 'think_generate')))
+    ('mixed', ALL),
+    ('text', ('understand',)),
+    ('image', ('generate',)),
+    ('edit', ('edit',)),
+    ('thinking', ('plan', 'think_generate')),
+  )
   def test_update_moves(self, batch, counted):
     one = self.out['one'][batch]
-    self.assertEqual(one['metrics']['skipped'], 0.)
+    self.assertEqual(one['metrics']['skipped'], 0.0)
     self.assertGreater(one['moved'], 1e-3)
     for task in ALL:
       for name in (f'align/{task}', f'align/{task}_penalty'):
@@ -50,7 +58,7 @@ class MultiDeviceTest(parameterized.TestCase):
         if task in counted:
           self.assertGreater(value, 1e-4, name)
         else:
-          self.assertEqual(value, 0., name)
+          self.assertEqual(value, 0.0, name)
     for task in ('generate', 'plan', 'think_generate'):
       self.assertGreater(one['metrics'][f'loss/pretrain/{task}'], 1e-4)
 
@@ -68,7 +76,7 @@ class MultiDeviceTest(parameterized.TestCase):
     got = self.out['kernels'][masked]
     self.assertLess(got['output'], TOLERANCE)
     self.assertLess(got['gradients'], TOLERANCE)
-    self.assertGreater(got['largest'], 1.)
+    self.assertGreater(got['largest'], 1.0)
 
   def test_samples_differ(self):
     self.assertGreater(self.out['samples']['distinct_texts'], 4)

@@ -14,8 +14,10 @@ from absl.testing import parameterized
 from tests.helpers import jax_settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FLAGS = (f'{jax_settings.QUICK_COMPILE} --xla_cpu_multi_thread_eigen=false '
-         '--xla_force_host_platform_device_count=')
+FLAGS = (
+  f'{jax_settings.QUICK_COMPILE} --xla_cpu_multi_thread_eigen=false '
+  '--xla_force_host_platform_device_count='
+)
 TOLERANCE = 1e-5
 
 
@@ -29,10 +31,18 @@ def start(name, devices, *arguments):
   """Starts a program of the tests on so many devices."""
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
   return subprocess.Popen(
-      [sys.executable, '-m', name, *map(str, arguments)], cwd=ROOT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path,
-           'XLA_FLAGS': f'{FLAGS}{devices}'},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    [sys.executable, '-m', name, *map(str, arguments)],
+    cwd=ROOT,
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': path,
+      'XLA_FLAGS': f'{FLAGS}{devices}',
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def finish(process, timeout=600):
@@ -47,15 +57,15 @@ def finish(process, timeout=600):
 
 
 class MultiProcessTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
     folder, address = pathlib.Path(folder.name), f'localhost:{free_port()}'
-    run = lambda count, process: start('tests.helpers.multi_process_program', 8 // count, folder, address,
-                                       count, process)
+    run = lambda count, process: start(
+      'tests.helpers.multi_process_program', 8 // count, folder, address, count, process
+    )
     both = [run(2, process) for process in range(2)]
     for process in both:
       cls.addClassCleanup(process.kill)
@@ -65,7 +75,7 @@ class MultiProcessTest(absltest.TestCase):
   def test_state_equals_that_of_one_process(self):
     self.assertGreater(self.out['moved'], 2e-4)
     self.assertLess(self.out['difference'], TOLERANCE)
-    self.assertEqual(self.out['reference'], 0.)
+    self.assertEqual(self.out['reference'], 0.0)
     self.assertLess(self.out['old'], TOLERANCE)
     self.assertLess(self.out['optimizer'], TOLERANCE)
     self.assertEqual((self.out['step'], self.out['iterations']), (1, [1, 1]))
@@ -77,8 +87,9 @@ class MultiProcessTest(absltest.TestCase):
     for name, value in one.items():
       # An entropy is no mean of entropies of parts.
       if isinstance(value, float) and name not in ('seconds', 'time', 'pictures/hue_entropy'):
-        self.assertAlmostEqual(several[name], value, delta=TOLERANCE * max(1., abs(value)),
-                               msg=name)
+        self.assertAlmostEqual(
+          several[name], value, delta=TOLERANCE * max(1.0, abs(value)), msg=name
+        )
 
   def test_one_process_writes(self):
     self.assertEqual(*(found['files'] for found in self.files))
@@ -94,7 +105,9 @@ class RowBlockTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     address = f'localhost:{free_port()}'
-    both = [start('tests.helpers.row_block_program', 2, address, 2, process) for process in range(2)]
+    both = [
+      start('tests.helpers.row_block_program', 2, address, 2, process) for process in range(2)
+    ]
     for process in both:
       cls.addClassCleanup(process.kill)
     cls.found = [finish(process) for process in both]
@@ -102,17 +115,18 @@ class RowBlockTest(parameterized.TestCase):
   @parameterized.parameters(('tensor', 1), ('fsdp', 2), ('mixed', 2), ('data', 2))
   def test_every_row_is_drawn_once(self, mesh, count):
     parts = [found[mesh] for found in self.found]
-    self.assertEqual([part['block'] for part in parts],
-                     [[process % count, count] for process in range(2)])
+    self.assertEqual(
+      [part['block'] for part in parts], [[process % count, count] for process in range(2)]
+    )
     rows = list(range(8))
     for process, part in enumerate(parts):
-      self.assertEqual(part['drawn'], rows[process % count::count])
+      self.assertEqual(part['drawn'], rows[process % count :: count])
       self.assertEqual(part['shape'], [8, 1])
       self.assertEqual(part['local'], part['drawn'])
       self.assertCountEqual(part['whole'], rows)
       self.assertEqual(part['whole'], parts[0]['whole'])
       for first, shard in part['shards'].items():
-        self.assertEqual(shard, part['whole'][int(first):int(first) + len(shard)])
+        self.assertEqual(shard, part['whole'][int(first) : int(first) + len(shard)])
 
   def test_processes_that_share_rows_agree(self):
     for process, found in enumerate(self.found):
@@ -121,12 +135,13 @@ class RowBlockTest(parameterized.TestCase):
 
 
 class AgreementTest(absltest.TestCase):
-
   def run_both(self, folder, *arguments):
     """What both of two processes print."""
     address = f'localhost:{free_port()}'
-    both = [start('tests.helpers.two_processes_program', 1, folder, address, process, *arguments)
-            for process in range(2)]
+    both = [
+      start('tests.helpers.two_processes_program', 1, folder, address, process, *arguments)
+      for process in range(2)
+    ]
     for process in both:
       self.addCleanup(process.kill)
     # Seconds are enough: processes that disagree wait for each other.
@@ -148,13 +163,13 @@ class AgreementTest(absltest.TestCase):
 
   def test_one_sees_for_all_what_is_there(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
-    self.assertEqual(self.run_both(folder, 'kept'), dict(values=[1., 1.], made=[1.]))
+    self.assertEqual(self.run_both(folder, 'kept'), dict(values=[1.0, 1.0], made=[1.0]))
 
   def test_a_judge_that_fails_one_stops_all(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
     out = self.run_both(folder, 'asked')
     self.assertGreaterEqual(out.pop('checks'), 2)
-    self.assertEqual(out, dict(value=[[1.]], failed=True))
+    self.assertEqual(out, dict(value=[[1.0]], failed=True))
 
 
 if __name__ == '__main__':

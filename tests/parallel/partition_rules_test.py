@@ -24,7 +24,8 @@ from lvrpo_jax.runtime import weights
 from lvrpo_jax.training import step as step_lib
 
 REPLICATED_KERNELS = {
-    'vae2llm/kernel', 'llm2vae/kernel',  # A few channels on one side.
+  'vae2llm/kernel',
+  'llm2vae/kernel',  # A few channels on one side.
 }
 """Kernels that no rule of the table splits."""
 
@@ -37,15 +38,20 @@ def described(data=1, fsdp=1, tensor=1):
 @functools.cache
 def job_of(config):
   """The job of a config on one device; nothing is made."""
-  return experiment_lib.build(importlib.import_module(f'configs.{config}').get_config(),
-                       pathlib.Path('unused'), jax.devices()[:1])
+  return experiment_lib.build(
+    importlib.import_module(f'configs.{config}').get_config(),
+    pathlib.Path('unused'),
+    jax.devices()[:1],
+  )
 
 
 @functools.cache
 def shapes_of(config, kind):
   """Shapes and dtypes of the parameters of a job, by name."""
   tree = weights.template(job_of(config), kind)
-  return {placement.parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    placement.parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def base_shapes():
@@ -54,24 +60,23 @@ def base_shapes():
 
 
 class PartitionTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('trunk/layers/und/q_proj/kernel', (2, 16, 8), P(None, 'fsdp', 'tensor')),
-      ('trunk/layers/gen/down_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('trunk/layers/und/o_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
-      ('vit/layers/fc2/kernel', (2, 9, 8), P(None, None, ('fsdp', 'tensor'))),
-      ('vit/patch_embedding/kernel', (9, 8), P(None, ('fsdp', 'tensor'))),
-      ('latent_pos_embed', (9, 8), P(None, ('fsdp', 'tensor'))),
-      ('latent_pos_embed', (9, 12), P(None, 'fsdp')),  # 12 does not divide by 8.
-      ('decoder/up_0/block_1/conv2/kernel', (3, 3, 4, 8), P(None, None, None, ('fsdp', 'tensor'))),
-      ('embed_tokens', (16, 8), P('tensor', 'fsdp')),
-      ('lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
-      ('time_embedder/mlp_0/kernel', (16, 8), P(('fsdp', 'tensor'), None)),
-      ('connector_fc1/kernel', (16, 8), P(('fsdp', 'tensor'), None)),
-      ('trunk/layers/und/q_proj/bias', (2, 8), P(None, None)),
-      ('.params/lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
-      ('step', (), P()),
+    ('trunk/layers/und/q_proj/kernel', (2, 16, 8), P(None, 'fsdp', 'tensor')),
+    ('trunk/layers/gen/down_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
+    ('trunk/layers/und/o_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
+    ('vit/layers/out_proj/kernel', (2, 16, 8), P(None, 'tensor', 'fsdp')),
+    ('vit/layers/fc2/kernel', (2, 9, 8), P(None, None, ('fsdp', 'tensor'))),
+    ('vit/patch_embedding/kernel', (9, 8), P(None, ('fsdp', 'tensor'))),
+    ('latent_pos_embed', (9, 8), P(None, ('fsdp', 'tensor'))),
+    ('latent_pos_embed', (9, 12), P(None, 'fsdp')),  # 12 does not divide by 8.
+    ('decoder/up_0/block_1/conv2/kernel', (3, 3, 4, 8), P(None, None, None, ('fsdp', 'tensor'))),
+    ('embed_tokens', (16, 8), P('tensor', 'fsdp')),
+    ('lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
+    ('time_embedder/mlp_0/kernel', (16, 8), P(('fsdp', 'tensor'), None)),
+    ('connector_fc1/kernel', (16, 8), P(('fsdp', 'tensor'), None)),
+    ('trunk/layers/und/q_proj/bias', (2, 8), P(None, None)),
+    ('.params/lm_head/kernel', (16, 8), P('fsdp', 'tensor')),
+    ('step', (), P()),
   )
   def test_table(self, name, shape, want):
     self.assertEqual(partition_rules.partition(name, shape, described(fsdp=4, tensor=2)), want)
@@ -81,8 +86,12 @@ class PartitionTest(parameterized.TestCase):
     for kind in (weights.BASE, weights.VAE):
       for name, leaf in shapes_of('bagel_7b', kind).items():
         spec = partition_rules.partition(name, leaf.shape, described(**sizes))
-        parts = math.prod(sizes.get(axis, 1) for entry in spec if entry
-                          for axis in ((entry,) if isinstance(entry, str) else entry))
+        parts = math.prod(
+          sizes.get(axis, 1)
+          for entry in spec
+          if entry
+          for axis in ((entry,) if isinstance(entry, str) else entry)
+        )
         if parts == 1:
           self.assertLessEqual(math.prod(leaf.shape), partition_rules.SMALL, name)
 
@@ -93,15 +102,24 @@ class PartitionTest(parameterized.TestCase):
       self.assertEqual(partition_rules.partition(part + kernel, (16, 8), mesh), want)
     for part in ('.params/', '.ema/', ''):
       self.assertEqual(partition_rules.partition(part + kernel, (16, 8), mesh), P('fsdp', 'tensor'))
-    self.assertEqual(partition_rules.partition('.old/' + kernel, (12, 8), mesh), P('fsdp', 'tensor'))
-    self.assertEqual(partition_rules.partition('.old/' + kernel, (16, 8), described(fsdp=4, tensor=2)),
-                     P('fsdp', 'tensor'))
+    self.assertEqual(
+      partition_rules.partition('.old/' + kernel, (12, 8), mesh), P('fsdp', 'tensor')
+    )
+    self.assertEqual(
+      partition_rules.partition('.old/' + kernel, (16, 8), described(fsdp=4, tensor=2)),
+      P('fsdp', 'tensor'),
+    )
 
   def test_axis_that_does_not_divide_is_named(self):
     with self.assertRaises(ValueError) as caught:
       partition_rules.partition('trunk/layers/und/q_proj/kernel', (2, 16, 9), described(tensor=4))
-    for part in ('trunk/layers/und/q_proj/kernel', '(2, 16, 9)', 'axis of 9', '4 devices',
-                 "'tensor'"):
+    for part in (
+      'trunk/layers/und/q_proj/kernel',
+      '(2, 16, 9)',
+      'axis of 9',
+      '4 devices',
+      "'tensor'",
+    ):
       self.assertIn(part, str(caught.exception))
     with self.assertRaisesRegex(ValueError, "axis of 9 .* 2 devices of mesh axis 'fsdp'"):
       partition_rules.partition('lm_head/kernel', (9, 8), described(fsdp=2))
@@ -110,8 +128,11 @@ class PartitionTest(parameterized.TestCase):
     shapes = base_shapes()
     kernels = {name for name in shapes if name.endswith('kernel')}
     self.assertGreater(len(kernels), 20)
-    bare = {name for name in kernels
-            if not any(partition_rules.partition(name, shapes[name], described()))}
+    bare = {
+      name
+      for name in kernels
+      if not any(partition_rules.partition(name, shapes[name], described()))
+    }
     self.assertEqual(bare, REPLICATED_KERNELS)
     every = [*shapes, *shapes_of('bagel_7b', weights.VAE), *shapes_of('base', weights.JUDGE)]
     for pattern, _ in partition_rules.TABLE:
@@ -120,7 +141,9 @@ class PartitionTest(parameterized.TestCase):
   def test_most_parameters_are_split(self):
     shapes = base_shapes()
     size = lambda chosen: sum(int(np.prod(shapes[name])) for name in chosen)
-    split = [name for name in shapes if any(partition_rules.partition(name, shapes[name], described()))]
+    split = [
+      name for name in shapes if any(partition_rules.partition(name, shapes[name], described()))
+    ]
     self.assertGreater(size(split) / size(shapes), 0.85)
 
   def test_default_model_fits_small_meshes(self):
@@ -133,13 +156,13 @@ class JudgeTest(parameterized.TestCase):
   """The judge lies on every mesh on which the policy does."""
 
   @parameterized.parameters(
-      ('vision/layers_0/attention/q_proj/kernel', (1152, 16, 72), P('fsdp', None, None)),
-      ('text/layers_0/attention/out_proj/kernel', (16, 72, 1152), P(None, None, 'fsdp')),
-      ('vision/head/attention/v_proj/kernel', (4, 1152, 16, 72), P(None, 'fsdp', None, None)),
-      ('text/layers_0/mlp/fc2/kernel', (4304, 1152), P(None, 'fsdp')),
-      ('text/tokens/embedding', (151669, 96), P(None, 'fsdp')),
-      ('vision/positions', (729, 1152), P(None, 'fsdp')),
-      ('vision/layers_0/attention/q_proj/kernel', (96, 4, 24), P()),  # At most 1 MB.
+    ('vision/layers_0/attention/q_proj/kernel', (1152, 16, 72), P('fsdp', None, None)),
+    ('text/layers_0/attention/out_proj/kernel', (16, 72, 1152), P(None, None, 'fsdp')),
+    ('vision/head/attention/v_proj/kernel', (4, 1152, 16, 72), P(None, 'fsdp', None, None)),
+    ('text/layers_0/mlp/fc2/kernel', (4304, 1152), P(None, 'fsdp')),
+    ('text/tokens/embedding', (151669, 96), P(None, 'fsdp')),
+    ('vision/positions', (729, 1152), P(None, 'fsdp')),
+    ('vision/layers_0/attention/q_proj/kernel', (96, 4, 24), P()),  # At most 1 MB.
   )
   def test_large_parameters_are_split_by_width(self, name, shape, want):
     self.assertEqual(partition_rules.partition(name, shape, described(fsdp=32, tensor=4)), want)
@@ -148,13 +171,17 @@ class JudgeTest(parameterized.TestCase):
     case = 'text/tokens/embedding', (151669, 100), described(fsdp=32, tensor=4)
     with self.assertLogs(level='WARNING') as logged:
       self.assertEqual(partition_rules.partition(*case), P())
-    self.assertIn('text/tokens/embedding of shape (151669, 100), of the judge, does not divide',
-                  logged.output[0])
+    self.assertIn(
+      'text/tokens/embedding of shape (151669, 100), of the judge, does not divide',
+      logged.output[0],
+    )
     with self.assertNoLogs(level='WARNING'):
       partition_rules.partition(*case)
 
-  @parameterized.product(config=('tiny', 'base', 'bagel_7b'),
-                         mesh=((1, 8, 1), (1, 32, 1), (1, 64, 1), (2, 32, 1), (2, 4, 4)))
+  @parameterized.product(
+    config=('tiny', 'base', 'bagel_7b'),
+    mesh=((1, 8, 1), (1, 32, 1), (1, 64, 1), (2, 32, 1), (2, 4, 4)),
+  )
   def test_templates(self, config, mesh):
     """The policy's widths of 16 (tiny) and 96 (base) bound fsdp; nothing does for the judge."""
     _, fsdp, tensor = mesh
@@ -176,9 +203,12 @@ class JudgeTest(parameterized.TestCase):
     for kind in (weights.BASE, weights.VAE, weights.JUDGE):
       found = shapes_of('bagel_7b', kind)
       sizes[kind] = sum(x.size * x.dtype.itemsize for x in found.values())
-      whole = {name: x.shape for name, x in found.items()
-               if not any(partition_rules.partition(name, x.shape, mesh))
-               and x.size * x.dtype.itemsize > 2 ** 20}
+      whole = {
+        name: x.shape
+        for name, x in found.items()
+        if not any(partition_rules.partition(name, x.shape, mesh))
+        and x.size * x.dtype.itemsize > 2**20
+      }
       self.assertEqual(whole, {})
     # All of the judge is 1.4 MB, so every device holds it whole.
     self.assertBetween(sizes[weights.JUDGE], 1.4e6, 1.5e6)
@@ -189,12 +219,13 @@ class AdapterTest(parameterized.TestCase):
   """Low-rank adapters lie as their kernels do."""
 
   @parameterized.parameters(
-      ('und/q_proj/kernel/a', (28, 3584, 16), P(None, ('fsdp', 'tensor'), None)),
-      ('und/q_proj/kernel/b', (28, 16, 3584), P(None, None, ('tensor', 'fsdp'))),
-      ('gen/down_proj/kernel/a', (28, 18944, 16), P(None, ('tensor', 'fsdp'), None)),
-      ('gen/down_proj/kernel/b', (28, 16, 3584), P(None, None, ('fsdp', 'tensor'))),
-      ('und/k_proj/kernel/b', (28, 16, 12), P(None, None, 'tensor')),  # 12 is no multiple of 32.
-      ('und/k_proj/kernel/a', (28, 24, 16), P(None, 'fsdp', None)))
+    ('und/q_proj/kernel/a', (28, 3584, 16), P(None, ('fsdp', 'tensor'), None)),
+    ('und/q_proj/kernel/b', (28, 16, 3584), P(None, None, ('tensor', 'fsdp'))),
+    ('gen/down_proj/kernel/a', (28, 18944, 16), P(None, ('tensor', 'fsdp'), None)),
+    ('gen/down_proj/kernel/b', (28, 16, 3584), P(None, None, ('fsdp', 'tensor'))),
+    ('und/k_proj/kernel/b', (28, 16, 12), P(None, None, 'tensor')),  # 12 is no multiple of 32.
+    ('und/k_proj/kernel/a', (28, 24, 16), P(None, 'fsdp', None)),
+  )
   def test_factors(self, name, shape, want):
     mesh = described(data=2, fsdp=8, tensor=4)
     for part in ('', '.params/', '.old/', '.opt_state/[0]/.mu/'):
@@ -210,13 +241,18 @@ class AdapterTest(parameterized.TestCase):
     mesh = jax.sharding.AbstractMesh(mesh, partition_rules.AXES)
     config = bagel_7b.get_config().align.lora
     params = weights.template(job_of('bagel_7b'), weights.BASE)
-    state = jax.eval_shape(lambda p: step_lib.init(
-        lora.init(p, 16, config.target, jax.random.key(0)), optax.adam(1.), ema=True, old=True),
-                           params)
+    state = jax.eval_shape(
+      lambda p: step_lib.init(
+        lora.init(p, 16, config.target, jax.random.key(0)), optax.adam(1.0), ema=True, old=True
+      ),
+      params,
+    )
     where = placement.tree_shardings(state, mesh)
-    sizes = [(x.size, math.prod(s.shard_shape(x.shape)))
-             for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True)]
-    self.assertGreater(max(whole for whole, _ in sizes), 2 ** 22)
+    sizes = [
+      (x.size, math.prod(s.shard_shape(x.shape)))
+      for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True)
+    ]
+    self.assertGreater(max(whole for whole, _ in sizes), 2**22)
     for whole, part in sizes:
       self.assertLessEqual(part, whole if whole <= partition_rules.SMALL else whole / 4)
 
@@ -231,17 +267,25 @@ class WholeTest(parameterized.TestCase):
         partition_rules.partition(f'{part}trunk/router/kernel', (512, 513), described(tensor=2))
 
   def test_small_and_known_parameters_are_whole(self):
-    for name, shape in (('trunk/router/kernel', (512, 512)), ('vit/fc1/bias', (26, 99999)),
-                        ('trunk/layers/und/input_norm/scale', (80, 8192)),
-                        ('llm2vae/kernel', (8192, 64)), ('decoder/kernel', (512, 3072))):
+    for name, shape in (
+      ('trunk/router/kernel', (512, 512)),
+      ('vit/fc1/bias', (26, 99999)),
+      ('trunk/layers/und/input_norm/scale', (80, 8192)),
+      ('llm2vae/kernel', (8192, 64)),
+      ('decoder/kernel', (512, 3072)),
+    ):
       self.assertFalse(any(partition_rules.partition(name, shape, described(fsdp=8))), name)
 
   def test_one_device_asks_for_no_rules(self):
     self.assertFalse(any(partition_rules.partition('router/kernel', (999, 999), described())))
 
   def test_every_pattern_is_needed(self):
-    every = [name for config in ('base', 'bagel_7b') for kind in (weights.BASE, weights.VAE)
-             for name in shapes_of(config, kind)]
+    every = [
+      name
+      for config in ('base', 'bagel_7b')
+      for kind in (weights.BASE, weights.VAE)
+      for name in shapes_of(config, kind)
+    ]
     for pattern in partition_rules.REPLICATED:
       self.assertTrue(any(re.search(pattern, name) for name in every), pattern)
 

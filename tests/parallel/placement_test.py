@@ -20,7 +20,6 @@ from lvrpo_jax.training import step as step_lib
 
 
 class MeshTest(parameterized.TestCase):
-
   def test_rest(self):
     for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, 1)):
       mesh = mesh_lib.make_mesh(shape, jax.devices()[:1])
@@ -39,14 +38,21 @@ class MeshTest(parameterized.TestCase):
 
 def sliced(slices, count, platform='gpu'):
   """Devices of several slices; those of TPUs lie in squares of four columns."""
-  return [python_types.SimpleNamespace(
-      id=number, slice_index=number // count, process_index=number // count, platform=platform,
-      device_kind=platform, core_on_chip=0, coords=(number % count // 4, number % 4, 0))
-          for number in range(slices * count)]
+  return [
+    python_types.SimpleNamespace(
+      id=number,
+      slice_index=number // count,
+      process_index=number // count,
+      platform=platform,
+      device_kind=platform,
+      core_on_chip=0,
+      coords=(number % count // 4, number % 4, 0),
+    )
+    for number in range(slices * count)
+  ]
 
 
 class SlicesTest(parameterized.TestCase):
-
   def make(self, shape, devices, slices=(-1, 1, 1)):
     """The grid of devices that becomes the mesh; jax takes only real ones for a mesh."""
     with mock.patch.object(mesh_lib, 'Mesh') as mesh:
@@ -54,10 +60,15 @@ class SlicesTest(parameterized.TestCase):
     return mesh.call_args.args[0]
 
   @parameterized.parameters(
-      (4, 8, 'gpu', (-1, 1, 1), (4, 8, 1)), (8, 8, 'gpu', (-1, 1, 1), (8, 8, 1)),
-      (2, 16, 'tpu', (-1, 1, 1), (2, 16, 1)), (2, 64, 'tpu', (-1, 1, 1), (4, 32, 1)),
-      (4, 8, 'gpu', (1, -1, 1), (1, 32, 1)), (8, 8, 'gpu', (1, -1, 1), (2, 32, 1)),
-      (1, 8, 'gpu', (-1, 1, 1), (1, 8, 1)), (1, 64, 'tpu', (-1, 1, 1), (2, 32, 1)))
+    (4, 8, 'gpu', (-1, 1, 1), (4, 8, 1)),
+    (8, 8, 'gpu', (-1, 1, 1), (8, 8, 1)),
+    (2, 16, 'tpu', (-1, 1, 1), (2, 16, 1)),
+    (2, 64, 'tpu', (-1, 1, 1), (4, 32, 1)),
+    (4, 8, 'gpu', (1, -1, 1), (1, 32, 1)),
+    (8, 8, 'gpu', (1, -1, 1), (2, 32, 1)),
+    (1, 8, 'gpu', (-1, 1, 1), (1, 8, 1)),
+    (1, 64, 'tpu', (-1, 1, 1), (2, 32, 1)),
+  )
   def test_the_largest_model_fits_slices(self, count, each, platform, slices, want):
     """A size of 0 stays within a slice, unless the config puts slices along its axis."""
     shape = tuple(bagel_7b.get_config().parallel.mesh)
@@ -73,34 +84,42 @@ class SlicesTest(parameterized.TestCase):
         self.assertEqual({d.slice_index for d in part.flat}, {number})
 
   def test_slices_that_do_not_divide(self):
-    with self.assertRaisesRegex(ValueError, r'parallel.slices is \(4, 1, 1\); allowed: divisors of '
-                                r'parallel.mesh = \(1, 32, 1\)'):
+    with self.assertRaisesRegex(
+      ValueError,
+      r'parallel.slices is \(4, 1, 1\); allowed: divisors of '
+      r'parallel.mesh = \(1, 32, 1\)',
+    ):
       self.make((1, 32, 1), sliced(4, 8))
-    with self.assertRaisesRegex(ValueError, r'parallel.slices is \(3, 1, 1\), which does not '
-                                'multiply to the 4 slices'):
+    with self.assertRaisesRegex(
+      ValueError,
+      r'parallel.slices is \(3, 1, 1\), which does not '
+      'multiply to the 4 slices',
+    ):
       self.make((-1, 0, 1), sliced(4, 8), (3, 1, 1))
 
 
 class RowBlockTest(parameterized.TestCase):
-
   def mesh(self, shape, processes):
     """A described mesh whose devices belong to these processes, in order."""
     devices = np.array([python_types.SimpleNamespace(process_index=p) for p in processes])
-    return python_types.SimpleNamespace(devices=devices.reshape(shape),
-                                        shape=dict(zip(mesh_lib.AXES, shape)))
+    return python_types.SimpleNamespace(
+      devices=devices.reshape(shape), shape=dict(zip(mesh_lib.AXES, shape))
+    )
 
   @parameterized.parameters(
-      ((1, 1, 4), (0, 0, 1, 1), [(0, 1), (0, 1)]),
-      ((2, 1, 2), (0, 0, 1, 1), [(0, 2), (1, 2)]),
-      ((2, 1, 2), (1, 1, 0, 0), [(1, 2), (0, 2)]),
-      ((2, 1, 2), (0, 1, 0, 1), [(0, 1), (0, 1)]),
-      ((2, 2, 2), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 4), (1, 4), (2, 4), (3, 4)]),
-      ((2, 1, 4), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]))
+    ((1, 1, 4), (0, 0, 1, 1), [(0, 1), (0, 1)]),
+    ((2, 1, 2), (0, 0, 1, 1), [(0, 2), (1, 2)]),
+    ((2, 1, 2), (1, 1, 0, 0), [(1, 2), (0, 2)]),
+    ((2, 1, 2), (0, 1, 0, 1), [(0, 1), (0, 1)]),
+    ((2, 2, 2), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ((2, 1, 4), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+  )
   def test_blocks(self, shape, processes, want):
     mesh = self.mesh(shape, processes)
     for process, block in enumerate(want):
-      with mock.patch.multiple(jax, process_count=lambda: len(want),
-                               process_index=lambda process=process: process):
+      with mock.patch.multiple(
+        jax, process_count=lambda: len(want), process_index=lambda process=process: process
+      ):
         self.assertEqual(multihost.row_block(mesh), block)
 
   @parameterized.parameters(((3, 1, 2), (0, 0, 0, 1, 1, 1)), ((3, 1, 1), (0, 0, 1)))
@@ -109,7 +128,6 @@ class RowBlockTest(parameterized.TestCase):
     with mock.patch.multiple(jax, process_count=lambda: 2, process_index=lambda: 0):
       with self.assertRaisesRegex(ValueError, f'{message}.*allowed: meshes on which any two'):
         multihost.row_block(self.mesh(shape, processes))
-
 
   def test_rows_that_processes_cannot_share_evenly(self):
     """65 rows on 16 processes are no batch of 64."""
@@ -120,11 +138,10 @@ class RowBlockTest(parameterized.TestCase):
 
 
 class TreeTest(absltest.TestCase):
-
   def test_state_is_laid_out_like_its_parameters(self):
     mesh = mesh_lib.make_mesh((1, 1, 1), jax.devices()[:1])
     params = {'lm_head': {'kernel': np.zeros((4, 2), np.float32)}, 'norm': np.zeros(3, np.float32)}
-    state = jax.eval_shape(lambda: step_lib.init(params, optax.adam(1.), ema=True))
+    state = jax.eval_shape(lambda: step_lib.init(params, optax.adam(1.0), ema=True))
     specs = jax.tree.map(lambda s: s.spec, placement.tree_shardings(state, mesh))
     want = P('fsdp', 'tensor')
     moments = specs.opt_state[0]

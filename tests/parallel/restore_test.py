@@ -6,14 +6,13 @@ from tests.helpers import jax_settings
 
 
 class RestoreTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     cls.out = jax_settings.on_devices('tests.helpers.restore_program', 8, timeout=300)
 
   def test_four_devices_hold_what_eight_held(self):
-    self.assertEqual(self.out['restored'], 0.)
+    self.assertEqual(self.out['restored'], 0.0)
     self.assertEqual(self.out['devices'], [4])
 
   def test_they_go_on_alike(self):

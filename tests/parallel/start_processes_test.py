@@ -16,26 +16,28 @@ TIMEOUT = jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: Barrier timed out.')
 
 
 class StartProcessesTest(parameterized.TestCase):
-
   def start(self, environment=(), libtpu=False, error=None, **flags):
     """The arguments of every call of `initialize`."""
-    kept = {k: v for k, v in os.environ.items()
-            if not k.startswith('SLURM') and k != 'JAX_PLATFORMS'}
+    kept = {
+      k: v for k, v in os.environ.items() if not k.startswith('SLURM') and k != 'JAX_PLATFORMS'
+    }
     find = lambda name: object() if libtpu and name == 'libtpu' else None
-    with (mock.patch.dict(os.environ, {**kept, **dict(environment)}, clear=True),
-          mock.patch.object(importlib.util, 'find_spec', find),
-          mock.patch.object(jax.distributed, 'initialize', side_effect=error) as initialize,
-          flagsaver.flagsaver(**flags)):
+    with (
+      mock.patch.dict(os.environ, {**kept, **dict(environment)}, clear=True),
+      mock.patch.object(importlib.util, 'find_spec', find),
+      mock.patch.object(jax.distributed, 'initialize', side_effect=error) as initialize,
+      flagsaver.flagsaver(**flags),
+    ):
       main.start_processes()
     return [call.args for call in initialize.call_args_list]
 
   def test_flags(self):
-    self.assertEqual(self.start(coordinator='host:1', processes=4, process=3),
-                     [('host:1', 4, 3)])
+    self.assertEqual(self.start(coordinator='host:1', processes=4, process=3), [('host:1', 4, 3)])
 
   @parameterized.parameters(
-      (dict(coordinator='host:1', processes=2, process=2), '--process is 2; allowed: below'),
-      (dict(processes=2), '--processes is 2 without --coordinator'))
+    (dict(coordinator='host:1', processes=2, process=2), '--process is 2; allowed: below'),
+    (dict(processes=2), '--processes is 2 without --coordinator'),
+  )
   def test_flags_that_do_not_fit(self, flags, message):
     with self.assertRaisesRegex(ValueError, message):
       self.start(**flags)
@@ -68,8 +70,10 @@ class StartProcessesTest(parameterized.TestCase):
         state.initialize()
 
   @parameterized.parameters(
-      TIMEOUT, RuntimeError('distributed.initialize should only be called once.'),
-      ValueError('Number of processes must be defined.'))
+    TIMEOUT,
+    RuntimeError('distributed.initialize should only be called once.'),
+    ValueError('Number of processes must be defined.'),
+  )
   def test_pod_whose_hosts_do_not_answer(self, error):
     with self.assertRaisesRegex(type(error), str(error)):
       self.start(libtpu=True, error=error)

@@ -21,12 +21,20 @@ PROGRAM = '-m', 'lvrpo_jax.main'
 
 
 def command(workdir, *overrides, program=PROGRAM):
-  return [sys.executable, *program, '--config=configs/tiny.py', f'--workdir={workdir}',
-          f'--config.align.steps={STEPS}', '--config.align.save_every=4',
-          f'--config.align.diagnose_every={STEPS}',
-          # Both factors move with every iteration.
-          '--config.align.text_target=1e-5', '--config.align.image_target=1e-6',
-          '--config.align.custom.generate=tests.helpers.brightness:reward', *overrides]
+  return [
+    sys.executable,
+    *program,
+    '--config=configs/tiny.py',
+    f'--workdir={workdir}',
+    f'--config.align.steps={STEPS}',
+    '--config.align.save_every=4',
+    f'--config.align.diagnose_every={STEPS}',
+    # Both factors move with every iteration.
+    '--config.align.text_target=1e-5',
+    '--config.align.image_target=1e-6',
+    '--config.align.custom.generate=tests.helpers.brightness:reward',
+    *overrides,
+  ]
 
 
 def environment(cache):
@@ -38,8 +46,7 @@ def saved(workdir, stage, step):
   """Arrays of a checkpoint, and its record."""
   folder = epath.Path(workdir) / 'checkpoints' / stage / str(step)
   state = ocp.StandardCheckpointHandler().restore(folder / 'state')
-  return (jax.tree.map(np.asarray, state),
-          json.loads((folder / 'record' / 'metadata').read_text()))
+  return (jax.tree.map(np.asarray, state), json.loads((folder / 'record' / 'metadata').read_text()))
 
 
 def measured(workdir):
@@ -52,15 +59,15 @@ def measured(workdir):
 
 
 class EndToEndTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     cls.base = pathlib.Path(absltest.get_default_test_tmpdir()) / f'e2e{os.getpid()}'
     cls.cache = cls.base / 'cache'
     cls.whole = cls.base / 'whole'
-    run = subprocess.run(command(cls.whole), cwd=ROOT, env=environment(cls.cache),
-                         capture_output=True, text=True)
+    run = subprocess.run(
+      command(cls.whole), cwd=ROOT, env=environment(cls.cache), capture_output=True, text=True
+    )
     cls.log = run.stdout + run.stderr
     if run.returncode:
       raise AssertionError(cls.log[-4000:])
@@ -73,32 +80,51 @@ class EndToEndTest(absltest.TestCase):
   def test_scores_are_complete(self):
     for moment in ('before', 'after'):
       for family, keys in (
-          ('generation', ('overall', 'single_object', 'two_object', 'counting', 'colors',
-                          'position', 'color_attr', 'unseen')),
-          ('understanding', ('accuracy', 'greedy', 'reasoning', 'color', 'reason')),
-          ('editing', ('overall', 'recolor', 'remove', 'add', 'move'))):
+        (
+          'generation',
+          (
+            'overall',
+            'single_object',
+            'two_object',
+            'counting',
+            'colors',
+            'position',
+            'color_attr',
+            'unseen',
+          ),
+        ),
+        ('understanding', ('accuracy', 'greedy', 'reasoning', 'color', 'reason')),
+        ('editing', ('overall', 'recolor', 'remove', 'add', 'move')),
+      ):
         for key in keys:
           score = self.scores[moment][family][key]
           self.assertLessEqual(score['ci95'][0], score['value'] + 1e-9)
           self.assertGreaterEqual(score['ci95'][1], score['value'] - 1e-9)
           self.assertGreater(score['n'], 0)
-    for headline in ('generation/overall', 'generation/unseen', 'understanding/accuracy',
-                     'editing/overall'):
+    for headline in (
+      'generation/overall',
+      'generation/unseen',
+      'understanding/accuracy',
+      'editing/overall',
+    ):
       self.assertContainsSubset(('difference', 'se', 'p', 'n'), self.scores['paired'][headline])
-    self.assertContainsSubset(('pretrain', 'align', 'evaluate_before', 'evaluate_after'),
-                              self.scores['seconds'])
+    self.assertContainsSubset(
+      ('pretrain', 'align', 'evaluate_before', 'evaluate_after'), self.scores['seconds']
+    )
     self.assertEqual(self.scores['seed'], 0)
 
   def test_predictions_and_pictures_lie_beside_each_other(self):
     for moment in ('before', 'after'):
       folder = self.whole / 'eval' / moment
-      records = [json.loads(line) for line in
-                 (folder / 'predictions.jsonl').read_text().splitlines()]
+      records = [
+        json.loads(line) for line in (folder / 'predictions.jsonl').read_text().splitlines()
+      ]
       tasks = {record['task'] for record in records}
       self.assertContainsSubset(('generate', 'understand', 'edit'), tasks)
       for record in records:
-        for name in record.get('images', []) + [record[k] for k in ('image', 'source')
-                                                if k in record]:
+        for name in record.get('images', []) + [
+          record[k] for k in ('image', 'source') if k in record
+        ]:
           self.assertTrue((folder / name).is_file(), name)
 
   def test_rollout_and_replay_agree_before_any_update(self):
@@ -117,15 +143,28 @@ class EndToEndTest(absltest.TestCase):
     first, *_, last = self.lines('align')
     tasks = ('generate', 'edit', 'understand')
     self.assertContainsSubset(
-        {f'{kind}/{task}/rules' for kind in ('reward', 'deviation', 'share', 'dead', 'invalid')
-         for task in tasks}
-        | {f'gap/{task}/step{k}' for task in ('generate', 'edit') for k in range(2)}
-        | {f'{task}/velocity_mse' for task in ('generate', 'edit')}
-        | {f'understand/{name}' for name in ('kl_k3', 'entropy', 'clip_fraction')}
-        | {f'pictures/{name}' for name in ('luminance', 'dark', 'edge_density', 'hue_entropy')}
-        | {f'gradient/{name}' for name in ('understanding_expert', 'generation_expert',
-                                           'answers_on_shared', 'images_on_shared', 'cosine')}
-        | {'alarms', 'gap/understand/mean', 'grad_norm'}, first)
+      {
+        f'{kind}/{task}/rules'
+        for kind in ('reward', 'deviation', 'share', 'dead', 'invalid')
+        for task in tasks
+      }
+      | {f'gap/{task}/step{k}' for task in ('generate', 'edit') for k in range(2)}
+      | {f'{task}/velocity_mse' for task in ('generate', 'edit')}
+      | {f'understand/{name}' for name in ('kl_k3', 'entropy', 'clip_fraction')}
+      | {f'pictures/{name}' for name in ('luminance', 'dark', 'edge_density', 'hue_entropy')}
+      | {
+        f'gradient/{name}'
+        for name in (
+          'understanding_expert',
+          'generation_expert',
+          'answers_on_shared',
+          'images_on_shared',
+          'cosine',
+        )
+      }
+      | {'alarms', 'gap/understand/mean', 'grad_norm'},
+      first,
+    )
     self.assertContainsSubset({'held_out/gold', 'held_out/diversity'}, last)
 
   def test_nothing_is_compiled_after_the_first_step_of_a_stage(self):
@@ -141,28 +180,51 @@ class EndToEndTest(absltest.TestCase):
 
   def test_a_second_start_repeats_nothing(self):
     before = (self.whole / 'metrics.jsonl').read_bytes()
-    run = subprocess.run(command(self.whole), cwd=ROOT, env=environment(self.cache),
-                         capture_output=True, text=True)
+    run = subprocess.run(
+      command(self.whole), cwd=ROOT, env=environment(self.cache), capture_output=True, text=True
+    )
     self.assertEqual(run.returncode, 0, run.stderr[-2000:])
     self.assertEqual((self.whole / 'metrics.jsonl').read_bytes(), before)
     self.assertNotIn('stage evaluate_guided', run.stderr)
-    self.assertEqual(json.loads((self.whole / 'scores.json').read_text())['guidance'],
-                     self.scores['guidance'])
+    self.assertEqual(
+      json.loads((self.whole / 'scores.json').read_text())['guidance'], self.scores['guidance']
+    )
 
   def test_another_config_is_refused(self):
-    run = subprocess.run(command(self.whole, '--config.align.steps=5'), cwd=ROOT,
-                         env=environment(self.cache), capture_output=True, text=True)
+    run = subprocess.run(
+      command(self.whole, '--config.align.steps=5'),
+      cwd=ROOT,
+      env=environment(self.cache),
+      capture_output=True,
+      text=True,
+    )
     self.assertEqual(run.returncode, 2)
     self.assertIn(f'align.steps: {STEPS} there, 5 here', run.stderr)
 
   def interrupt(self, workdir, moment, stage, number, sent):
     """Starts the job, which ends by a signal, see `interruptions`; returns its log and report."""
     report = self.base / 'report'
-    program = ('-m', 'tests.helpers.interruptions', moment, stage, str(number), str(int(sent)), str(report))
-    run = subprocess.run(command(workdir, program=program), cwd=ROOT, capture_output=True,
-                         text=True, env=environment(self.cache))
-    self.assertEqual(run.returncode, -sent if sent == signal.SIGKILL else 128 + sent,
-                     (run.stdout + run.stderr)[-4000:])
+    program = (
+      '-m',
+      'tests.helpers.interruptions',
+      moment,
+      stage,
+      str(number),
+      str(int(sent)),
+      str(report),
+    )
+    run = subprocess.run(
+      command(workdir, program=program),
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      env=environment(self.cache),
+    )
+    self.assertEqual(
+      run.returncode,
+      -sent if sent == signal.SIGKILL else 128 + sent,
+      (run.stdout + run.stderr)[-4000:],
+    )
     seen = json.loads(report.read_text())
     report.unlink()
     return run.stderr, seen
@@ -192,15 +254,16 @@ class EndToEndTest(absltest.TestCase):
     log, _ = self.interrupt(workdir, 'rewarded', 'align', 15, signal.SIGTERM)
     self.assertIn('align stopped after iteration 14 of 20 and saved', log)
     self.assertIn('14', self.found(workdir, 'align'))
-    run = subprocess.run(command(workdir), cwd=ROOT, env=environment(self.cache),
-                         capture_output=True, text=True)
+    run = subprocess.run(
+      command(workdir), cwd=ROOT, env=environment(self.cache), capture_output=True, text=True
+    )
     self.assertEqual(run.returncode, 0, (run.stdout + run.stderr)[-4000:])
     for stage, step in (('pretrain', 4), ('align', STEPS), ('aligned', 0)):
       mine, wanted = (saved(folder, stage, step) for folder in (workdir, self.whole))
       jax.tree.map(np.testing.assert_array_equal, mine[0], wanted[0])
       self.assertEqual(mine[1], wanted[1])
     factors = saved(workdir, 'align', STEPS)[1]['factors']
-    self.assertNotIn(1., (factors['answers_penalty'], factors['images_penalty']))
+    self.assertNotIn(1.0, (factors['answers_penalty'], factors['images_penalty']))
     self.assertEqual(measured(workdir), measured(self.whole))
 
 

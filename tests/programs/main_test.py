@@ -13,24 +13,29 @@ from lvrpo_jax.aot import compile as aot_compile
 
 
 class ExecuteTest(parameterized.TestCase):
-
   def execute(self, function, **settings):
     """Runs a function in place of the config's program, with nothing set for the process."""
     config = tiny.get_config()
     config.update(settings)
-    with mock.patch.dict(main.PROGRAMS, {config.program: function}), mock.patch.multiple(
-        main, prepare=mock.DEFAULT, start_processes=mock.DEFAULT):
+    with (
+      mock.patch.dict(main.PROGRAMS, {config.program: function}),
+      mock.patch.multiple(main, prepare=mock.DEFAULT, start_processes=mock.DEFAULT),
+    ):
       return main.execute(config, pathlib.Path('unused'))
 
   def test_result(self):
-    self.assertEqual(self.execute(lambda config, workdir: {'program': config.program}),
-                     {'program': 'run'})
+    self.assertEqual(
+      self.execute(lambda config, workdir: {'program': config.program}), {'program': 'run'}
+    )
 
   @parameterized.parameters(
-      ('describe', '', '', []), ('compile', '', '', []), ('run', 'v5p:2x2x1', '', []),
-      ('describe', 'v5p:2x2x1', '', [('jax_platforms', 'cpu')]),
-      ('compile', 'v5p:2x2x1', '', [('jax_platforms', 'cpu')]),
-      ('compile', 'v5p:2x2x1', 'cuda', []))
+    ('describe', '', '', []),
+    ('compile', '', '', []),
+    ('run', 'v5p:2x2x1', '', []),
+    ('describe', 'v5p:2x2x1', '', [('jax_platforms', 'cpu')]),
+    ('compile', 'v5p:2x2x1', '', [('jax_platforms', 'cpu')]),
+    ('compile', 'v5p:2x2x1', 'cuda', []),
+  )
   def test_absent_devices_leave_those_of_this_machine_alone(self, name, topology, asked, wanted):
     with mock.patch.dict(os.environ), mock.patch.object(main, 'jax') as jax:
       os.environ.pop('JAX_PLATFORMS', None)
@@ -39,10 +44,13 @@ class ExecuteTest(parameterized.TestCase):
       self.execute(lambda config, workdir: None, program=name, topology=topology)
     self.assertEqual([call.args for call in jax.config.update.call_args_list], wanted)
 
-  @parameterized.parameters((aot_compile.Exceeded('step: fits is false'), 1), (ValueError('config.a'), 2))
+  @parameterized.parameters(
+    (aot_compile.Exceeded('step: fits is false'), 1), (ValueError('config.a'), 2)
+  )
   def test_status(self, error, status):
     def fail(config, workdir):
       raise error
+
     with self.assertLogs(level='ERROR') as logged, self.assertRaises(SystemExit) as stopped:
       self.execute(fail)
     self.assertEqual(stopped.exception.code, status)

@@ -18,14 +18,22 @@ from tests.helpers import jax_settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
-ROWS = {f'config.{part}.{task}': 8 for part in ('pretrain', 'align')
-        for task in ('generate', 'understand', 'edit')}
+ROWS = {
+  f'config.{part}.{task}': 8
+  for part in ('pretrain', 'align')
+  for task in ('generate', 'understand', 'edit')
+}
 CASES = {
-    'nft': {},
-    'thinking_adapters': {
-        'config.align.objective': 'sde', 'config.align.text_objective': 'grpo',
-        'config.align.lora.rank': 2, 'config.align.think_generate': 8,
-        'config.pretrain.think_generate': 8, 'config.align.edit': 0, 'config.align.refill': 1},
+  'nft': {},
+  'thinking_adapters': {
+    'config.align.objective': 'sde',
+    'config.align.text_objective': 'grpo',
+    'config.align.lora.rank': 2,
+    'config.align.think_generate': 8,
+    'config.pretrain.think_generate': 8,
+    'config.align.edit': 0,
+    'config.align.refill': 1,
+  },
 }
 """Changes to the tiny job; between them both kinds of image objectives, adapters, plans and dynamic
 sampling."""
@@ -41,7 +49,6 @@ def numbers(line):
 
 
 class RunnersTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -50,40 +57,66 @@ class RunnersTest(parameterized.TestCase):
   def run_job(self, name, runner, devices, case, *program):
     """Runs the job by its command line; returns the workdir."""
     workdir = self.base / name
-    changes = {**(ROWS if devices > 1 else {}), **CASES[case], **CALM,
-               'config.parallel.runner': runner,
-               'config.report': False, 'config.align.gold_every': 0, 'config.evaluate.guided': 0}
+    changes = {
+      **(ROWS if devices > 1 else {}),
+      **CASES[case],
+      **CALM,
+      'config.parallel.runner': runner,
+      'config.report': False,
+      'config.align.gold_every': 0,
+      'config.evaluate.guided': 0,
+    }
     cached = jax_settings.cached(self.base / 'cache')
     flags = f'{cached["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
     path = os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))
     done = subprocess.run(
-        [sys.executable, *(program or ('-m', 'lvrpo_jax.main')), '--config=configs/tiny.py',
-         f'--workdir={workdir}', *(f'--{key}={value}' for key, value in changes.items())],
-        cwd=ROOT, env={**os.environ, **cached, 'XLA_FLAGS': flags, 'PYTHONPATH': path},
-        capture_output=True, text=True, check=False)
+      [
+        sys.executable,
+        *(program or ('-m', 'lvrpo_jax.main')),
+        '--config=configs/tiny.py',
+        f'--workdir={workdir}',
+        *(f'--{key}={value}' for key, value in changes.items()),
+      ],
+      cwd=ROOT,
+      env={**os.environ, **cached, 'XLA_FLAGS': flags, 'PYTHONPATH': path},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
     self.assertEqual(done.returncode, 143 if program else 0, done.stderr[-4000:])
     return workdir
 
   def assert_same_run(self, one, two):
     """Same parameters, moments, metrics and scores, up to the order of sums."""
+
     def state(workdir):
       folder = epath.Path(workdir) / 'checkpoints/align/4/state'
       reader = ocp.PyTreeCheckpointHandler()
       # As NumPy arrays: the devices that wrote them are not here.
-      where = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                           reader.metadata(folder).tree)
+      where = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).tree
+      )
       return reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=where))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), state(one),
-                 state(two))
-    mine, theirs = ([json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()]
-                    for w in (one, two))
+
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), state(one), state(two)
+    )
+    mine, theirs = (
+      [json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()]
+      for w in (one, two)
+    )
     self.assertLen(mine, len(theirs))
     for a, b in zip(mine, theirs):
       self.assertEqual(a['stage'], b['stage'])
       self.assertEqual(a.keys(), b.keys())
       for key, value in numbers(a).items():
-        np.testing.assert_allclose(value, b[key], rtol=10 * TOLERANCE, atol=TOLERANCE,
-                                   err_msg=f'{a["stage"]} {a["step"]} {key}')
+        np.testing.assert_allclose(
+          value,
+          b[key],
+          rtol=10 * TOLERANCE,
+          atol=TOLERANCE,
+          err_msg=f'{a["stage"]} {a["step"]} {key}',
+        )
     scores = [json.loads((w / 'scores.json').read_text()) for w in (one, two)]
     self.assertEqual(scores[0]['after'].keys(), scores[1]['after'].keys())
 

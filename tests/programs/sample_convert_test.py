@@ -28,15 +28,19 @@ EXPERTS = ('', '_moe_gen')
 
 def changed(before, after):
   """Names of the tensors that differ between two folders."""
-  old, new = ({name: value for path in folder.glob('ema*.safetensors')
-               for name, value in safetensors.load_file(path).items()}
-              for folder in (before, after))
+  old, new = (
+    {
+      name: value
+      for path in folder.glob('ema*.safetensors')
+      for name, value in safetensors.load_file(path).items()
+    }
+    for folder in (before, after)
+  )
   assert old.keys() == new.keys()
   return {name for name in old if not np.array_equal(old[name], new[name])}
 
 
 class ProgramsTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -47,12 +51,26 @@ class ProgramsTest(parameterized.TestCase):
     Image.fromarray(rng.integers(0, 256, (30, 41, 3), np.uint8)).save(cls.picture)
 
   def call(self, workdir, *args, checkpoint=None):
-    environment = {**os.environ, **jax_settings.cached(self.base / 'cache'),
-                   'PYTHONPATH': str(ROOT)}
+    environment = {
+      **os.environ,
+      **jax_settings.cached(self.base / 'cache'),
+      'PYTHONPATH': str(ROOT),
+    }
     return subprocess.run(
-        [sys.executable, '-m', 'lvrpo_jax.main', '--config=configs/tiny.py',
-         f'--workdir={workdir}', f'--config.checkpoint={checkpoint or self.released}', *args],
-        cwd=ROOT, capture_output=True, text=True, env=environment)
+      [
+        sys.executable,
+        '-m',
+        'lvrpo_jax.main',
+        '--config=configs/tiny.py',
+        f'--workdir={workdir}',
+        f'--config.checkpoint={checkpoint or self.released}',
+        *args,
+      ],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      env=environment,
+    )
 
   def succeed(self, workdir, *args, **kwargs):
     run = self.call(workdir, *args, **kwargs)
@@ -61,44 +79,78 @@ class ProgramsTest(parameterized.TestCase):
 
   def sampled(self, workdir, **kwargs):
     """An answer, a picture, an edit and a picture after a thought, as texts and arrays."""
-    question = ('--config.sample.prompt=how many circles are there ?',
-                '--config.sample.task=understand', f'--config.sample.image={self.picture}')
-    edit = ('--config.sample.prompt=remove the circle', '--config.sample.task=edit',
-            f'--config.sample.image={self.picture}', '--config.sample.guidance.edit.text_scale=3',
-            '--config.sample.guidance.edit.image_scale=2')
-    thought = (*CAPTION, '--config.sample.think', '--config.sample.temperature=1',
-               '--config.sample.top_p=.9', '--config.sample.system.generate=think',
-               '--config.sample.guidance.generate.text_scale=4')
+    question = (
+      '--config.sample.prompt=how many circles are there ?',
+      '--config.sample.task=understand',
+      f'--config.sample.image={self.picture}',
+    )
+    edit = (
+      '--config.sample.prompt=remove the circle',
+      '--config.sample.task=edit',
+      f'--config.sample.image={self.picture}',
+      '--config.sample.guidance.edit.text_scale=3',
+      '--config.sample.guidance.edit.image_scale=2',
+    )
+    thought = (
+      *CAPTION,
+      '--config.sample.think',
+      '--config.sample.temperature=1',
+      '--config.sample.top_p=.9',
+      '--config.sample.system.generate=think',
+      '--config.sample.guidance.generate.text_scale=4',
+    )
     for args in (question, CAPTION, edit, thought):
       self.succeed(workdir, *SAMPLE, *args, **kwargs)
     folder = workdir / 'samples'
-    self.assertEqual(sorted(path.name for path in folder.iterdir()),
-                     ['0000.txt', '0001.png', '0002.png', '0003.png', '0003.txt'])
-    return [path.read_text() if path.suffix == '.txt' else np.asarray(Image.open(path))
-            for path in sorted(folder.iterdir())]
+    self.assertEqual(
+      sorted(path.name for path in folder.iterdir()),
+      ['0000.txt', '0001.png', '0002.png', '0003.png', '0003.txt'],
+    )
+    return [
+      path.read_text() if path.suffix == '.txt' else np.asarray(Image.open(path))
+      for path in sorted(folder.iterdir())
+    ]
 
   def test_in_aligned_out_and_in_again(self):
     workdir, exported = self.base / 'work', self.base / 'exported'
     self.succeed(workdir, '--config.program=convert')
     self.succeed(workdir, *SAMPLE, *CAPTION)
     first = np.asarray(Image.open(workdir / 'samples' / '0000.png'))
-    self.succeed(workdir, '--config.align.steps=1', '--config.report=False',
-                 '--config.align.lora.rank=2', '--config.align.learning_rate=1')
+    self.succeed(
+      workdir,
+      '--config.align.steps=1',
+      '--config.report=False',
+      '--config.align.lora.rank=2',
+      '--config.align.learning_rate=1',
+    )
     shutil.rmtree(workdir / 'samples')
     aligned = self.sampled(workdir)
-    self.assertEqual([x.shape for x in aligned if not isinstance(x, str)],
-                     [(24, 48, 3), (32, 48, 3), (24, 48, 3)])
+    self.assertEqual(
+      [x.shape for x in aligned if not isinstance(x, str)], [(24, 48, 3), (32, 48, 3), (24, 48, 3)]
+    )
     self.assertFalse(np.array_equal(first, aligned[1]))
-    self.succeed(workdir, '--config.program=convert', '--config.convert.direction=export',
-                 f'--config.convert.target={exported}', '--config.convert.shards=2')
+    self.succeed(
+      workdir,
+      '--config.program=convert',
+      '--config.convert.direction=export',
+      f'--config.convert.target={exported}',
+      '--config.convert.shards=2',
+    )
     self.assertLen(list(exported.glob('ema-0000*-of-00002.safetensors')), 2)
-    self.assertEqual((exported / 'ae.safetensors').read_bytes(),
-                     (self.released / 'ae.safetensors').read_bytes())
-    self.assertEqual(changed(self.released, exported), {
-        f'language_model.model.layers.{layer}.{name}.weight' for layer in range(2)
-        for name in (*(f'self_attn.{p}_proj{expert}' for p in 'qkvo' for expert in EXPERTS),
-                     *(f'mlp{expert}.{p}_proj' for p in ('gate', 'up', 'down')
-                       for expert in EXPERTS))})
+    self.assertEqual(
+      (exported / 'ae.safetensors').read_bytes(), (self.released / 'ae.safetensors').read_bytes()
+    )
+    self.assertEqual(
+      changed(self.released, exported),
+      {
+        f'language_model.model.layers.{layer}.{name}.weight'
+        for layer in range(2)
+        for name in (
+          *(f'self_attn.{p}_proj{expert}' for p in 'qkvo' for expert in EXPERTS),
+          *(f'mlp{expert}.{p}_proj' for p in ('gate', 'up', 'down') for expert in EXPERTS),
+        )
+      },
+    )
     again = self.sampled(self.base / 'elsewhere', checkpoint=exported)
     for before, after in zip(aligned, again, strict=True):
       np.testing.assert_array_equal(before, after)
@@ -111,18 +163,25 @@ class ProgramsTest(parameterized.TestCase):
       other = self.call(imported, *args, checkpoint=exported)
       self.assertEqual(other.returncode, 2, other.stderr[-2000:])
       self.assertIn(f'was imported from {self.released.resolve()}', other.stderr)
-    self.assertEqual(sorted(p for p in imported.rglob('*') if 'compiled' not in str(p)),
-                     [p for p in kept if 'compiled' not in str(p)])
-    other = self.call(workdir, *SAMPLE, '--config.sample.prompt=a circle',
-                      '--config.model.width=32')
+    self.assertEqual(
+      sorted(p for p in imported.rglob('*') if 'compiled' not in str(p)),
+      [p for p in kept if 'compiled' not in str(p)],
+    )
+    other = self.call(
+      workdir, *SAMPLE, '--config.sample.prompt=a circle', '--config.model.width=32'
+    )
     self.assertEqual(other.returncode, 2)
     self.assertIn('model.width: 16 there, 32 here', other.stderr)
 
   @parameterized.named_parameters(
-      ('truncated', 'truncated'), ('import', 'truncated'), ('dtype', 'I32'),
-      ('missing', 'is missing from'),
-      ('contradiction', 'expected [16, 40]'), ('image', 'cannot read image'),
-      ('tokenizer', 'no tokenizer at'))
+    ('truncated', 'truncated'),
+    ('import', 'truncated'),
+    ('dtype', 'I32'),
+    ('missing', 'is missing from'),
+    ('contradiction', 'expected [16, 40]'),
+    ('image', 'cannot read image'),
+    ('tokenizer', 'no tokenizer at'),
+  )
   def test_bad_input_is_named_and_nothing_is_written(self, message):
     case = self._testMethodName.rpartition('_')[2]
     folder, workdir = self.base / f'bad_{case}', self.base / f'work_{case}'

@@ -33,26 +33,42 @@ def config(**changes):
 def tiny_config():
   """A study of one seed and one variant at the size of the tests."""
   out = tiny.get_config()
-  out.update(study_config.get_config().to_dict() | {
-      name: out[name].to_dict() for name in ('model', 'vae', 'judge', 'pretrain', 'align',
-                                             'evaluate', 'sampling')})
+  out.update(
+    study_config.get_config().to_dict()
+    | {
+      name: out[name].to_dict()
+      for name in ('model', 'vae', 'judge', 'pretrain', 'align', 'evaluate', 'sampling')
+    }
+  )
   out.evaluate.guided = 0
   out.critic.changes = ml_collections.ConfigDict(dict(judge=dict(steps=2)))
   out.critic.pairs = 8
   out.workers = 2
   out.variants = ml_collections.ConfigDict(
-      {'repa': dict(program='control', control=dict(steps=2, repa=.5))})
+    {'repa': dict(program='control', control=dict(steps=2, repa=0.5))}
+  )
   out.studies = ml_collections.ConfigDict(
-      {'full': dict(seeds=(3,), variants=('repa',), changes=dict(seed=0))})
+    {'full': dict(seeds=(3,), variants=('repa',), changes=dict(seed=0))}
+  )
   return out
 
 
 def records(rng, shift):
   """Predictions of a fake measurement: two captions and a question of two kinds each."""
   out = []
+
   def add(task, split, kind, **more):
-    out.append(dict(task=task, split=split, kind=kind, meaning=f'{kind} {len(out)}',
-                    correct=[int(x) for x in rng.random(4) < .4 + shift], **more))
+    out.append(
+      dict(
+        task=task,
+        split=split,
+        kind=kind,
+        meaning=f'{kind} {len(out)}',
+        correct=[int(x) for x in rng.random(4) < 0.4 + shift],
+        **more,
+      )
+    )
+
   for kind in study_tables.world.GENERATE_KINDS:
     for _ in range(3):
       add('generate', 'eval', kind)
@@ -66,30 +82,40 @@ def done(variant, seed, shift):
   rng = np.random.default_rng(seed)
   mine = records(rng, shift)
   drawn = sum(r['task'] == 'generate' and r['split'] == 'eval' for r in mine)
-  return dict(seed=seed, variant=variant, number=len(variant), records=mine, seconds=120.,
-              information=(rng.random(drawn) + shift).tolist())
+  return dict(
+    seed=seed,
+    variant=variant,
+    number=len(variant),
+    records=mine,
+    seconds=120.0,
+    information=(rng.random(drawn) + shift).tolist(),
+  )
 
 
 class PlanTest(parameterized.TestCase):
-
   def test_every_variant_of_every_seed_after_its_pretraining(self):
     runs = study.plan(config(), pathlib.Path('w'))
     names = ['pretrained', *study_config.VARIANTS]
-    self.assertEqual([(r.seed, r.variant) for r in runs],
-                     [(seed, name) for seed in (0, 1, 2) for name in names])
+    self.assertEqual(
+      [(r.seed, r.variant) for r in runs], [(seed, name) for seed in (0, 1, 2) for name in names]
+    )
     self.assertEqual(runs[1].workdir, pathlib.Path('w/full/seed0/default'))
-    self.assertEqual({r.config.seed for r in runs[-len(names):]}, {2})
-    by_name = {r.variant: r.config for r in runs[:len(names)]}
+    self.assertEqual({r.config.seed for r in runs[-len(names) :]}, {2})
+    by_name = {r.variant: r.config for r in runs[: len(names)]}
     self.assertEqual(by_name['pretrained'].program, 'pretrain')
     self.assertEqual(by_name['default'].program, 'run')
     self.assertEqual(by_name['paper'].align.advantage, 'sum')
     self.assertFalse(by_name['paper'].align.graded)
-    self.assertEqual({k: v for k, v in by_name['paper'].align.rewards.generate.items() if v},
-                     dict(rules=1., semantic=1., knowledge=1.))
-    self.assertEqual(by_name['repa'].control.to_dict(),
-                     dict(steps=2333, rate=.5, repa=.5, repa_layer=2))
-    self.assertEqual({k: v for k, v in by_name['mutual'].align.rewards.edit.items() if v},
-                     {'mutual': 1.})
+    self.assertEqual(
+      {k: v for k, v in by_name['paper'].align.rewards.generate.items() if v},
+      dict(rules=1.0, semantic=1.0, knowledge=1.0),
+    )
+    self.assertEqual(
+      by_name['repa'].control.to_dict(), dict(steps=2333, rate=0.5, repa=0.5, repa_layer=2)
+    )
+    self.assertEqual(
+      {k: v for k, v in by_name['mutual'].align.rewards.edit.items() if v}, {'mutual': 1.0}
+    )
     self.assertEqual(by_name['generation'].align.understand, 0)
 
   def test_variants_share_what_comes_before_alignment(self):
@@ -104,11 +130,12 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual(runs[0].config.pretrain.steps, 400)
 
   @parameterized.parameters(
-      (dict(study='brief'), "config.study is 'brief'; allowed: .'full', 'quick'."),
-      (dict(studies={'full': dict(variants=('other',))}), "holds 'other'; allowed: .'both'"),
-      (dict(variants={'default': {'align': {'grou': 4}}}), 'grou'),
-      (dict(variants={'default': {'align': {'group': 'many'}}}), 'group'),
-      (dict(variants={'default': {'align': {'group': 1}}}), "variant 'default'.*align.group is 1"))
+    (dict(study='brief'), "config.study is 'brief'; allowed: .'full', 'quick'."),
+    (dict(studies={'full': dict(variants=('other',))}), "holds 'other'; allowed: .'both'"),
+    (dict(variants={'default': {'align': {'grou': 4}}}), 'grou'),
+    (dict(variants={'default': {'align': {'group': 'many'}}}), 'group'),
+    (dict(variants={'default': {'align': {'group': 1}}}), "variant 'default'.*align.group is 1"),
+  )
   def test_what_does_not_fit_is_named(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
       study.plan(config(**changes), pathlib.Path('w'))
@@ -116,6 +143,7 @@ class PlanTest(parameterized.TestCase):
 
 class FakeWorker:
   """A worker whose runs are complete, or fail, at the second look."""
+
   under_way = 0
   most = 0
 
@@ -148,10 +176,9 @@ class FakeWorker:
 
 
 class WorkersTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
-    self.enter_context(mock.patch.object(study, 'POLL', 0.))
+    self.enter_context(mock.patch.object(study, 'POLL', 0.0))
     self.enter_context(mock.patch.object(study, 'prepare', lambda run, pretrained: None))
     FakeWorker.under_way = FakeWorker.most = 0
     self.folder = pathlib.Path(self.create_tempdir().full_path)
@@ -160,8 +187,9 @@ class WorkersTest(absltest.TestCase):
   def test_every_run_once_and_no_variant_before_its_pretraining(self):
     workers = [FakeWorker(), FakeWorker()]
     done = list(study.execute(self.runs, workers))
-    self.assertCountEqual([(r.seed, r.variant) for r in done],
-                          [(r.seed, r.variant) for r in self.runs])
+    self.assertCountEqual(
+      [(r.seed, r.variant) for r in done], [(r.seed, r.variant) for r in self.runs]
+    )
     for seed in (0, 1, 2):
       mine = [r.variant for r in done if r.seed == seed]
       self.assertEqual(mine[0], 'pretrained')
@@ -186,25 +214,35 @@ class WorkersTest(absltest.TestCase):
   def test_processes_keep_to_their_cores(self):
     before = os.sched_getaffinity(0)
     with study.bound({min(before)}):
-      found = subprocess.run([sys.executable, '-c', 'import os; print(os.sched_getaffinity(0))'],
-                             capture_output=True, text=True, check=True).stdout
+      found = subprocess.run(
+        [sys.executable, '-c', 'import os; print(os.sched_getaffinity(0))'],
+        capture_output=True,
+        text=True,
+        check=True,
+      ).stdout
     self.assertEqual(found.strip(), str({min(before)}))
     self.assertEqual(os.sched_getaffinity(0), before)
 
 
 class TablesTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
-    self.found = study_tables.Scores([
-        done(variant, seed, shift) for seed in (0, 1)
-        for variant, shift in (('pretrained', -.2), ('default', .3), ('paper', .2))])
+    self.found = study_tables.Scores(
+      [
+        done(variant, seed, shift)
+        for seed in (0, 1)
+        for variant, shift in (('pretrained', -0.2), ('default', 0.3), ('paper', 0.2))
+      ]
+    )
 
   def test_value_is_the_mean_of_kinds_and_seeds(self):
     expected = []
     for seed in (0, 1):
-      mine = [r for r in records(np.random.default_rng(seed), .3)
-              if r['task'] == 'generate' and r['split'] == 'eval']
+      mine = [
+        r
+        for r in records(np.random.default_rng(seed), 0.3)
+        if r['task'] == 'generate' and r['split'] == 'eval'
+      ]
       for kind in study_tables.world.GENERATE_KINDS:
         expected.append(np.mean([r['correct'] for r in mine if r['kind'] == kind]))
     value, low, high = self.found.value('default', 'generation/overall')
@@ -215,23 +253,27 @@ class TablesTest(absltest.TestCase):
   def test_difference_is_that_of_the_values(self):
     for score in ('generation/overall', study_tables.INFORMATION):
       test = self.found.difference('pretrained', score)
-      self.assertAlmostEqual(test['difference'], self.found.value('pretrained', score)[0]
-                             - self.found.value('default', score)[0])
-      self.assertLess(test['difference'], 0.)
+      self.assertAlmostEqual(
+        test['difference'],
+        self.found.value('pretrained', score)[0] - self.found.value('default', score)[0],
+      )
+      self.assertLess(test['difference'], 0.0)
 
   def test_missing_seeds_and_a_missing_reference(self):
-    partial = study_tables.Scores([done('default', 0, .3), done('default', 1, .3),
-                                   done('paper', 1, .2)])
+    partial = study_tables.Scores(
+      [done('default', 0, 0.3), done('default', 1, 0.3), done('paper', 1, 0.2)]
+    )
     self.assertAlmostEqual(
-        partial.difference('paper', 'editing/overall')['difference'],
-        partial.by_seed('paper', 'editing/overall')[0]
-        - partial.by_seed('default', 'editing/overall')[1])
-    alone = study_tables.markdown(study_tables.Scores([done('pretrained', 0, 0.)]))
+      partial.difference('paper', 'editing/overall')['difference'],
+      partial.by_seed('paper', 'editing/overall')[0]
+      - partial.by_seed('default', 'editing/overall')[1],
+    )
+    alone = study_tables.markdown(study_tables.Scores([done('pretrained', 0, 0.0)]))
     self.assertNotIn('Differences', alone)
 
   def test_files(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    text = study_tables.write(folder, [done('default', 0, .3), done('paper', 0, .1)])
+    text = study_tables.write(folder, [done('default', 0, 0.3), done('paper', 0, 0.1)])
     self.assertEqual((folder / 'study.md').read_text(), text + '\n')
     self.assertIn('| default | 1 |', text)
     self.assertIn('| paper | ', text.split('Differences')[1])
@@ -239,10 +281,9 @@ class TablesTest(absltest.TestCase):
     self.assertEqual(drawing.count('<circle'), 2 * len(study_tables.HEADLINES))
     self.assertIn(drawing, (folder / 'study.html').read_text())
 
-
   def test_kept_runs_give_the_same_tables(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    runs = [done('paper', 0, .1), done('default', 0, .3), done('default', 1, .2)]
+    runs = [done('paper', 0, 0.1), done('default', 0, 0.3), done('default', 1, 0.2)]
     for one in runs:
       one['information'] = np.round(one['information'], 5).tolist()
       one['records'][0]['images'] = ['large']
@@ -262,14 +303,18 @@ class TablesTest(absltest.TestCase):
 
 
 class CommandTest(absltest.TestCase):
-
   def test_tiny_study(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     path = folder / 'study.json'
     path.write_text(tiny_config().to_json())
     environment = {**os.environ, **jax_settings.cached(folder / 'cache')}
-    command = [sys.executable, '-m', 'lvrpo_jax.main', f'--config={from_json.__file__}:{path}',
-               f'--workdir={folder / "w"}']
+    command = [
+      sys.executable,
+      '-m',
+      'lvrpo_jax.main',
+      f'--config={from_json.__file__}:{path}',
+      f'--workdir={folder / "w"}',
+    ]
     run = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     first = run()
     self.assertEqual(first.returncode, 0, first.stderr[-4000:])
@@ -281,8 +326,8 @@ class CommandTest(absltest.TestCase):
     self.assertNotEmpty(found)
     # Cosines with the encoder's features, so between -1 and 1, with half their weight in the loss.
     for line in found:
-      self.assertBetween(line['repa_loss'], -1., 1.)
-      self.assertAlmostEqual(line['loss/repa'], .5 * line['repa_loss'], places=5)
+      self.assertBetween(line['repa_loss'], -1.0, 1.0)
+      self.assertAlmostEqual(line['loss/repa'], 0.5 * line['repa_loss'], places=5)
     self.assertFalse({line['stage'] for line in lines} & {'pretrain', 'judge'})
     # What is done is not done again.
     again = run()

@@ -15,7 +15,10 @@ from lvrpo_jax.data.shapes import world
 from lvrpo_jax.rewards import geneval
 
 Detection = detection.Detection
-DETECTORS = {'components': detect_moments.detect_components, 'rendering': detect_rendering.detect_by_rendering}
+DETECTORS = {
+  'components': detect_moments.detect_components,
+  'rendering': detect_rendering.detect_by_rendering,
+}
 
 
 def box_at(x, y, label='circle', color='red', side=100.0, score=0.99):
@@ -24,13 +27,17 @@ def box_at(x, y, label='circle', color='red', side=100.0, score=0.99):
 
 
 def relation_spec(relation):
-  return {'tag': 'position', 'exclude': [], 'include': [
+  return {
+    'tag': 'position',
+    'exclude': [],
+    'include': [
       {'class': 'square', 'count': 1},
-      {'class': 'circle', 'count': 1, 'position': [relation, 0]}]}
+      {'class': 'circle', 'count': 1, 'position': [relation, 0]},
+    ],
+  }
 
 
 class RuleTest(parameterized.TestCase):
-
   @parameterized.parameters((0, False), (20, False), (40, False), (50, True), (200, True))
   def test_side_by_side_boxes_of_100_pixels(self, dx, right):
     holds = geneval.relations(box_at(dx, 0), box_at(0, 0))
@@ -42,8 +49,9 @@ class RuleTest(parameterized.TestCase):
     self.assertEqual(geneval.relations(b, a), {'left of', 'above'})
     self.assertEmpty(geneval.relations(a, b, strict=True))
 
-  @parameterized.parameters((0, True, True), (29, True, True), (31, True, False),
-                            (59, True, False), (61, False, False))
+  @parameterized.parameters(
+    (0, True, True), (29, True, True), (31, True, False), (59, True, False), (61, False, False)
+  )
   def test_angle_limits_of_distant_small_boxes(self, degrees, loose, strict):
     angle = math.radians(degrees)
     a = box_at(1000 * math.cos(angle), 1000 * math.sin(angle), side=0.1)
@@ -52,8 +60,11 @@ class RuleTest(parameterized.TestCase):
     self.assertEqual('right of' in geneval.relations(a, b, strict=True), strict)
 
   def test_counting_fixture(self):
-    spec = {'tag': 'counting', 'include': [{'class': 'cat', 'count': 2}],
-            'exclude': [{'class': 'cat', 'count': 3}]}
+    spec = {
+      'tag': 'counting',
+      'include': [{'class': 'cat', 'count': 2}],
+      'exclude': [{'class': 'cat', 'count': 3}],
+    }
     boxes = [box_at(200 * i, 0, 'cat') for i in range(8)]
     verdicts = [geneval.evaluate(boxes[:n], spec) for n in range(8)]
     self.assertEqual([v.correct for v in verdicts[:5]], [False, False, True, False, False])
@@ -70,8 +81,11 @@ class RuleTest(parameterized.TestCase):
     self.assertTrue(geneval.evaluate(weak, counting, counting_threshold=0.5).correct)
 
   def test_color_is_asked_of_the_most_certain_box(self):
-    spec = {'tag': 'colors', 'include': [{'class': 'circle', 'count': 1, 'color': 'red'}],
-            'exclude': []}
+    spec = {
+      'tag': 'colors',
+      'include': [{'class': 'circle', 'count': 1, 'color': 'red'}],
+      'exclude': [],
+    }
     red, blue = box_at(0, 0, score=0.8), box_at(300, 0, color='blue', score=0.9)
     self.assertTrue(geneval.evaluate([red], spec).correct)
     verdict = geneval.evaluate([red, blue], spec)
@@ -80,15 +94,17 @@ class RuleTest(parameterized.TestCase):
 
   def test_a_wrong_position_scores_nothing_for_its_part(self):
     pair = [box_at(0, 0, 'circle'), box_at(300, 0, 'square')]
-    self.assertEqual(geneval.evaluate(pair, relation_spec('left of')),
-                     geneval.Verdict(True, 1.0))
+    self.assertEqual(geneval.evaluate(pair, relation_spec('left of')), geneval.Verdict(True, 1.0))
     verdict = geneval.evaluate(pair, relation_spec('right of'))
     self.assertFalse(verdict.correct)
     self.assertAlmostEqual(verdict.parts, 2 / 3)
 
   def test_regions_in_both_modes(self):
-    spec = {'tag': 'single_object', 'exclude': [],
-            'include': [{'class': 'circle', 'count': 1, 'region': 'top left'}]}
+    spec = {
+      'tag': 'single_object',
+      'exclude': [],
+      'include': [{'class': 'circle', 'count': 1, 'region': 'top left'}],
+    }
     for x, y, right in ((8, 8, True), (24, 8, False), (8, 24, False), (16, 8, False)):
       for strict in (False, True):
         verdict = geneval.evaluate([box_at(x, y, side=10)], spec, strict)
@@ -103,7 +119,6 @@ class RuleTest(parameterized.TestCase):
 
 
 class ItemTest(parameterized.TestCase):
-
   @parameterized.product(name=tuple(DETECTORS), split=splits.SPLITS)
   def test_captions_are_met_by_their_own_scenes(self, name, split):
     items = [world.World().generate(i, split) for i in range(400)]
@@ -122,11 +137,15 @@ class ItemTest(parameterized.TestCase):
     sources = np.stack([render.render(item.scene) for item in items])
     targets = np.stack([render.render(item.target) for item in items])
     for strict in (False, True):
-      verdicts = [geneval.evaluate_edit(*row, strict) for row in zip(
-          sources, targets, DETECTORS[name](targets), [item.spec for item in items])]
+      verdicts = [
+        geneval.evaluate_edit(*row, strict)
+        for row in zip(sources, targets, DETECTORS[name](targets), [item.spec for item in items])
+      ]
       self.assertGreaterEqual(np.mean([v.correct for v in verdicts]), 0.995)
-      lazy = [geneval.evaluate_edit(*row, strict) for row in zip(
-          sources, sources, DETECTORS[name](sources), [item.spec for item in items])]
+      lazy = [
+        geneval.evaluate_edit(*row, strict)
+        for row in zip(sources, sources, DETECTORS[name](sources), [item.spec for item in items])
+      ]
       self.assertFalse(any(v.correct for v in lazy))
       self.assertTrue(all(0.0 <= v.parts < 1.0 for v in lazy))
 
@@ -143,8 +162,11 @@ class ItemTest(parameterized.TestCase):
       geneval.evaluate_edit(source[:16], target, found, item.spec)
 
   def test_an_edit_may_not_move_or_add_others(self):
-    item = next(e for e in (world.World().edit(i, 'train', 'remove') for i in range(99))
-                if len(e.spec['keep']) == 1)
+    item = next(
+      e
+      for e in (world.World().edit(i, 'train', 'remove') for i in range(99))
+      if len(e.spec['keep']) == 1
+    )
     target = render.render(item.target)
     (kept,) = detect_moments.detect_components(target[None])[0]
     judge = lambda found: geneval.evaluate_edit(target, target, found, item.spec)

@@ -33,8 +33,9 @@ def build(**changes):
   config.model.depth = 1
   dtype = changes.pop('dtype', 'float32')
   config.model.dtype = dtype
-  config.align.update(diagnose_every=0, objective='sde', steps_per_image=3, window=1,
-                      **dict.fromkeys(TASKS, 2))
+  config.align.update(
+    diagnose_every=0, objective='sde', steps_per_image=3, window=1, **dict.fromkeys(TASKS, 2)
+  )
   config.align.update(changes)
   for rewards in config.align.rewards.values():
     rewards.update({name: float(name == 'rules') for name in rewards})
@@ -50,7 +51,6 @@ def collected(**changes):
 
 
 class FollowTest(absltest.TestCase):
-
   def test_against_texts_that_were_never_encoded(self):
     job, rng = build(), np.random.default_rng(0)
     params, vae, _ = noise.parameters(job)
@@ -59,30 +59,32 @@ class FollowTest(absltest.TestCase):
     for task in (tasks.GENERATE, tasks.EDIT):
       rows = [job.data.prompt(task, i) for i in range(2)]
       prompts[task] = job.encoder(task, rows).prompts
-      dropped[task] = job.encoder(task, [dataclasses.replace(e, drop_text=True)
-                                         for e in rows]).prompts
+      dropped[task] = job.encoder(
+        task, [dataclasses.replace(e, drop_text=True) for e in rows]
+      ).prompts
       x[task] = jnp.asarray(rng.normal(size=(2, 3, *policy.latent_shape)), jnp.float32)
-      time[task] = jnp.asarray(rng.uniform(.2, .9, (2, 3)), jnp.float32)
-    scale = jnp.array([[2., 2., 3.], [4., 1.5, 4.]])
-    got, _ = jax.jit(lambda p: guidance.forward(
-        policy, p, vae, prompts, x, time, {tasks.GENERATE: None, tasks.EDIT: scale}, {})
-                     )(params)
+      time[task] = jnp.asarray(rng.uniform(0.2, 0.9, (2, 3)), jnp.float32)
+    scale = jnp.array([[2.0, 2.0, 3.0], [4.0, 1.5, 4.0]])
+    got, _ = jax.jit(
+      lambda p: guidance.forward(
+        policy, p, vae, prompts, x, time, {tasks.GENERATE: None, tasks.EDIT: scale}, {}
+      )
+    )(params)
     ask = jax.jit(lambda p, asked: policy.follow(p, vae, asked, x, time, {})[0])
     v, empty = ask(params, prompts), ask(params, dropped)
     np.testing.assert_allclose(got[tasks.GENERATE], v[tasks.GENERATE], atol=1e-6)
     s, v, empty = (np.asarray(a, np.float64) for a in (scale, v['edit'], empty['edit']))
     s = s[..., None, None]
-    self.assertGreater(np.abs(v - empty).max(), .01)
+    self.assertGreater(np.abs(v - empty).max(), 0.01)
     np.testing.assert_allclose(got['edit'], s * v - (s - 1) * empty, rtol=1e-4, atol=1e-5)
     self.assertEqual(got.keys(), {tasks.GENERATE, tasks.EDIT})
 
 
 class GapTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.aligner, cls.batch = collected(guidance=4.)
+    cls.aligner, cls.batch = collected(guidance=4.0)
 
   def gaps(self, batch):
     return {name: float(jnp.max(x)) for name, x in self.aligner.gaps(batch).items()}
@@ -99,7 +101,7 @@ class GapTest(parameterized.TestCase):
   @parameterized.parameters(*TASKS)
   def test_the_scale_travels_with_the_images(self, task):
     b = self.batch[task]
-    np.testing.assert_array_equal(b.guidance_BM, np.full(b.time_BM.shape, 4.))
+    np.testing.assert_array_equal(b.guidance_BM, np.full(b.time_BM.shape, 4.0))
 
   def test_latents_are_float32(self):
     # Rounded to bfloat16 the same latents give other densities.
@@ -110,29 +112,38 @@ class GapTest(parameterized.TestCase):
     self.assertGreater(gap['gap/generate'], LIMITS.images)
 
   @parameterized.parameters(
-      ('generate', 'guidance_BM', lambda x: x - .5), ('edit', 'guidance_BM', lambda x: None),
-      ('think_generate', 'guidance_BM', lambda x: None),
-      ('generate', 'x_BMNC', lambda x: x + .1), ('generate', 'time_BM', lambda x: x - .1),
-      ('edit', 'prompts', lambda x: x.replace(ids_BL=x.ids_BL[::-1], text=jax.tree.map(
-          lambda a: a[::-1], x.text))),
-      ('understand', 'temperature_B', lambda x: x + .5), ('plan', 'temperature_B', lambda x: x / 2),
-      ('understand', 'tokens_BGT', lambda x: x[:, ::-1]),
-      ('understand', 'mask_BGT', lambda x: ~x), ('understand', 'logp_BGT', lambda x: x - .1))
+    ('generate', 'guidance_BM', lambda x: x - 0.5),
+    ('edit', 'guidance_BM', lambda x: None),
+    ('think_generate', 'guidance_BM', lambda x: None),
+    ('generate', 'x_BMNC', lambda x: x + 0.1),
+    ('generate', 'time_BM', lambda x: x - 0.1),
+    (
+      'edit',
+      'prompts',
+      lambda x: x.replace(ids_BL=x.ids_BL[::-1], text=jax.tree.map(lambda a: a[::-1], x.text)),
+    ),
+    ('understand', 'temperature_B', lambda x: x + 0.5),
+    ('plan', 'temperature_B', lambda x: x / 2),
+    ('understand', 'tokens_BGT', lambda x: x[:, ::-1]),
+    ('understand', 'mask_BGT', lambda x: ~x),
+    ('understand', 'logp_BGT', lambda x: x - 0.1),
+  )
   def test_what_does_not_fit_the_rollout_ends_the_run(self, task, field, change):
     batch = self.changed(task, **{field: change(getattr(self.batch[task], field))})
     kind = 'texts' if task in tasks.TEXT_OUTPUTS else 'images'
     with self.assertRaisesRegex(
-        ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 1e-05'):
+      ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 1e-05'
+    ):
       mismatch.check(3, self.gaps(batch), LIMITS)
 
 
 class LargeModelTest(absltest.TestCase):
-
   def test_its_limits_tell_another_temperature(self):
     aligner, batch = collected(objective='nft', dtype='bfloat16', think_generate=0, edit=0)
     limits = bagel_7b.get_config().align.gap_limit
-    found = lambda b: {name: float(jnp.max(x)) for name, x in aligner.gaps(
-        {**batch, 'understand': b}).items()}
+    found = lambda b: {
+      name: float(jnp.max(x)) for name, x in aligner.gaps({**batch, 'understand': b}).items()
+    }
     b = batch['understand']
     mismatch.check(1, found(b), limits)
     with self.assertRaisesRegex(ValueError, 'gap/understand/mean is .*limit.texts_mean is 0.02'):
@@ -156,19 +167,18 @@ class FinalImagesTest(parameterized.TestCase):
   def test_are_the_ones_that_were_drawn(self, task):
     mismatch.check(1, self.changed(task, lambda x: x), dict.fromkeys(LIMITS, NONE))
     rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
-    for change in (lambda x: x + .1, lambda x: x[::-1], lambda x: 1.1 * x, rounded):
+    for change in (lambda x: x + 0.1, lambda x: x[::-1], lambda x: 1.1 * x, rounded):
       with self.assertRaisesRegex(ValueError, f'gap/{task} is .*gap_limit.images is 1e-05'):
         mismatch.check(1, self.changed(task, change), LIMITS)
 
 
 class MeasurementTest(absltest.TestCase):
-
   def test_scores_of_another_policy_than_the_trained_one_are_announced(self):
     with self.assertLogs(level='WARNING') as logged:
-      align.check(build(guidance=4.))
+      align.check(build(guidance=4.0))
     self.assertIn('align.guidance is 4 and config.evaluate.guidance is 1', logged.output[0])
     with self.assertNoLogs(level='WARNING'):
-      align.check(build(guidance=4., objective='nft'))  # Trains the plain one.
+      align.check(build(guidance=4.0, objective='nft'))  # Trains the plain one.
       align.check(build())
     for settings in (dict(gap_limit=dict(images=3e-4)), dict(image_clip=2e-6)):
       with self.assertLogs(level='WARNING') as logged:
@@ -178,20 +188,20 @@ class MeasurementTest(absltest.TestCase):
   def test_pictures_are_measured_as_configured(self):
     job = build()
     params, vae, _ = noise.parameters(job)
-    prompts = job.place(job.encoder('generate', [job.data.prompt('generate', i) for i in range(2)]
-                                    ).prompts)
+    prompts = job.place(
+      job.encoder('generate', [job.data.prompt('generate', i) for i in range(2)]).prompts
+    )
     plain = evaluate.samplers(job)
     config = tiny.get_config()
-    config.evaluate.guidance = 2.
+    config.evaluate.guidance = 2.0
     guided = evaluate.samplers(dataclasses.replace(job, config=config)).draw(params, vae, prompts)
-    np.testing.assert_array_equal(guided, plain.draw(params, vae, prompts, 2.))
+    np.testing.assert_array_equal(guided, plain.draw(params, vae, prompts, 2.0))
     self.assertGreater(np.abs(np.int32(guided) - plain.draw(params, vae, prompts)).max(), 5)
 
 
 class ObjectivesTest(absltest.TestCase):
-
   def test_the_guided_policy_is_trained_on_steps(self):
-    aligner, batch = collected(guidance=3., think_generate=0, understand=0)
+    aligner, batch = collected(guidance=3.0, think_generate=0, understand=0)
     batch = aligner.with_reference(batch)
     # The reference is the policy itself, as long as nothing has been learned.
     v = aligner.velocities(aligner.params, batch)
@@ -199,18 +209,20 @@ class ObjectivesTest(absltest.TestCase):
       np.testing.assert_allclose(batch[task].reference_BMNC, v[task], atol=1e-6)
     _, metrics = aligner.step(aligner.state, aligner._frozen(), batch)
     self.assertLess(float(metrics['generate/velocity_mse']), 1e-9)
-    self.assertEqual(float(metrics['generate/clip_fraction']), 0.)
+    self.assertEqual(float(metrics['generate/clip_fraction']), 0.0)
 
   def test_the_plain_policy_is_trained_on_final_images(self):
-    aligner, batch = collected(guidance=3., objective='nft', think_generate=0, understand=0)
+    aligner, batch = collected(guidance=3.0, objective='nft', think_generate=0, understand=0)
     self.assertLess(float(aligner.gaps(batch)['gap/generate']), NONE)
     read = aligner.with_reference(batch)
     self.assertIsNone(read['generate'].guidance_BM)
     plain = aligner.velocities(aligner.params, read)['generate']
     np.testing.assert_allclose(read['generate'].reference_BMNC, plain, atol=1e-6)
-    guided = aligner.velocities(aligner.params, {'generate': read['generate'].replace(
-        guidance_BM=batch['generate'].guidance_BM)})['generate']
-    self.assertGreater(float(jnp.abs(guided - plain).max()), .01)
+    guided = aligner.velocities(
+      aligner.params,
+      {'generate': read['generate'].replace(guidance_BM=batch['generate'].guidance_BM)},
+    )['generate']
+    self.assertGreater(float(jnp.abs(guided - plain).max()), 0.01)
 
   def test_sixteen_bits(self):
     aligner, batch = collected(dtype='bfloat16', think_generate=0)

@@ -20,9 +20,19 @@ from lvrpo_jax.rollouts import trajectories
 
 BOS, EOS, VOCABULARY = 1, 2, 12
 CONFIG = bagel.ModelConfig(
-    vocab=VOCABULARY, width=16, depth=2, heads=4, kv_heads=2, ff_width=16, latent_channels=3,
-    latent_side=2, vit=bagel.VitConfig(width=8, depth=1, heads=2, ff_width=8, patch=2, side=2),
-    start_of_image=10, end_of_image=11, rope_theta=100.)
+  vocab=VOCABULARY,
+  width=16,
+  depth=2,
+  heads=4,
+  kv_heads=2,
+  ff_width=16,
+  latent_channels=3,
+  latent_side=2,
+  vit=bagel.VitConfig(width=8, depth=1, heads=2, ff_width=8, patch=2, side=2),
+  start_of_image=10,
+  end_of_image=11,
+  rope_theta=100.0,
+)
 MODEL = bagel.Unified(CONFIG)
 
 
@@ -33,9 +43,11 @@ def keys(*shape, seed=0):
 def script_decode(script_BGT, calls):
   """A policy that says token `script[..., i]` at step i whatever it hears, and counts its steps."""
   script_BGT = jnp.asarray(script_BGT)
+
   def decode(row, index, token_BG):
     jax.debug.callback(lambda i: calls.append(int(i)), index)
-    return 50. * jax.nn.one_hot(script_BGT[..., index], VOCABULARY), row
+    return 50.0 * jax.nn.one_hot(script_BGT[..., index], VOCABULARY), row
+
   return decode
 
 
@@ -58,8 +70,9 @@ def context(rows=3):
 
 @functools.partial(jax.jit, static_argnames=('temperature', 'length'))
 def answer(params, cache, key_BG, temperature, length=6):
-  decode = lambda row, i, token: MODEL.apply({'params': params}, cache, row, i, token,
-                                             method='decode')
+  decode = lambda row, i, token: MODEL.apply(
+    {'params': params}, cache, row, i, token, method='decode'
+  )
   row = bagel.empty_row(CONFIG, key_BG.shape, length)
   return text_rollout.sample(decode, row, key_BG, BOS, EOS, length, temperature)
 
@@ -70,27 +83,37 @@ def read(params, cache, ids):
 
 
 def pick(cache, rows):
-  return types.Cache(cache.k_EBSJK[:, rows], cache.v_EBSJK[:, rows], cache.valid_BS[rows],
-                     cache.next_position_B[rows])
+  return types.Cache(
+    cache.k_EBSJK[:, rows],
+    cache.v_EBSJK[:, rows],
+    cache.valid_BS[rows],
+    cache.next_position_B[rows],
+  )
 
 
 class ScriptedTextTest(parameterized.TestCase):
-
-  def run_script(self, script, length, temperature=1.):
+  def run_script(self, script, length, temperature=1.0):
     calls = []
     script = np.array(script)
-    out = text_rollout.sample(script_decode(script, calls), jnp.zeros(()), keys(*script.shape[:2]), BOS,
-                       EOS, length, temperature)
+    out = text_rollout.sample(
+      script_decode(script, calls),
+      jnp.zeros(()),
+      keys(*script.shape[:2]),
+      BOS,
+      EOS,
+      length,
+      temperature,
+    )
     jax.effects_barrier()
     return jax.tree.map(np.asarray, out), calls
 
-  @parameterized.parameters(0., 1.)
+  @parameterized.parameters(0.0, 1.0)
   def test_stops_when_all_have_ended(self, temperature):
     out, calls = self.run_script([[[5, 6, EOS, 7, 7, 7], [8, EOS, 9, 9, 9, 9]]], 6, temperature)
     self.assertEqual(calls, [0, 1, 2])
     np.testing.assert_array_equal(out.tokens_BGT, [[[5, 6] + [EOS] * 4, [8] + [EOS] * 5]])
     np.testing.assert_array_equal(out.mask_BGT, [[[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]])
-    np.testing.assert_array_equal(out.logp_BGT[~out.mask_BGT], 0.)
+    np.testing.assert_array_equal(out.logp_BGT[~out.mask_BGT], 0.0)
 
   def test_answer_without_an_end_is_cut(self):
     out, calls = self.run_script([[[5, 6, 7, 8], [EOS, 9, 9, 9]]], 3)
@@ -100,24 +123,27 @@ class ScriptedTextTest(parameterized.TestCase):
 
   def test_tokens_are_fed_back(self):
     heard = []
+
     def decode(row, index, token_BG):
       jax.debug.callback(lambda i, t: heard.append((int(i), int(t[0, 0]))), index, token_BG)
-      return 50. * jax.nn.one_hot(token_BG + 2, VOCABULARY), row + 1
-    out = text_rollout.sample(decode, jnp.int32(0), keys(1, 1), BOS, EOS, 3, 1.)
+      return 50.0 * jax.nn.one_hot(token_BG + 2, VOCABULARY), row + 1
+
+    out = text_rollout.sample(decode, jnp.int32(0), keys(1, 1), BOS, EOS, 3, 1.0)
     jax.effects_barrier()
     self.assertEqual(sorted(heard), [(0, BOS), (1, 3), (2, 5)])
     np.testing.assert_array_equal(out.tokens_BGT, [[[3, 5, 7]]])
 
   def test_teacher_ids(self):
-    np.testing.assert_array_equal(text_rollout.teacher_ids(jnp.array([[[5, 6, EOS]]]), BOS),
-                                  [[[BOS, 5, 6]]])
+    np.testing.assert_array_equal(
+      text_rollout.teacher_ids(jnp.array([[[5, 6, EOS]]]), BOS), [[[BOS, 5, 6]]]
+    )
 
   def test_samples_follow_the_tempered_softmax(self):
-    logits = jnp.log(jnp.array([0., 0., 0.1, 0.2, 0.7]))
+    logits = jnp.log(jnp.array([0.0, 0.0, 0.1, 0.2, 0.7]))
     decode = lambda row, i, token: (jnp.broadcast_to(logits, (*token.shape, 5)), row)
-    for temperature in (1., 0.5):
+    for temperature in (1.0, 0.5):
       out = text_rollout.sample(decode, jnp.zeros(()), keys(4, 500), BOS, EOS, 1, temperature)
-      want = np.array([0., 0., 0.1, 0.2, 0.7]) ** (1 / temperature)
+      want = np.array([0.0, 0.0, 0.1, 0.2, 0.7]) ** (1 / temperature)
       want /= want.sum()
       share = np.bincount(np.asarray(out.tokens_BGT).ravel(), minlength=5) / 2000
       np.testing.assert_allclose(share, want, atol=0.04)
@@ -125,12 +151,11 @@ class ScriptedTextTest(parameterized.TestCase):
 
 
 class NucleusTest(parameterized.TestCase):
-
   def oracle(self, logits_V, temperature, top_p):
     """Token by token: the most likely ones until their mass reaches `top_p`."""
     p = np.exp((logits_V - logits_V.max()) / temperature)
     p /= p.sum()
-    kept, mass = [], 0.
+    kept, mass = [], 0.0
     for token in sorted(range(len(p)), key=lambda token: -p[token]):
       if mass >= top_p:
         break
@@ -138,7 +163,7 @@ class NucleusTest(parameterized.TestCase):
       mass += p[token]
     return kept
 
-  @parameterized.product(temperature=(.5, 1., 2.), top_p=(1e-6, .3, .9, .999))
+  @parameterized.product(temperature=(0.5, 1.0, 2.0), top_p=(1e-6, 0.3, 0.9, 0.999))
   def test_oracle(self, temperature, top_p):
     logits = np.random.default_rng(0).normal(size=(2, 3, VOCABULARY)).astype(np.float32) * 2
     found = np.asarray(text_rollout.nucleus(jnp.asarray(logits), temperature, top_p))
@@ -148,27 +173,27 @@ class NucleusTest(parameterized.TestCase):
       np.testing.assert_array_equal(found[index][kept], logits[index][kept])
 
   def test_samples_and_logp_are_of_the_nucleus(self):
-    logits = jnp.log(jnp.array([.5, .3, .15, .05]))
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     decode = lambda row, index, token: (jnp.broadcast_to(logits, (*token.shape, 4)), row)
-    out = text_rollout.sample(decode, None, keys(1, 4000), 0, 3, 1, 1., top_p=.75)
+    out = text_rollout.sample(decode, None, keys(1, 4000), 0, 3, 1, 1.0, top_p=0.75)
     share = np.bincount(np.asarray(out.tokens_BGT).ravel(), minlength=4) / 4000
-    np.testing.assert_allclose(share, [.625, .375, 0, 0], atol=4 * .008)
+    np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=4 * 0.008)
     np.testing.assert_allclose(
-        out.logp_BGT.ravel(), np.log([.625, .375])[np.asarray(out.tokens_BGT).ravel()], rtol=1e-5)
+      out.logp_BGT.ravel(), np.log([0.625, 0.375])[np.asarray(out.tokens_BGT).ravel()], rtol=1e-5
+    )
 
 
 class ModelTextTest(parameterized.TestCase):
-
-  @parameterized.parameters(0.7, 0.)
+  @parameterized.parameters(0.7, 0.0)
   def test_logp_equals_teacher_forcing(self, temperature):
     out = answer(parameters(), context(), keys(3, 2), temperature)
-    scale = temperature or 1.
+    scale = temperature or 1.0
     self.assertAlmostEqual(float(out.temperature), scale, places=6)
     logits = read(parameters(), context(), text_rollout.teacher_ids(out.tokens_BGT, BOS))
     want = np.asarray(logits, np.float64) / scale
     want -= np.log(np.exp(want).sum(-1, keepdims=True))
     want = np.take_along_axis(want, np.asarray(out.tokens_BGT)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(out.logp_BGT, np.where(out.mask_BGT, want, 0.), atol=1e-5)
+    np.testing.assert_allclose(out.logp_BGT, np.where(out.mask_BGT, want, 0.0), atol=1e-5)
 
   def test_rescored_answers_keep_what_teacher_forcing_says(self):
     out = answer(parameters(), context(), keys(3, 2), 0.7)
@@ -176,24 +201,28 @@ class ModelTextTest(parameterized.TestCase):
     scored = text_rollout.rescore(out, logits)
     self.assertLess(float(scored.drift), 1e-5)
     np.testing.assert_array_equal(scored.tokens_BGT, out.tokens_BGT)
-    np.testing.assert_array_equal(scored.logp_BGT[~out.mask_BGT], 0.)
-    wrong = text_rollout.rescore(out, logits.at[..., 0].add(1.))
+    np.testing.assert_array_equal(scored.logp_BGT[~out.mask_BGT], 0.0)
+    wrong = text_rollout.rescore(out, logits.at[..., 0].add(1.0))
     self.assertGreater(float(wrong.drift), 1e-2)
     np.testing.assert_allclose(
-        wrong.drift, np.abs(np.asarray(wrong.logp_BGT) - np.asarray(out.logp_BGT)).max(), rtol=1e-6)
+      wrong.drift, np.abs(np.asarray(wrong.logp_BGT) - np.asarray(out.logp_BGT)).max(), rtol=1e-6
+    )
 
   def test_greedy_takes_the_most_likely_token(self):
-    out = answer(parameters(), context(), keys(3, 2), 0.)
+    out = answer(parameters(), context(), keys(3, 2), 0.0)
     logits = read(parameters(), context(), text_rollout.teacher_ids(out.tokens_BGT, BOS))
     mask = np.asarray(out.mask_BGT)
-    np.testing.assert_array_equal(np.asarray(out.tokens_BGT)[mask],
-                                  np.asarray(jnp.argmax(logits, -1))[mask])
+    np.testing.assert_array_equal(
+      np.asarray(out.tokens_BGT)[mask], np.asarray(jnp.argmax(logits, -1))[mask]
+    )
     np.testing.assert_array_equal(out.tokens_BGT[:, 0], out.tokens_BGT[:, 1])
 
   def test_mask_ends_at_the_end_token(self):
     outs = [answer(parameters(), context(), keys(3, 2, seed=seed), 0.7) for seed in range(4)]
-    tokens, mask = (np.concatenate([np.asarray(x).reshape(-1, 6) for x in xs]) for xs in zip(
-        *((out.tokens_BGT, out.mask_BGT) for out in outs)))
+    tokens, mask = (
+      np.concatenate([np.asarray(x).reshape(-1, 6) for x in xs])
+      for xs in zip(*((out.tokens_BGT, out.mask_BGT) for out in outs))
+    )
     ended = 0
     for tokens, mask in zip(tokens, mask):
       place = tokens.tolist().index(EOS) + 1 if EOS in tokens else 6
@@ -219,30 +248,33 @@ SHAPE = (4, 3)
 
 def velocity(x, time):
   """A cheap non-linear velocity that mixes tokens and depends on time."""
-  return jnp.sin(2. * x + time[..., None, None]) + 0.3 * jnp.mean(x, axis=-2, keepdims=True)
+  return jnp.sin(2.0 * x + time[..., None, None]) + 0.3 * jnp.mean(x, axis=-2, keepdims=True)
 
 
 GRID = flow.time_grid(7, 2.2)
-ETA = schedule_lib.noise_levels(0.7, 6, 0.3, 1., GRID)
+ETA = schedule_lib.noise_levels(0.7, 6, 0.3, 1.0, GRID)
 
 
 class ImageTest(parameterized.TestCase):
-
   def rollout(self, key_BG, eta=ETA, sampler='sde'):
-    return jax.jit(lambda k: image_rollout.sample_sde(velocity, k, SHAPE, GRID, eta, sampler))(key_BG)
+    return jax.jit(lambda k: image_rollout.sample_sde(velocity, k, SHAPE, GRID, eta, sampler))(
+      key_BG
+    )
 
   def test_without_noise_it_is_the_ode(self):
     for sampler in flow.STEPS:
       out = self.rollout(keys(2, 3), jnp.zeros(6), sampler)
       want = image_rollout.sample_ode(velocity, keys(2, 3), SHAPE, GRID)
       np.testing.assert_allclose(out.latents_BGNC, want, atol=1e-5)
-      np.testing.assert_array_equal(out.std_T, 0.)
+      np.testing.assert_array_equal(out.std_T, 0.0)
 
   def test_ode_by_hand(self):
     x = np.asarray(image_rollout.initial_noise(keys(2, 3), SHAPE))
     for t, t_next in zip(GRID[:-1], GRID[1:]):
       x = x + np.asarray(velocity(x, jnp.full((2, 3), t))) * (float(t_next) - float(t))
-    np.testing.assert_allclose(image_rollout.sample_ode(velocity, keys(2, 3), SHAPE, GRID), x, atol=1e-5)
+    np.testing.assert_allclose(
+      image_rollout.sample_ode(velocity, keys(2, 3), SHAPE, GRID), x, atol=1e-5
+    )
 
   @parameterized.parameters(*flow.STEPS)
   def test_trajectory_hangs_together(self, sampler):
@@ -253,8 +285,8 @@ class ImageTest(parameterized.TestCase):
     np.testing.assert_allclose(out.latents_BGNC, after[-1], atol=1e-6)
     np.testing.assert_array_equal(out.x_TBGNC[0], image_rollout.initial_noise(keys(2, 3), SHAPE))
     np.testing.assert_array_equal(np.asarray(out.std_T) > 0, np.asarray(ETA) > 0)
-    np.testing.assert_allclose(np.append(out.time_T, 0.), GRID)
-    np.testing.assert_allclose(np.append(1., out.next_time_T), GRID)
+    np.testing.assert_allclose(np.append(out.time_T, 0.0), GRID)
+    np.testing.assert_allclose(np.append(1.0, out.next_time_T), GRID)
 
   @parameterized.parameters(*flow.STEPS)
   def test_replay_is_exact(self, sampler):
@@ -263,23 +295,25 @@ class ImageTest(parameterized.TestCase):
     cut = trajectories.transitions(out, steps, GRID, ETA)
     np.testing.assert_array_equal(cut.x_BMNC[:, 3:], out.x_TBGNC[2])  # Row k * G + g.
     np.testing.assert_array_equal(cut.time_BM[0], np.repeat(np.asarray(out.time_T)[steps], 3))
-    replay = jax.jit(lambda s: replay_lib.transition(sampler, velocity(s.x_BMNC, s.time_BM), s).mean)
+    replay = jax.jit(
+      lambda s: replay_lib.transition(sampler, velocity(s.x_BMNC, s.time_BM), s).mean
+    )
     # One rounding of float32 apart: rollout and replay are separate programs.
     np.testing.assert_allclose(replay(cut), cut.mean_BMNC, atol=1e-6, rtol=1e-6)
 
   @parameterized.parameters(*flow.STEPS)
   def test_last_step_is_free_of_noise(self, sampler):
-    eta = schedule_lib.noise_levels(0.7, 6, 0., 1., GRID)
+    eta = schedule_lib.noise_levels(0.7, 6, 0.0, 1.0, GRID)
     np.testing.assert_array_equal(np.asarray(eta) > 0, [1, 1, 1, 1, 1, 0])
     out = self.rollout(keys(2, 3), eta, sampler)
-    self.assertEqual(float(out.std_T[-1]), 0.)
+    self.assertEqual(float(out.std_T[-1]), 0.0)
     np.testing.assert_array_equal(out.latents_BGNC, out.mean_TBGNC[-1])
 
   def test_interval_of_noise(self):
     grid = np.asarray(GRID)
-    for low, high in ((0., 0.5), (0.5, 0.9), (0.9, 1.)):
+    for low, high in ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0)):
       eta = np.asarray(schedule_lib.noise_levels(0.7, 6, low, high, GRID))
-      want = [0.7 if low < t <= high and i < 5 else 0. for i, t in enumerate(grid[:-1])]
+      want = [0.7 if low < t <= high and i < 5 else 0.0 for i, t in enumerate(grid[:-1])]
       np.testing.assert_allclose(eta, want, rtol=1e-6)
 
   def test_row_depends_on_its_own_key_alone(self):
@@ -296,40 +330,44 @@ class ImageTest(parameterized.TestCase):
 
 
 class FirstHalfTest(absltest.TestCase):
-
   def test_the_time_that_bounds_it(self):
     """Flow-GRPO-Fast: windows at random in the first half of the steps."""
-    for steps, shift in ((10, 2.2), (16, 3.), (28, 1.)):
+    for steps, shift in ((10, 2.2), (16, 3.0), (28, 1.0)):
       grid = flow.time_grid(steps + 1, shift)
-      eta = schedule_lib.noise_levels(.7, steps, shift / (1 + shift), 1., grid)
+      eta = schedule_lib.noise_levels(0.7, steps, shift / (1 + shift), 1.0, grid)
       noisy = np.flatnonzero(np.asarray(eta))
       np.testing.assert_array_equal(noisy, np.arange(len(noisy)))
       self.assertBetween(len(noisy), steps // 2 - 1, steps // 2)
 
 
 class WindowTest(parameterized.TestCase):
-
   @parameterized.product(
-      schedule=schedule_lib.SCHEDULES, seed=(0, 1, 2, 3),
-      sizes=((6, 2), (4, 1), (3, 3), (12, 1), (13, 2), (20, 1), (24, 5)))
+    schedule=schedule_lib.SCHEDULES,
+    seed=(0, 1, 2, 3),
+    sizes=((6, 2), (4, 1), (3, 3), (12, 1), (13, 2), (20, 1), (24, 5)),
+  )
   def test_uniform_and_repeatable(self, schedule, seed, sizes):
-    draw = lambda seed: [schedule_lib.window_start(schedule, seed, i, *sizes, 1) for i in range(1, 1001)]
+    draw = lambda seed: [
+      schedule_lib.window_start(schedule, seed, i, *sizes, 1) for i in range(1, 1001)
+    ]
     found = draw(seed)
     self.assertEqual(found, draw(seed))
     starts = sizes[0] - sizes[1] + 1
     counts = np.bincount(found, minlength=starts)
     self.assertLen(counts, starts)
-    np.testing.assert_allclose(counts, 1000 / starts, rtol=.2)
+    np.testing.assert_allclose(counts, 1000 / starts, rtol=0.2)
     if starts > 1 and schedule == 'random':
       self.assertNotEqual(found, draw(seed + 1))
-      self.assertGreater(len({tuple(found[i:i + starts]) for i in range(0, 900, starts)}), 1)
+      self.assertGreater(len({tuple(found[i : i + starts]) for i in range(0, 900, starts)}), 1)
 
   def test_processes_that_seed_with_their_rank_disagree(self):
     # As elsewhere: siblings would replay unlike steps. Here all pass the seed of the run.
-    ranks = [[schedule_lib.window_start('random', rank, i, 6, 2, 1) for i in range(1, 101)]
-             for rank in range(4)]
+    ranks = [
+      [schedule_lib.window_start('random', rank, i, 6, 2, 1) for i in range(1, 101)]
+      for rank in range(4)
+    ]
     agree = [len(set(starts)) == 1 for starts in zip(*ranks)]
-    self.assertLess(np.mean(agree), .2)
+    self.assertLess(np.mean(agree), 0.2)
 
   def test_calls_in_any_order_agree(self):
     at = lambda i: schedule_lib.window_start('random', 0, i, 6, 2, 1)

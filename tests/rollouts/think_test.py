@@ -34,7 +34,6 @@ def build(folder, **changes):
 
 
 class ThinkingTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -45,8 +44,9 @@ class ThinkingTest(absltest.TestCase):
     rng = np.random.default_rng(0)
     cls.params, _, cls.judge = noise.parameters(job)
     cls.vae = fit.fit_autoencoder(job)
-    cls.prompts = job.encoder('think_generate', [
-        job.data.prompt('think_generate', i) for i in range(B)]).prompts
+    cls.prompts = job.encoder(
+      'think_generate', [job.data.prompt('think_generate', i) for i in range(B)]
+    ).prompts
     T = 5
     cls.tokens = rng.integers(3, len(job.data.tokenizer), (B, G, T)).astype(np.int32)
     length = rng.integers(1, T + 1, (B, G))
@@ -56,8 +56,13 @@ class ThinkingTest(absltest.TestCase):
     def drawn(params, vae, prompts):
       rows = prompts.ids_BL.shape[0]
       x = jax.random.normal(jax.random.key(0), (1, 1, *cls.policy.latent_shape))
-      return cls.policy.velocity(params, cls.policy.prefill(params, vae, prompts),
-                                 jnp.tile(x, (rows, 1, 1, 1)), jnp.full((rows, 1), .6))
+      return cls.policy.velocity(
+        params,
+        cls.policy.prefill(params, vae, prompts),
+        jnp.tile(x, (rows, 1, 1, 1)),
+        jnp.full((rows, 1), 0.6),
+      )
+
     cls.drawn = staticmethod(jax.jit(drawn))
     cls.after = policy.after_plans(cls.prompts, cls.tokens, cls.mask, cls.policy.bos)
 
@@ -67,12 +72,18 @@ class ThinkingTest(absltest.TestCase):
   def test_a_context_with_a_plan_reads_as_the_plan_was_scored(self):
     bos = np.full((B, G, 1), self.policy.bos, np.int32)
     ids = np.concatenate([bos, self.tokens], axis=-1)
-    scored = jax.jit(lambda params, vae: self.policy.read(
-        params, self.policy.prefill(params, vae, self.prompts), ids))(self.params, self.vae)
-    logits = jax.jit(lambda params, vae: self.policy.model.apply(
-        {'params': params}, self.policy.sequence(vae, self.after))[0])(self.params, self.vae)
+    scored = jax.jit(
+      lambda params, vae: self.policy.read(
+        params, self.policy.prefill(params, vae, self.prompts), ids
+      )
+    )(self.params, self.vae)
+    logits = jax.jit(
+      lambda params, vae: self.policy.model.apply(
+        {'params': params}, self.policy.sequence(vae, self.after)
+      )[0]
+    )(self.params, self.vae)
     L = self.prompts.ids_BL.shape[1]
-    found = logits[:, L:L + ids.shape[-1]].reshape(*scored.shape)
+    found = logits[:, L : L + ids.shape[-1]].reshape(*scored.shape)
     mask = np.concatenate([np.ones((B, G, 1), bool), self.mask], axis=-1)
     np.testing.assert_allclose(found[mask], scored[mask], rtol=2e-4, atol=2e-4)
 
@@ -89,8 +100,9 @@ class ThinkingTest(absltest.TestCase):
 
   def test_a_longer_template_changes_nothing(self):
     wide = lambda x, value: np.pad(x, ((0, 0), (0, 0), (0, 3)), constant_values=value)
-    longer = policy.after_plans(self.prompts, wide(self.tokens, 0), wide(self.mask, False),
-                                    self.policy.bos)
+    longer = policy.after_plans(
+      self.prompts, wide(self.tokens, 0), wide(self.mask, False), self.policy.bos
+    )
     np.testing.assert_allclose(self.velocity(longer), self.velocity(self.after), atol=1e-5)
     np.testing.assert_array_equal(longer.next_position_B, self.after.next_position_B)
 
@@ -104,11 +116,13 @@ class ThinkingTest(absltest.TestCase):
     wide = draw(B, K * G)
     x = lambda: draw(B, K * G, N, C)
     steps = types.Transitions(x(), x(), *([wide] * 4), x(), x(), wide)
-    image = types.ImageTrainBatch(None, draw(B, G, N, C), steps, steps.x_BMNC, wide, None, None,
-                                  None, None)
-    plan = types.TextTrainBatch(self.prompts, self.tokens, draw(B, G, 5), self.mask, draw(B), None,
-                                None, None)
-    credit, valid = draw(B, G), rng.random((B, G)) < .5
+    image = types.ImageTrainBatch(
+      None, draw(B, G, N, C), steps, steps.x_BMNC, wide, None, None, None, None
+    )
+    plan = types.TextTrainBatch(
+      self.prompts, self.tokens, draw(B, G, 5), self.mask, draw(B), None, None, None
+    )
+    credit, valid = draw(B, G), rng.random((B, G)) < 0.5
     out = think.split_think(think.ThinkTrajectory(plan, image), self.policy.bos, credit, valid)
     self.assertEqual(set(out), {'plan', 'think_generate'})
     np.testing.assert_array_equal(out['plan'].advantage_BG, credit)
@@ -126,24 +140,26 @@ class ThinkingTest(absltest.TestCase):
         np.testing.assert_array_equal(said[self.mask[b, g]], self.tokens[b, g][self.mask[b, g]])
 
   def test_pretraining_learns_both_halves(self):
-    loss = losses.pretraining(self.policy, dict(think_generate=.5), 2, 2.2, 3)
-    batch = {'think_generate': self.job.encoder('think_generate', [
-        self.job.data.pretraining('think_generate', i) for i in range(2)])}
+    loss = losses.pretraining(self.policy, dict(think_generate=0.5), 2, 2.2, 3)
+    batch = {
+      'think_generate': self.job.encoder(
+        'think_generate', [self.job.data.pretraining('think_generate', i) for i in range(2)]
+      )
+    }
     state = types.TrainState(jnp.int32(4), None, None)
     sums = lambda loss, b: jax.jit(loss.sums)(self.params, state, {'vae': self.vae}, b)[0]
     found, weights = sums(loss, batch), loss.weights(batch)
-    self.assertEqual(loss.coefficients, {'think_generate': .5, 'plan': .5})
+    self.assertEqual(loss.coefficients, {'think_generate': 0.5, 'plan': 0.5})
     b = batch['think_generate']
     # Oracle: the plan as the answer of a text task, the picture after a context that holds it.
-    alone = losses.pretraining(self.policy, dict(understand=1.), 2, 2.2, 3)
+    alone = losses.pretraining(self.policy, dict(understand=1.0), 2, 2.2, 3)
     text = {'understand': b.replace(target_BYXC=b.target_BYXC[:, :0])}
     np.testing.assert_allclose(found['plan'], sums(alone, text)['understand'], rtol=1e-5)
     self.assertEqual(float(weights['plan']), b.answer_mask_BL.sum())
     said = np.concatenate([np.ones((2, 1), bool), b.answer_mask_BL], axis=1)
-    drawing = losses.pretraining(self.policy, dict(generate=1.), 2, 2.2, 3)
+    drawing = losses.pretraining(self.policy, dict(generate=1.0), 2, 2.2, 3)
     image = {'generate': b.replace(prompts=policy.with_text(b.prompts, b.answer_BL, said))}
-    np.testing.assert_allclose(found['think_generate'], sums(drawing, image)['generate'],
-                               rtol=1e-5)
+    np.testing.assert_allclose(found['think_generate'], sums(drawing, image)['generate'], rtol=1e-5)
     answer = self.job.data.pretraining('think_generate', 0).answer
     self.assertEqual(len(answer.replace(' , ', '|').split('|')), 4)
 

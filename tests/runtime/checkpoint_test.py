@@ -26,8 +26,10 @@ OPTIMIZER = optax.adam(1e-3)
 
 def make_state(number):
   """A state with every optional copy, all values depending on `number`."""
-  params = {'layer': {'kernel': number + jnp.arange(600.).reshape(30, 20)},
-            'bias': jnp.full(3, number / 3)}
+  params = {
+    'layer': {'kernel': number + jnp.arange(600.0).reshape(30, 20)},
+    'bias': jnp.full(3, number / 3),
+  }
   state = step_lib.init(params, OPTIMIZER, ema=True)
   return state.replace(step=jnp.int32(number), reference=jax.tree.map(jnp.copy, params))
 
@@ -37,7 +39,6 @@ def data():
 
 
 class CheckpointsTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -51,7 +52,7 @@ class CheckpointsTest(parameterized.TestCase):
   def test_the_best_stay(self):
     store = checkpoint.Checkpoints(self.folder, keep=2, best=1)
     self.assertIsNone(store.best())
-    for number, score in ((1, .5), (2, .9), (3, .9), (4, np.nan), (5, .1), (6, .2)):
+    for number, score in ((1, 0.5), (2, 0.9), (3, 0.9), (4, np.nan), (5, 0.1), (6, 0.2)):
       store.save(number, make_state(number), {'iteration': number}, score)
     self.assertEqual(store.best(), 3)
     store.close()
@@ -76,7 +77,7 @@ class CheckpointsTest(parameterized.TestCase):
       content = path.read_bytes()
       path.unlink()
       if truncate:
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
 
   def test_round_trip_with_data_iterator(self):
     iterator = data()
@@ -96,19 +97,20 @@ class CheckpointsTest(parameterized.TestCase):
       np.testing.assert_array_equal(next(resumed), next(iterator))
 
   def test_a_record_is_saved_as_it_was(self):
-    record = {'factors': {'images': 1.}, 'first': [0]}
+    record = {'factors': {'images': 1.0}, 'first': [0]}
     dumps = json.dumps
 
     def late(*args, **kwargs):
-      time.sleep(.3)
+      time.sleep(0.3)
       return dumps(*args, **kwargs)
+
     store = checkpoint.Checkpoints(self.folder)
     with mock.patch.object(json, 'dumps', late):  # Orbax calls it in another thread.
       store.save(1, make_state(1), record)
-      record['factors']['images'] = 2.
+      record['factors']['images'] = 2.0
       record['first'].append(1)
       store.close()
-    self.assertEqual(self.restore()[1], {'factors': {'images': 1.}, 'first': [0]})
+    self.assertEqual(self.restore()[1], {'factors': {'images': 1.0}, 'first': [0]})
 
   def test_nothing_there(self):
     self.assertIsNone(self.restore())
@@ -129,9 +131,15 @@ class CheckpointsTest(parameterized.TestCase):
       self.assertEqual(self.restore()[1], {'iteration': 2})
 
   @parameterized.product(
-      name=('state/ocdbt.process_0/d/*', 'state/manifest.ocdbt', 'state/_METADATA',
-            'record/metadata', 'state/**/*'),
-      truncate=(False, True))
+    name=(
+      'state/ocdbt.process_0/d/*',
+      'state/manifest.ocdbt',
+      'state/_METADATA',
+      'record/metadata',
+      'state/**/*',
+    ),
+    truncate=(False, True),
+  )
   def test_damaged_newest_is_skipped(self, name, truncate):
     self.save(1, 2)
     self.damage(2, name, truncate)
@@ -166,11 +174,18 @@ class CheckpointsTest(parameterized.TestCase):
       self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
 
   @parameterized.named_parameters(
-      ('fewer', lambda s: s.replace(ema=None), [r'ema/bias: \(3,\) there, absent here']),
-      ('more', lambda s: s.replace(old=s.params),
-       [r'old/bias: absent there, \(3,\) here', r'old/layer/kernel: absent there']),
-      ('shape', lambda s: s.replace(params=jax.tree.map(lambda x: x[:2], s.params)),
-       [r'params/bias: \(3,\) there, \(2,\) here', r'params/layer/kernel: \(30, 20\) there']))
+    ('fewer', lambda s: s.replace(ema=None), [r'ema/bias: \(3,\) there, absent here']),
+    (
+      'more',
+      lambda s: s.replace(old=s.params),
+      [r'old/bias: absent there, \(3,\) here', r'old/layer/kernel: absent there'],
+    ),
+    (
+      'shape',
+      lambda s: s.replace(params=jax.tree.map(lambda x: x[:2], s.params)),
+      [r'params/bias: \(3,\) there, \(2,\) here', r'params/layer/kernel: \(30, 20\) there'],
+    ),
+  )
   def test_other_arrays_are_named_and_nothing_is_set_aside(self, change, messages):
     self.save(1, 2)
     with self.assertRaisesRegex(ValueError, f'{self.folder}/2 .*\n.*' + '.*\n.*'.join(messages)):
@@ -193,27 +208,35 @@ class CheckpointsTest(parameterized.TestCase):
 
 
 class ConfigTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'run'
     self.config = ml_collections.ConfigDict(
-        {'seed': 0, 'model': {'width': 8, 'mesh': (1, 2)}, 'rate': 0.1})
+      {'seed': 0, 'model': {'width': 8, 'mesh': (1, 2)}, 'rate': 0.1}
+    )
     workdir_lib.check_config(self.workdir, self.config)
 
   def test_same_config_passes(self):
-    self.assertEqual(json.loads((self.workdir / 'config.json').read_text()),
-                     {'seed': 0, 'model': {'width': 8, 'mesh': [1, 2]}, 'rate': 0.1})
+    self.assertEqual(
+      json.loads((self.workdir / 'config.json').read_text()),
+      {'seed': 0, 'model': {'width': 8, 'mesh': [1, 2]}, 'rate': 0.1},
+    )
     workdir_lib.check_config(self.workdir, self.config)
 
   def test_differing_keys_are_listed(self):
     other = ml_collections.ConfigDict(
-        {'seed': 1, 'model': {'width': 16, 'mesh': (1, 2)}, 'new': True})
+      {'seed': 1, 'model': {'width': 16, 'mesh': (1, 2)}, 'new': True}
+    )
     with self.assertRaises(ValueError) as caught:
       workdir_lib.check_config(self.workdir, other)
     message = str(caught.exception)
-    for part in (str(self.workdir), 'seed: 0 there, 1 here', 'model.width: 8 there, 16 here',
-                 "rate: 0.1 there, 'absent' here", "new: 'absent' there, True here"):
+    for part in (
+      str(self.workdir),
+      'seed: 0 there, 1 here',
+      'model.width: 8 there, 16 here',
+      "rate: 0.1 there, 'absent' here",
+      "new: 'absent' there, True here",
+    ):
       self.assertIn(part, message)
     self.assertNotIn('mesh', message)
 
@@ -221,10 +244,11 @@ class ConfigTest(absltest.TestCase):
     config = base.get_config()
     workdir = self.workdir / 'base'
     workdir_lib.check_config(workdir, config)
-    config.parallel.update(mesh=(2, 4, 1), rollout_mesh=(8, 1, 1), micro_batches=2, group_parts=4,
-                           joint=True)
+    config.parallel.update(
+      mesh=(2, 4, 1), rollout_mesh=(8, 1, 1), micro_batches=2, group_parts=4, joint=True
+    )
     config.update(log_every=60, report=False, workers=2, topology='v5p:4x4x4')
-    config.align.gap_limit.images = .5
+    config.align.gap_limit.images = 0.5
     config.sample.prompt, config.convert.shards, config.compile.image_size = 'a dog', 3, 64
     workdir_lib.check_config(workdir, config)
     found = json.loads((workdir / 'config.json').read_text())
@@ -263,8 +287,9 @@ class ConfigTest(absltest.TestCase):
     self.assertEqual({p.name for p in self.workdir.iterdir()}, {'config.json', 'x.json'})
 
   def test_flatten(self):
-    self.assertEqual(workdir_lib.flatten({'a': {'b': {'c': 1}, 'd': 2}, 'e': 3}),
-                     {'a.b.c': 1, 'a.d': 2, 'e': 3})
+    self.assertEqual(
+      workdir_lib.flatten({'a': {'b': {'c': 1}, 'd': 2}, 'e': 3}), {'a.b.c': 1, 'a.d': 2, 'e': 3}
+    )
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ from lvrpo_jax.training import align
 from lvrpo_jax.training import learner
 
 STEPS = 8
-CORRECT = (.9, .1, .1, .9, .6, .6, .2, .2)
+CORRECT = (0.9, 0.1, 0.1, 0.9, 0.6, 0.6, 0.2, 0.2)
 """By iteration: of pairs the third is best, of iterations the first and the fourth."""
 
 
@@ -32,13 +32,14 @@ class Light:
   Attributes:
     interrupt: iteration between whose rewards and update the process is asked to stop.
   """
+
   interrupt = 0
 
   def __init__(self, job, *params):
     del job, params
     self.state = types.TrainState(jnp.int32(0), {'x': jnp.zeros(())}, {'count': jnp.int32(0)})
     self.collector = python_types.SimpleNamespace(close=lambda: None)
-    self.factors = {'answers_penalty': 1.}
+    self.factors = {'answers_penalty': 1.0}
 
   @property
   def params(self):
@@ -50,7 +51,7 @@ class Light:
     if iteration == self.interrupt:
       os.kill(os.getpid(), signal.SIGTERM)
     check()
-    x = self.state.params['x'] * .9 + seen * self.factors['answers_penalty']
+    x = self.state.params['x'] * 0.9 + seen * self.factors['answers_penalty']
     self.state = self.state.replace(step=self.state.step + 1, params={'x': x})
     self.factors['answers_penalty'] *= 1.1  # In place, as `Aligner` does.
     return {'accuracy/generate/correct': CORRECT[iteration - 1]}, {}
@@ -62,17 +63,19 @@ class Gamed(Light):
   def __init__(self, job, *params):
     super().__init__(job, *params)
     self.job = job
-    self.collector.weights = lambda task: {'rules': 1., 'semantic': .5}
+    self.collector.weights = lambda task: {'rules': 1.0, 'semantic': 0.5}
 
   def iterate(self, tasks, iteration, draw, check):
     metrics, _ = super().iterate(tasks, iteration, draw, check)
     picture = np.random.default_rng(0).integers(0, 255, (2, 2, 32, 32, 3), np.uint8)
-    return {**metrics, 'reward/generate/rules': .1 * iteration, 'reward/generate/semantic': .2,
-            }, {'generate': picture}
+    return {
+      **metrics,
+      'reward/generate/rules': 0.1 * iteration,
+      'reward/generate/semantic': 0.2,
+    }, {'generate': picture}
 
 
 class RunTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.base = pathlib.Path(self.create_tempdir().full_path)
@@ -95,8 +98,9 @@ class RunTest(absltest.TestCase):
   def lines(self, name):
     """The lines of `metrics.jsonl`, without times."""
     text = (self.base / name / 'metrics.jsonl').read_text()
-    return [{k: v for k, v in json.loads(line).items() if k != 'seconds'}
-            for line in text.splitlines()]
+    return [
+      {k: v for k, v in json.loads(line).items() if k != 'seconds'} for line in text.splitlines()
+    ]
 
   def test_asked_to_stop_before_an_update_it_saves_the_iteration_before(self):
     whole = self.run_job('whole')
@@ -122,39 +126,51 @@ class RunTest(absltest.TestCase):
   def test_a_reward_that_rises_while_held_out_scores_fall_ends_the_run_if_asked(self):
     self.enterContext(mock.patch.object(learner, 'Learner', Gamed))
     asked = []
+
     def gold(params):
       asked.append(float(params['x']))
-      return {'gold': 1. - .25 * len(asked), 'diversity': 1.}
+      return {'gold': 1.0 - 0.25 * len(asked), 'diversity': 1.0}
+
     with self.assertLogs(level='WARNING') as said:
       self.run_job('watched', gold=gold, gold_every=2)
     self.assertLen(asked, 4)
-    self.assertLen([line for line in said.output if 'held-out gold fell from 0.75 to 0.5 while the '
-                    'training reward rose from 0.3 to 0.5' in line], 1)
+    self.assertLen(
+      [
+        line
+        for line in said.output
+        if 'held-out gold fell from 0.75 to 0.5 while the '
+        'training reward rose from 0.3 to 0.5' in line
+      ],
+      1,
+    )
     lines = [line for line in self.lines('watched') if line['stage'] == 'align']
-    self.assertEqual([line.get('held_out/gold') for line in lines[:4]], [None, .75, None, .5])
-    self.assertEqual([line['alarms'] for line in lines], [0.] * 3 + [1.] * 5)
+    self.assertEqual([line.get('held_out/gold') for line in lines[:4]], [None, 0.75, None, 0.5])
+    self.assertEqual([line['alarms'] for line in lines], [0.0] * 3 + [1.0] * 5)
 
     asked.clear()
     ended = self.run_job('ended', gold=gold, gold_every=2, stop_on_alarm=True, save_every=3)
     self.assertLen([line for line in self.lines('ended') if line['stage'] == 'align'], 4)
     self.assertIn(4, self.steps('ended'))
     # Started again it does not go on.
-    self.assertEqual(self.run_job('ended', gold=gold, gold_every=2, stop_on_alarm=True,
-                                  save_every=3), ended)
+    self.assertEqual(
+      self.run_job('ended', gold=gold, gold_every=2, stop_on_alarm=True, save_every=3), ended
+    )
     self.assertLen(asked, 2)
 
   def test_a_gap_ends_the_run_and_a_higher_limit_goes_on(self):
     iterate = Light.iterate
+
     def gaping(aligner, tasks, iteration, *rest):
       metrics, pictures = iterate(aligner, tasks, iteration, *rest)
-      return {**metrics, 'gap/generate': .3 if iteration == 4 else 0.}, pictures
+      return {**metrics, 'gap/generate': 0.3 if iteration == 4 else 0.0}, pictures
+
     self.enterContext(mock.patch.object(Light, 'iterate', gaping))
-    whole = self.run_job('whole', gap_limit=dict(images=.5), save_every=2)
+    whole = self.run_job('whole', gap_limit=dict(images=0.5), save_every=2)
     with self.assertRaisesRegex(ValueError, 'iteration 4: gap/generate is 0.3, .*images is 0.1'):
-      self.run_job('ended', gap_limit=dict(images=.1), save_every=2)
+      self.run_job('ended', gap_limit=dict(images=0.1), save_every=2)
     self.assertEqual(self.steps('ended'), {2})  # Not the one that the gap is of,
-    self.assertEqual(self.lines('ended')[-1]['gap/generate'], .3)  # which is on record.
-    self.assertEqual(self.run_job('ended', gap_limit=dict(images=.5), save_every=2), whole)
+    self.assertEqual(self.lines('ended')[-1]['gap/generate'], 0.3)  # which is on record.
+    self.assertEqual(self.run_job('ended', gap_limit=dict(images=0.5), save_every=2), whole)
     self.assertEqual(self.lines('ended'), self.lines('whole'))
 
   def test_asked_to_stop_before_the_first_update_it_has_nothing_to_save(self):

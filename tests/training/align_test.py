@@ -22,31 +22,34 @@ from lvrpo_jax.training import learner
 from lvrpo_jax.training import pretrain
 from tests.helpers import noise
 
-SCALARS = {'accuracy/generate/correct': .2, 'accuracy/edit/correct': .6,
-           'accuracy/understand/format': 1., 'reward/generate/rules': .9}
+SCALARS = {
+  'accuracy/generate/correct': 0.2,
+  'accuracy/edit/correct': 0.6,
+  'accuracy/understand/format': 1.0,
+  'reward/generate/rules': 0.9,
+}
 
 
 class ScoreTest(absltest.TestCase):
-
   def test_default_is_what_is_correct(self):
-    self.assertAlmostEqual(align.score(SCALARS, ''), .4)
-    self.assertTrue(math.isnan(align.score({'loss': 1.}, '')))
+    self.assertAlmostEqual(align.score(SCALARS, ''), 0.4)
+    self.assertTrue(math.isnan(align.score({'loss': 1.0}, '')))
 
   def test_any_metric(self):
-    self.assertEqual(align.score(SCALARS, 'reward/generate/rules'), .9)
+    self.assertEqual(align.score(SCALARS, 'reward/generate/rules'), 0.9)
     with self.assertRaisesRegex(ValueError, "config.align.score is 'reward'; allowed: .*rules"):
       align.score(SCALARS, 'reward')
 
 
 class InitialTest(absltest.TestCase):
-
   def test_reference_is_kept_as_passes_read_it(self):
     config = tiny.get_config()
     config.model.dtype = 'bfloat16'
     job = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
     params = pretrain.initial(job)
-    params['llm2vae']['kernel'] = .1 * jax.random.normal(
-        jax.random.key(5), params['llm2vae']['kernel'].shape)
+    params['llm2vae']['kernel'] = 0.1 * jax.random.normal(
+      jax.random.key(5), params['llm2vae']['kernel'].shape
+    )
     optimizer, _ = learner.build_update(job)
     state = learner.initial_state(job, params, optimizer)
     kernel = lambda tree: tree['trunk']['layers']['gen']['q_proj']['kernel']
@@ -55,9 +58,12 @@ class InitialTest(absltest.TestCase):
     vae = fit.fit_autoencoder(job)
     prompts = {'generate': job.encoder('generate', [job.data.prompt('generate', 0)]).prompts}
     x = jax.random.normal(jax.random.key(0), (1, 1, *job.policy.latent_shape))
-    ask = jax.jit(lambda p: job.policy.follow(
-        p, vae, prompts, {'generate': x}, {'generate': jnp.full((1, 1), .5)}, {})[0]['generate'])
-    self.assertGreater(float(jnp.abs(ask(state.params)).max()), 0.)
+    ask = jax.jit(
+      lambda p: job.policy.follow(
+        p, vae, prompts, {'generate': x}, {'generate': jnp.full((1, 1), 0.5)}, {}
+      )[0]['generate']
+    )
+    self.assertGreater(float(jnp.abs(ask(state.params)).max()), 0.0)
     np.testing.assert_array_equal(ask(state.reference), ask(state.params))
 
   def test_adapters_keep_no_reference_of_their_own(self):
@@ -85,21 +91,28 @@ class IterationTest(parameterized.TestCase):
   @parameterized.parameters('nft', 'sde')
   def test_adapters_are_all_that_is_held_of_a_policy(self, objective):
     aligner, tasks = self.make(lora=dict(rank=2), objective=objective)
-    move = jax.jit(lambda tree: jax.tree.map(lambda x: x + .05, tree))
+    move = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0.05, tree))
     aligner.state = aligner.state.replace(params=move(aligner.state.params))
     if aligner.state.old is not None:
       aligner.state = aligner.state.replace(old=move(aligner.state.params))
-    shapes = {x.shape for path, x in jax.tree_util.tree_leaves_with_path(aligner.frozen['base'])
-              if 'q_proj' in jax.tree_util.keystr(path)}
+    shapes = {
+      x.shape
+      for path, x in jax.tree_util.tree_leaves_with_path(aligner.frozen['base'])
+      if 'q_proj' in jax.tree_util.keystr(path)
+    }
+
     def kernels():
       gc.collect()
       return sum(x.shape in shapes for x in jax.live_arrays())
+
     before, held = kernels(), []
     self.assertGreater(before, 0)
     for name in ('step', '_velocities', '_replay'):
+
       def watched(*args, run=getattr(aligner, name)):
         held.append(kernels())
         return run(*args)
+
       setattr(aligner, name, watched)
     metrics, _ = aligner.iterate(tasks, 1)
     self.assertEqual(set(held), {before})
@@ -108,7 +121,7 @@ class IterationTest(parameterized.TestCase):
       self.assertLess(float(metrics[f'gap/{task}']), 1e-6)
     self.assertIs(aligner.sampling[-1].base, aligner.frozen['base'])
     kernel = lambda tree: np.asarray(tree['trunk']['layers']['gen']['q_proj']['kernel'])
-    self.assertGreater(np.abs(kernel(aligner.params) - kernel(aligner.reference)).max(), .01)
+    self.assertGreater(np.abs(kernel(aligner.params) - kernel(aligner.reference)).max(), 0.01)
 
   def test_adapters_go_on_from_a_checkpoint_bit_for_bit(self):
     aligner, tasks = self.make(lora=dict(rank=2), understand=0)
@@ -123,13 +136,14 @@ class IterationTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, fresh.state, aligner.state)
     for name in ('a', 'b'):
       change = np.asarray(aligner.state.params['trunk']['layers']['gen']['q_proj']['kernel'][name])
-      self.assertGreater(np.abs(change).max(), 0.)
+      self.assertGreater(np.abs(change).max(), 0.0)
 
   def test_a_gap_shows_adapters_that_did_not_draw(self):
     aligner, tasks = self.make(lora=dict(rank=2), objective='sde')
     batch, _, _ = aligner.collect(tasks, 1)
     aligner.state = aligner.state.replace(
-        params=jax.tree.map(lambda x: x + .05, aligner.state.params))
+      params=jax.tree.map(lambda x: x + 0.05, aligner.state.params)
+    )
     for task in ('generate', 'understand'):
       self.assertGreater(float(aligner.gaps(batch)[f'gap/{task}']), 1e-3)
 
@@ -139,17 +153,18 @@ class IterationTest(parameterized.TestCase):
 
     def with_drift(*args):
       found, metrics = sample(*args)
-      rounds.append(.25 * len(rounds))
+      rounds.append(0.25 * len(rounds))
       return found, {**metrics, mismatch.DECODE: jnp.float32(rounds[-1])}
+
     aligner._sample = with_drift
     _, metrics, _ = aligner.collect(tasks, 1, lambda names: tasks)
-    self.assertEqual(rounds, [0., .25])
-    self.assertEqual(float(metrics[mismatch.DECODE]), .25)
+    self.assertEqual(rounds, [0.0, 0.25])
+    self.assertEqual(float(metrics[mismatch.DECODE]), 0.25)
 
   def test_images_are_drawn_and_replayed_by_the_old_policy(self):
     aligner, tasks = self.make(updates=2)
     batch, _, pictures = aligner.collect(tasks, 1)
-    old = jax.tree.map(lambda x: .8 * x, aligner.state.params)
+    old = jax.tree.map(lambda x: 0.8 * x, aligner.state.params)
     aligner.state = aligner.state.replace(old=old)
     moved, _, other = aligner.collect(tasks, 1)
     self.assertGreater(np.abs(pictures['generate'].astype(int) - other['generate']).max(), 0)
@@ -164,18 +179,22 @@ class IterationTest(parameterized.TestCase):
   # Losses of all of them are checked in losses_test; these are all ways through the iteration.
   @parameterized.parameters(('sde', 'dance'), ('cps', 'cps'), ('awm', 'sde'))
   def test_other_objectives_run(self, objective, sampler):
-    aligner, tasks = self.make(objective=objective, sampler=sampler, image_kl=(
-        'gaussian' if objective in flow_objectives.COUPLED else 'velocity'), understand=0,
-                               image_target=1e-3)
+    aligner, tasks = self.make(
+      objective=objective,
+      sampler=sampler,
+      image_kl=('gaussian' if objective in flow_objectives.COUPLED else 'velocity'),
+      understand=0,
+      image_target=1e-3,
+    )
     self.assertEqual(aligner.state.old is None, objective in flow_objectives.COUPLED)
     before = jax.tree.map(np.asarray, aligner.state.params)
     metrics, _ = aligner.iterate(tasks, 1)
     self.assertLess(float(metrics['gap/generate']), 1e-6)
-    self.assertEqual(float(metrics['skipped']), 0.)
+    self.assertEqual(float(metrics['skipped']), 0.0)
     change = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, aligner.state.params)
-    self.assertGreater(max(jax.tree.leaves(change)), 0.)
+    self.assertGreater(max(jax.tree.leaves(change)), 0.0)
     # The penalty is far from its target, so its weight moves by a fifth of `adapt`.
-    self.assertAlmostEqual(abs(metrics['factor/images_penalty'] - 1.), .02)
+    self.assertAlmostEqual(abs(metrics['factor/images_penalty'] - 1.0), 0.02)
     self.assertEqual(aligner.factors['images_penalty'], metrics['factor/images_penalty'])
 
   def test_noise_keeps_to_the_window(self):
@@ -190,15 +209,17 @@ class IterationTest(parameterized.TestCase):
   def test_a_skipped_update_shows_among_several(self):
     aligner, tasks = self.make(updates=2, understand=0)
     run, calls = aligner.step, []
+
     def step(state, frozen, batch):
       calls.append(1)
       if len(calls) == 1:
         batch = {t: b.replace(advantage_BG=b.advantage_BG * jnp.nan) for t, b in batch.items()}
       return run(state, frozen, batch)
+
     aligner.step = step
     metrics, _ = aligner.iterate(tasks, 1)
     self.assertLen(calls, 2)
-    self.assertEqual(float(metrics['skipped']), .5)
+    self.assertEqual(float(metrics['skipped']), 0.5)
 
   def test_rewards_of_answers_leave_images_alone(self):
     # Siblings of another task in another order: nothing of the images may change, not even a bit.
@@ -206,28 +227,37 @@ class IterationTest(parameterized.TestCase):
     order = np.array([2, 0, 3, 1])
     sampled, _ = aligner._sample(tasks, 1, lambda: None)
     self.enter_context(mock.patch.object(aligner, '_sample', lambda *_: (sampled, {})))
+
     def image_gradient():
       batch = aligner.with_reference(aligner.collect(tasks, 1)[0])
-      _, logp = aligner._replay(aligner.reference, aligner.frozen,
-                                {'understand': batch['understand']})
+      _, logp = aligner._replay(
+        aligner.reference, aligner.frozen, {'understand': batch['understand']}
+      )
       batch['understand'] = batch['understand'].replace(reference_BGT=logp['understand'])
-      off = {**aligner.frozen, 'factors': {**aligner.factors, 'answers': 0.}}
+      off = {**aligner.frozen, 'factors': {**aligner.factors, 'answers': 0.0}}
       loss = learner.alignment_loss(aligner.job)
       weights = loss.weights(batch)
+
       def objective(params):
         sums = loss.sums(params, aligner.state, off, batch)[0]
         return sum(loss.coefficients[k] * sums[k] / weights[k] for k in sums)
+
       return batch, jax.jit(jax.grad(objective))(aligner.state.params)
+
     batch, grad = image_gradient()
     answers = sampled['understand']
-    sampled['understand'] = answers._replace(rewards=jax.tree.map(
-        lambda x: x[:, order] + .25 * (x.dtype != bool) * jnp.arange(4), answers.rewards))
+    sampled['understand'] = answers._replace(
+      rewards=jax.tree.map(
+        lambda x: x[:, order] + 0.25 * (x.dtype != bool) * jnp.arange(4), answers.rewards
+      )
+    )
     other, shuffled = image_gradient()
-    self.assertGreater(float(jnp.abs(other['understand'].advantage_BG
-                                     - batch['understand'].advantage_BG).max()), .1)
+    self.assertGreater(
+      float(jnp.abs(other['understand'].advantage_BG - batch['understand'].advantage_BG).max()), 0.1
+    )
     for task in ('generate',):
       np.testing.assert_array_equal(batch[task].advantage_BG, other[task].advantage_BG)
-    self.assertGreater(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grad)), 0.)
+    self.assertGreater(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grad)), 0.0)
     jax.tree.map(np.testing.assert_array_equal, grad, shuffled)
 
 

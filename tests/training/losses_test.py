@@ -1,5 +1,4 @@
-"""Tests of whole-batch losses: against loops with a linear policy, and invariances with the model.
-"""
+"""Tests of whole-batch losses: against loops with a linear policy, and invariances with the model."""
 
 import dataclasses
 import functools
@@ -25,9 +24,18 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import losses
 
 NUMBERS = losses.Alignment(
-    weights={'generate': 1., 'understand': .5, 'edit': 2.}, objective='nft', sampler='sde',
-    nft_beta=.7, nft_scale=2., image_clip=1e-3, velocity_penalty=.3, text_low=.2, text_high=.28,
-    text_objective='dapo', text_penalty=.4)
+  weights={'generate': 1.0, 'understand': 0.5, 'edit': 2.0},
+  objective='nft',
+  sampler='sde',
+  nft_beta=0.7,
+  nft_scale=2.0,
+  image_clip=1e-3,
+  velocity_penalty=0.3,
+  text_low=0.2,
+  text_high=0.28,
+  text_objective='dapo',
+  text_penalty=0.4,
+)
 GENERATION = ('layers/gen/', 'norm_gen', 'llm2vae', 'vae2llm', 'time_embedder')
 """Parts of the names of parameters that belong to the generation expert."""
 POINTS = jax.jit(functools.partial(replay.noise_points, shift=2.2))
@@ -43,10 +51,14 @@ def total(loss, params, batch, vae=None):
 def fake_policy():
   """A linear velocity and a table of next-token logits in the place of the model."""
   return SimpleNamespace(
-      bos=0, latent_shape=(3, 2), encode=lambda _, image_BYXC: image_BYXC,
-      follow=lambda params, vae, prompts, x, time, ids: (
-          {t: params['scale'] * x[t] + params['offset'] * time[t][..., None, None] for t in x},
-          {t: params['table'][rows] for t, rows in ids.items()}))
+    bos=0,
+    latent_shape=(3, 2),
+    encode=lambda _, image_BYXC: image_BYXC,
+    follow=lambda params, vae, prompts, x, time, ids: (
+      {t: params['scale'] * x[t] + params['offset'] * time[t][..., None, None] for t in x},
+      {t: params['table'][rows] for t, rows in ids.items()},
+    ),
+  )
 
 
 def random(*shape, seed=0):
@@ -54,7 +66,7 @@ def random(*shape, seed=0):
 
 
 def fake_params():
-  return {'scale': np.float64(.8), 'offset': np.array([.1, -.2]), 'table': random(5, 5)}
+  return {'scale': np.float64(0.8), 'offset': np.array([0.1, -0.2]), 'table': random(5, 5)}
 
 
 def text_case(B, G, T, V, prompts, seed=0):
@@ -64,10 +76,15 @@ def text_case(B, G, T, V, prompts, seed=0):
   valid = np.ones((B, G), bool)
   valid[0, 1] = False
   return types.TextTrainBatch(
-      prompts=prompts, tokens_BGT=rng.integers(0, V, (B, G, T)).astype(np.int32),
-      logp_BGT=-rng.uniform(.5, 3, (B, G, T)), mask_BGT=mask,
-      temperature_B=np.linspace(.7, 1.3, B), reference_BGT=-rng.uniform(.5, 3, (B, G, T)),
-      advantage_BG=rng.normal(size=(B, G)), valid_BG=valid)
+    prompts=prompts,
+    tokens_BGT=rng.integers(0, V, (B, G, T)).astype(np.int32),
+    logp_BGT=-rng.uniform(0.5, 3, (B, G, T)),
+    mask_BGT=mask,
+    temperature_B=np.linspace(0.7, 1.3, B),
+    reference_BGT=-rng.uniform(0.5, 3, (B, G, T)),
+    advantage_BG=rng.normal(size=(B, G)),
+    valid_BG=valid,
+  )
 
 
 def image_case(B, G, K, N, C, prompts, seed=0, objective='nft'):
@@ -75,20 +92,33 @@ def image_case(B, G, K, N, C, prompts, seed=0, objective='nft'):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.normal(size=shape)
   M = K * G
-  x, time = draw(B, M, N, C), rng.uniform(.3, .9, (B, M))
+  x, time = draw(B, M, N, C), rng.uniform(0.3, 0.9, (B, M))
   steps = None
   if objective in flow_objectives.COUPLED:
     steps = types.Transitions(
-        x_BMNC=x, next_BMNC=x, time_BM=time, next_time_BM=time - .2,
-        first_time_BM=np.full((B, M), .95), eta_BM=np.full((B, M), .7),
-        noise_BMNC=draw(B, M, N, C), mean_BMNC=x + .1 * draw(B, M, N, C),
-        std_BM=rng.uniform(.1, .4, (B, M)))
+      x_BMNC=x,
+      next_BMNC=x,
+      time_BM=time,
+      next_time_BM=time - 0.2,
+      first_time_BM=np.full((B, M), 0.95),
+      eta_BM=np.full((B, M), 0.7),
+      noise_BMNC=draw(B, M, N, C),
+      mean_BMNC=x + 0.1 * draw(B, M, N, C),
+      std_BM=rng.uniform(0.1, 0.4, (B, M)),
+    )
   valid = np.ones((B, G), bool)
   valid[1, 0] = False
   return types.ImageTrainBatch(
-      prompts=prompts, latents_BGNC=draw(B, G, N, C), transitions=steps, x_BMNC=x, time_BM=time,
-      old_BMNC=draw(B, M, N, C), reference_BMNC=draw(B, M, N, C), advantage_BG=draw(B, G),
-      valid_BG=valid)
+    prompts=prompts,
+    latents_BGNC=draw(B, G, N, C),
+    transitions=steps,
+    x_BMNC=x,
+    time_BM=time,
+    old_BMNC=draw(B, M, N, C),
+    reference_BMNC=draw(B, M, N, C),
+    advantage_BG=draw(B, G),
+    valid_BG=valid,
+  )
 
 
 def text_oracle(a, table, b, cut):
@@ -96,29 +126,30 @@ def text_oracle(a, table, b, cut):
 
   `cut` holds CISPO's weights of the first call: they carry no gradient.
   """
-  loss = kl = weight = 0.
+  loss = kl = weight = 0.0
   T = b.mask_BGT.shape[-1]
   for i, g in np.ndindex(*b.valid_BG.shape):
     length, A = b.mask_BGT[i, g].sum(), b.advantage_BG[i, g]
     ids = [0, *b.tokens_BGT[i, g]]
     if not b.valid_BG[i, g]:
       continue
-    logps = np.array([special.log_softmax(table[ids[t]] / b.temperature_B[i])[ids[t + 1]]
-                      for t in range(length)])
+    logps = np.array(
+      [special.log_softmax(table[ids[t]] / b.temperature_B[i])[ids[t + 1]] for t in range(length)]
+    )
     ratios = np.exp(logps - b.logp_BGT[i, g, :length])
     if a.text_objective == 'gspo':
       ratios = np.full(length, np.exp(np.mean(logps - b.logp_BGT[i, g, :length])))
     if a.text_objective == 'dr_grpo':
-      weight += 1.
+      weight += 1.0
     for t, (logp, ratio) in enumerate(zip(logps, ratios)):
-      w = {'dapo': 1., 'cispo': 1., 'dr_grpo': 1 / T}.get(a.text_objective, 1 / length)
+      w = {'dapo': 1.0, 'cispo': 1.0, 'dr_grpo': 1 / T}.get(a.text_objective, 1 / length)
       if a.text_objective == 'cispo':
         loss -= w * cut.setdefault((i, g, t), min(ratio, 1 + a.text_high)) * A * logp
       else:
         loss += w * max(-A * ratio, -A * np.clip(ratio, 1 - a.text_low, 1 + a.text_high))
       d = b.reference_BGT[i, g, t] - logp
       kl += w * {'k1': -d, 'k3': np.exp(d) - d - 1}[a.text_kl]
-      weight += 0. if a.text_objective == 'dr_grpo' else w
+      weight += 0.0 if a.text_objective == 'dr_grpo' else w
   return loss / weight, kl / weight
 
 
@@ -131,19 +162,21 @@ def image_oracle(a, scale, offset, b, frozen):
       continue
     x, t, A = b.x_BMNC[i, m], b.time_BM[i, m], b.advantage_BG[i, g]
     v = scale * x + offset * t
-    drift = ((v - b.reference_BMNC[i, m])**2).mean()
+    drift = ((v - b.reference_BMNC[i, m]) ** 2).mean()
     if a.objective == 'nft':
-      old, r = b.old_BMNC[i, m], np.clip(.5 + A / (2 * a.nft_scale), 0, 1)
-      parts = [(r, a.nft_beta * v + (1 - a.nft_beta) * old),
-               (1 - r, (1 + a.nft_beta) * old - a.nft_beta * v)]
-      loss = 0.
+      old, r = b.old_BMNC[i, m], np.clip(0.5 + A / (2 * a.nft_scale), 0, 1)
+      parts = [
+        (r, a.nft_beta * v + (1 - a.nft_beta) * old),
+        (1 - r, (1 + a.nft_beta) * old - a.nft_beta * v),
+      ]
+      loss = 0.0
       for sign, (p, mixed) in enumerate(parts):
         off = x - t * mixed - b.latents_BGNC[i, g]
         w = frozen.setdefault((i, m, sign), np.abs(off).mean())
         loss += p * (off**2).mean() / w / a.nft_beta
     elif a.objective == 'awm':
       target = (x - b.latents_BGNC[i, g]) / t  # Noise less image.
-      ratio = np.exp(((b.old_BMNC[i, m] - target)**2).mean() - ((v - target)**2).mean())
+      ratio = np.exp(((b.old_BMNC[i, m] - target) ** 2).mean() - ((v - target) ** 2).mean())
       loss = max(-A * ratio, -A * np.clip(ratio, 1 - a.image_clip, 1 + a.image_clip))
     else:
       s = b.transitions
@@ -161,10 +194,11 @@ def image_oracle(a, scale, offset, b, frozen):
       # Log-probabilities of the sampled latents under both policies.
       d, std = mean - s.mean_BMNC[i, m], s.std_BM[i, m]
       sampled = s.mean_BMNC[i, m] + std * s.noise_BMNC[i, m]
-      square = lambda m: ((sampled - m)**2).mean()
+      square = lambda m: ((sampled - m) ** 2).mean()
       moved = square(s.mean_BMNC[i, m]) - square(mean)
       log_ratio = {'sde': moved / (2 * std**2), 'cps': moved}.get(
-          a.objective, std * (moved / (2 * std**2) + (d**2).mean() / (2 * std**2)))
+        a.objective, std * (moved / (2 * std**2) + (d**2).mean() / (2 * std**2))
+      )
       ratio = np.exp(log_ratio)
       loss = max(-A * ratio, -A * np.clip(ratio, 1 - a.image_clip, 1 + a.image_clip))
       if a.objective == 'guard':
@@ -177,20 +211,37 @@ def image_oracle(a, scale, offset, b, frozen):
 
 
 class LinearPolicyTest(parameterized.TestCase):
-
-  @parameterized.parameters(('nft', 'dapo'), ('sde', 'grpo'), ('nft', 'dr_grpo'), ('nft', 'gspo'),
-                            ('nft', 'cispo'), ('sde', 'dapo', 'k1', 'gaussian'),
-                            ('awm', 'dapo'), ('guard', 'dapo'), ('guard_plain', 'dapo'),
-                            ('cps', 'dapo', 'k3', 'velocity', 'cps'),
-                            ('sde', 'dapo', 'k3', 'velocity', 'dance'),
-                            ('guard', 'dapo', 'k3', 'velocity', 'cps'))
-  def test_value_and_gradient_against_loops(self, objective, text_objective, text_kl='k3',
-                                            image_kl='velocity', sampler='sde'):
-    a = dataclasses.replace(NUMBERS, objective=objective, text_objective=text_objective,
-                            text_kl=text_kl, image_kl=image_kl, sampler=sampler, image_clip=.5)
-    batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1, objective),
-             'understand': text_case(2, 3, 4, 5, ()),
-             'edit': image_case(3, 2, 1, 3, 2, (), 2, objective)}
+  @parameterized.parameters(
+    ('nft', 'dapo'),
+    ('sde', 'grpo'),
+    ('nft', 'dr_grpo'),
+    ('nft', 'gspo'),
+    ('nft', 'cispo'),
+    ('sde', 'dapo', 'k1', 'gaussian'),
+    ('awm', 'dapo'),
+    ('guard', 'dapo'),
+    ('guard_plain', 'dapo'),
+    ('cps', 'dapo', 'k3', 'velocity', 'cps'),
+    ('sde', 'dapo', 'k3', 'velocity', 'dance'),
+    ('guard', 'dapo', 'k3', 'velocity', 'cps'),
+  )
+  def test_value_and_gradient_against_loops(
+    self, objective, text_objective, text_kl='k3', image_kl='velocity', sampler='sde'
+  ):
+    a = dataclasses.replace(
+      NUMBERS,
+      objective=objective,
+      text_objective=text_objective,
+      text_kl=text_kl,
+      image_kl=image_kl,
+      sampler=sampler,
+      image_clip=0.5,
+    )
+    batch = {
+      'generate': image_case(2, 3, 2, 3, 2, (), 1, objective),
+      'understand': text_case(2, 3, 4, 5, ()),
+      'edit': image_case(3, 2, 1, 3, 2, (), 2, objective),
+    }
     self.check(a, batch, a.weights)
 
   def check(self, a, batch, weights):
@@ -199,7 +250,7 @@ class LinearPolicyTest(parameterized.TestCase):
     frozen = {task: {} for task in batch}
 
     def oracle(p):
-      out = 0.
+      out = 0.0
       for task, weight in weights.items():
         if task in tasks.TEXT_OUTPUTS:
           loss, penalty = text_oracle(a, p['table'], batch[task], frozen[task])
@@ -216,12 +267,14 @@ class LinearPolicyTest(parameterized.TestCase):
       for index in np.ndindex(*x.shape):
         step = np.zeros_like(x)
         step[index] = 1e-6
-        slopes[name][index] = (oracle(params | {name: x + step})
-                               - oracle(params | {name: x - step})) / 2e-6
+        slopes[name][index] = (
+          oracle(params | {name: x + step}) - oracle(params | {name: x - step})
+        ) / 2e-6
     with jax.enable_x64(True):
       loss = losses.alignment(fake_policy(), a)
       value, grad = jax.jit(jax.value_and_grad(functools.partial(total, loss)))(
-          jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, batch))
+        jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, batch)
+      )
     # Token probabilities are float32 by design (text_objectives_test has these gradients in
     # float64); everything of images is float64 here.
     self.assertAlmostEqual(float(value), expected, delta=1e-6 * abs(expected))
@@ -232,34 +285,47 @@ class LinearPolicyTest(parameterized.TestCase):
   @parameterized.parameters('nft', 'sde')
   def test_both_halves_of_a_thought_weigh_the_same(self, objective):
     weight = 1.7
-    a = dataclasses.replace(NUMBERS, objective=objective, image_clip=.5, weights={
-        'think_generate': weight, 'understand': .5})
+    a = dataclasses.replace(
+      NUMBERS,
+      objective=objective,
+      image_clip=0.5,
+      weights={'think_generate': weight, 'understand': 0.5},
+    )
     # Images after plans are rows with a context, and a group, of their own.
-    batch = {'plan': text_case(2, 3, 4, 5, (), 1), 'understand': text_case(2, 3, 4, 5, ()),
-             'think_generate': image_case(6, 1, 2, 3, 2, (), 2, objective)}
-    self.check(a, batch, {'plan': weight, 'think_generate': weight, 'understand': .5})
+    batch = {
+      'plan': text_case(2, 3, 4, 5, (), 1),
+      'understand': text_case(2, 3, 4, 5, ()),
+      'think_generate': image_case(6, 1, 2, 3, 2, (), 2, objective),
+    }
+    self.check(a, batch, {'plan': weight, 'think_generate': weight, 'understand': 0.5})
 
   def test_metrics(self):
     batch = {'understand': text_case(2, 3, 4, 5, ())}
     loss = losses.alignment(fake_policy(), NUMBERS)
     _, metrics = jax.jit(lambda params, batch: loss.sums(params, None, {'vae': None}, batch))(
-        jax.tree.map(np.float32, fake_params()), batch)
+      jax.tree.map(np.float32, fake_params()), batch
+    )
     b = batch['understand']
     weight = float((b.mask_BGT & b.valid_BG[..., None]).sum())
-    self.assertSetEqual(set(metrics), {f'understand/{k}' for k in (
-        'kl_k3', 'entropy', 'clip_fraction')})
+    self.assertSetEqual(
+      set(metrics), {f'understand/{k}' for k in ('kl_k3', 'entropy', 'clip_fraction')}
+    )
     for value, count in metrics.values():
       self.assertEqual(float(count), weight)
-      self.assertGreater(float(value), 0.)
+      self.assertGreater(float(value), 0.0)
 
   def test_factors(self):
     batch = {'generate': image_case(2, 3, 2, 3, 2, (), 1), 'understand': text_case(2, 3, 4, 5, ())}
     loss, params = losses.alignment(fake_policy(), NUMBERS), fake_params()
     terms = lambda frozen: loss.sums(params, None, {'vae': None, **frozen}, batch)[0]
     plain = terms({})
-    scaled = terms({'factors': dict(zip(losses.FACTORS, (2., 4., 3., .5), strict=True))})
-    for name, factor in (('generate', 4.), ('generate_penalty', 2.), ('understand', 2.),
-                         ('understand_penalty', 6.)):
+    scaled = terms({'factors': dict(zip(losses.FACTORS, (2.0, 4.0, 3.0, 0.5), strict=True))})
+    for name, factor in (
+      ('generate', 4.0),
+      ('generate_penalty', 2.0),
+      ('understand', 2.0),
+      ('understand_penalty', 6.0),
+    ):
       np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-5)
 
   def test_penalty_of_steps_wants_steps(self):
@@ -277,7 +343,7 @@ class LinearPolicyTest(parameterized.TestCase):
     velocities, logp = score(params, {'vae': None}, {'understand': b})
     self.assertEqual(velocities, {})
     logp = np.asarray(logp['understand'])
-    np.testing.assert_array_equal(logp[~b.mask_BGT], 0.)
+    np.testing.assert_array_equal(logp[~b.mask_BGT], 0.0)
     first = special.log_softmax(fake_params()['table'][0] / b.temperature_B[1])
     self.assertAlmostEqual(logp[1, 2, 0], first[b.tokens_BGT[1, 2, 0]], places=5)
 
@@ -286,38 +352,44 @@ class LinearPolicyTest(parameterized.TestCase):
     x0 = np.float32(random(2, 1, 4, 2))
     points = POINTS(key_BM, x0)
     self.assertEqual((points.x_t.shape, points.t.shape), ((2, 3, 4, 2), (2, 3)))
-    np.testing.assert_allclose(points.x_t, x0 + points.t[..., None, None] * points.target,
-                               rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+      points.x_t, x0 + points.t[..., None, None] * points.target, rtol=1e-5, atol=1e-5
+    )
     row = POINTS(key_BM[1:, 1:2], x0[1:])
-    jax.tree.map(np.testing.assert_array_equal, row,
-                 jax.tree.map(lambda x: x[1:, 1:2], points))
+    jax.tree.map(np.testing.assert_array_equal, row, jax.tree.map(lambda x: x[1:, 1:2], points))
 
   def test_pretraining_against_loops(self):
     rng = np.random.default_rng(0)
     answer = np.array([[0, 2, 3, 1], [0, 4, 1, 1]])
     mask = np.array([[True, True, True], [True, True, False]])
     images = rng.normal(size=(2, 3, 2)).astype(np.float32)
+
     def rows(index, target, *answers):
       prompts = types.Prompts(*[None] * 6, index_B=np.array(index))
       return types.SupervisedBatch(prompts, target, *(answers or (None, None)))
+
     batch = {'generate': rows((7, 9), images), 'understand': rows((1, 2), None, answer, mask)}
-    loss = losses.pretraining(fake_policy(), {'generate': 1., 'understand': .5}, 2, 2.2, seed=3)
+    loss = losses.pretraining(fake_policy(), {'generate': 1.0, 'understand': 0.5}, 2, 2.2, seed=3)
     params = jax.tree.map(np.float32, fake_params())
-    sums = jax.jit(lambda params, step, batch: loss.sums(
-        params, SimpleNamespace(step=step), {'vae': None}, batch)[0])(params, 5, batch)
+    sums = jax.jit(
+      lambda params, step, batch: loss.sums(
+        params, SimpleNamespace(step=step), {'vae': None}, batch
+      )[0]
+    )(params, 5, batch)
     weights = loss.weights(batch)
-    self.assertEqual({k: float(w) for k, w in weights.items()},
-                     {'generate': 2 * 2 * 3, 'understand': 5})
+    self.assertEqual(
+      {k: float(w) for k, w in weights.items()}, {'generate': 2 * 2 * 3, 'understand': 5}
+    )
     logp = special.log_softmax(fake_params()['table'], -1)
     expected = -sum(logp[answer[i, t], answer[i, t + 1]] for i, t in np.argwhere(mask))
     self.assertAlmostEqual(float(sums['understand']), expected, places=4)
     root = jax.random.fold_in(jax.random.key(3), 5)
-    expected = 0.
+    expected = 0.0
     for row, index in enumerate((7, 9)):
       keys = ops.fold_rows(jax.random.fold_in(root, index), (1, 2))
       p = jax.tree.map(np.asarray, POINTS(keys, images[row][None, None]))
       v = params['scale'] * p.x_t + params['offset'] * p.t[..., None, None]
-      expected += float(((v - p.target)**2).mean(-1).sum())
+      expected += float(((v - p.target) ** 2).mean(-1).sum())
     np.testing.assert_allclose(sums['generate'], expected, rtol=1e-5)
 
 
@@ -335,15 +407,19 @@ def permuted(b, order_BG, answers_too=True):
       moved.update({name: take(b.__dict__[name], order_BG) for name in names})
     return b.replace(**moved)
   order_BM = np.concatenate([order_BG + k * G for k in range(K)], axis=1)
-  moved = {name: take(b.__dict__[name], order_BG)
-           for name in ('latents_BGNC', 'advantage_BG', 'valid_BG')}
-  moved.update({name: take(b.__dict__[name], order_BM)
-                for name in ('x_BMNC', 'time_BM', 'old_BMNC', 'reference_BMNC')})
+  moved = {
+    name: take(b.__dict__[name], order_BG) for name in ('latents_BGNC', 'advantage_BG', 'valid_BG')
+  }
+  moved.update(
+    {
+      name: take(b.__dict__[name], order_BM)
+      for name in ('x_BMNC', 'time_BM', 'old_BMNC', 'reference_BMNC')
+    }
+  )
   return b.replace(**moved)
 
 
 class ModelTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -355,24 +431,31 @@ class ModelTest(absltest.TestCase):
     policy = cls.job.policy
     # The model's own start has a velocity head of zeros, which hides every gradient behind it.
     rng = np.random.default_rng(0)
-    draw = lambda f: jax.tree.map(lambda s: .3 * rng.normal(size=s.shape).astype(np.float32),
-                                  jax.eval_shape(f, jax.random.key(0)))
+    draw = lambda f: jax.tree.map(
+      lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32),
+      jax.eval_shape(f, jax.random.key(0)),
+    )
     cls.params = draw(lambda key: bagel.init(policy.config, key))
     vae = draw(lambda key: policy.vae.init(key, jnp.zeros((1, 32, 32, 3)))['params'])
-    prompts = {t: cls.job.encoder(t, [cls.job.data.prompt(t, i) for i in range(B)]).prompts
-               for t in NUMBERS.weights}
+    prompts = {
+      t: cls.job.encoder(t, [cls.job.data.prompt(t, i) for i in range(B)]).prompts
+      for t in NUMBERS.weights
+    }
     N, C = policy.latent_shape
     cls.batch = {
-        t: text_case(B, G, 5, policy.config.vocab, prompts[t]) if t == 'understand' else
-        image_case(B, G, K, N, C, prompts[t], seed) for seed, t in enumerate(NUMBERS.weights)}
-    cls.batch = jax.tree.map(
-        lambda x: np.float32(x) if x.dtype == np.float64 else x, cls.batch)
+      t: text_case(B, G, 5, policy.config.vocab, prompts[t])
+      if t == 'understand'
+      else image_case(B, G, K, N, C, prompts[t], seed)
+      for seed, t in enumerate(NUMBERS.weights)
+    }
+    cls.batch = jax.tree.map(lambda x: np.float32(x) if x.dtype == np.float64 else x, cls.batch)
 
     def compiled(weights):
       loss = losses.alignment(policy, dataclasses.replace(NUMBERS, weights=weights))
       return jax.jit(jax.value_and_grad(functools.partial(total, loss, vae=vae)))
+
     cls.mixed = staticmethod(compiled(NUMBERS.weights))
-    cls.alone = staticmethod(compiled(dict.fromkeys(NUMBERS.weights, 1.)))
+    cls.alone = staticmethod(compiled(dict.fromkeys(NUMBERS.weights, 1.0)))
     cls.value, cls.grad = cls.mixed(cls.params, cls.batch)
 
   def test_parts_of_groups_add_up(self):
@@ -395,13 +478,16 @@ class ModelTest(absltest.TestCase):
     np.testing.assert_array_equal(piece.x_BMNC, np.asarray(b.x_BMNC)[:, 1::G])
     np.testing.assert_array_equal(piece.advantage_BG, np.asarray(b.advantage_BG)[:, 1:2])
     np.testing.assert_array_equal(piece.prompts.index_B, b.prompts.index_B)
-    with self.assertRaisesRegex(ValueError, f'groups of {G} samples do not divide into '
-                                f'parallel.group_parts = {G + 1}'):
+    with self.assertRaisesRegex(
+      ValueError, f'groups of {G} samples do not divide into parallel.group_parts = {G + 1}'
+    ):
       losses.split_group(mixed, G + 1)
 
   def named(self, tree):
-    return {'/'.join(k.key for k in path): np.asarray(x)
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+      '/'.join(k.key for k in path): np.asarray(x)
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
   def split(self, grad):
     """Gradients of the generation expert, and of all else."""
@@ -416,7 +502,7 @@ class ModelTest(absltest.TestCase):
       self.assertLess(np.abs(x - y).max(), bound * largest, name)
 
   def test_mixed_gradient_is_the_weighted_sum_of_single_tasks(self):
-    value, grad = 0., jax.tree.map(np.zeros_like, self.params)
+    value, grad = 0.0, jax.tree.map(np.zeros_like, self.params)
     for task, weight in NUMBERS.weights.items():
       # Both image tasks have one shape, so that one compiled function serves them.
       key = task if task == 'understand' else 'generate'
@@ -454,18 +540,27 @@ class ModelTest(absltest.TestCase):
   def test_an_invalid_sample_contributes_nothing(self):
     batch = dict(self.batch)
     b = batch['understand']
-    (i, g), = np.argwhere(~b.valid_BG)
-    change = lambda x, value: np.concatenate([x[:i], np.concatenate(
-        [x[i:i + 1, :g], np.full_like(x[i:i + 1, g:g + 1], value), x[i:i + 1, g + 1:]], 1),
-        x[i + 1:]])
+    ((i, g),) = np.argwhere(~b.valid_BG)
+    change = lambda x, value: np.concatenate(
+      [
+        x[:i],
+        np.concatenate(
+          [x[i : i + 1, :g], np.full_like(x[i : i + 1, g : g + 1], value), x[i : i + 1, g + 1 :]], 1
+        ),
+        x[i + 1 :],
+      ]
+    )
     batch['understand'] = b.replace(
-        tokens_BGT=change(b.tokens_BGT, 3), logp_BGT=change(b.logp_BGT, -7.),
-        mask_BGT=change(b.mask_BGT, True), advantage_BG=change(b.advantage_BG, 5.))
+      tokens_BGT=change(b.tokens_BGT, 3),
+      logp_BGT=change(b.logp_BGT, -7.0),
+      mask_BGT=change(b.mask_BGT, True),
+      advantage_BG=change(b.advantage_BG, 5.0),
+    )
     for task in ('generate', 'edit'):
       b = batch[task]
-      (i, g), = np.argwhere(~b.valid_BG)
+      ((i, g),) = np.argwhere(~b.valid_BG)
       x, latents, advantage = b.x_BMNC.copy(), b.latents_BGNC.copy(), b.advantage_BG.copy()
-      x[i, g::G], latents[i, g], advantage[i, g] = .5, -2., 5.
+      x[i, g::G], latents[i, g], advantage[i, g] = 0.5, -2.0, 5.0
       batch[task] = b.replace(x_BMNC=x, latents_BGNC=latents, advantage_BG=advantage)
     value, grad = self.mixed(self.params, batch)
     self.assertEqual(float(value), float(self.value))
@@ -474,7 +569,7 @@ class ModelTest(absltest.TestCase):
   def test_a_valid_sample_contributes(self):
     batch = dict(self.batch)
     advantage = batch['generate'].advantage_BG.copy()
-    advantage[0, 0] += 1.
+    advantage[0, 0] += 1.0
     batch['generate'] = batch['generate'].replace(advantage_BG=advantage)
     self.assertNotEqual(float(self.mixed(self.params, batch)[0]), float(self.value))
 

@@ -14,15 +14,20 @@ def tree(seed=0):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.float32(rng.normal(size=shape))
   return {
-      'trunk': {'layers': {side: {'q_proj': {'kernel': draw(1, 3, 2), 'bias': draw(2)}}
-                           for side in ('und', 'gen')}},
-      'vit': {'pos_embed': draw(2)},
-      'latent_pos_embed': draw(4), 'vit_pos_embed': draw(4)}
+    'trunk': {
+      'layers': {
+        side: {'q_proj': {'kernel': draw(1, 3, 2), 'bias': draw(2)}} for side in ('und', 'gen')
+      }
+    },
+    'vit': {'pos_embed': draw(2)},
+    'latent_pos_embed': draw(4),
+    'vit_pos_embed': draw(4),
+  }
 
 
-def build(rules=(), decay=0., clip=1e9, kind='adamw'):
+def build(rules=(), decay=0.0, clip=1e9, kind='adamw'):
   rate = lambda peak: optimizer_lib.schedule('constant', peak, 100, 0)
-  return optimizer_lib.build(kind, rate(.1), .9, .98, 1e-8, decay, clip, rate(.3), rules)
+  return optimizer_lib.build(kind, rate(0.1), 0.9, 0.98, 1e-8, decay, clip, rate(0.3), rules)
 
 
 def run(optimizer, params, grads, steps=1):
@@ -36,67 +41,86 @@ def run(optimizer, params, grads, steps=1):
 
 
 class MasterTest(absltest.TestCase):
-
   def test_small_updates_need_float32_parameters(self):
-    optimizer = optimizer_lib.build('adamw', optimizer_lib.schedule('constant', 1e-6, 1000, 0), .9, .98, 1e-8, 0.,
-                            1e9)
+    optimizer = optimizer_lib.build(
+      'adamw', optimizer_lib.schedule('constant', 1e-6, 1000, 0), 0.9, 0.98, 1e-8, 0.0, 1e9
+    )
     grads = {'w': jnp.ones((1,))}
     moved = lambda dtype: float(
-        run(optimizer, {'w': jnp.full((1,), .02, dtype)}, grads, 1000)['w'][0])
+      run(optimizer, {'w': jnp.full((1,), 0.02, dtype)}, grads, 1000)['w'][0]
+    )
     # The scale of bfloat16 has steps of 1.2e-4 there; the updates add up to 1e-3.
-    self.assertAlmostEqual(moved(jnp.float32), .019, places=5)
-    self.assertEqual(moved(jnp.bfloat16), float(jnp.bfloat16(.02)))
+    self.assertAlmostEqual(moved(jnp.float32), 0.019, places=5)
+    self.assertEqual(moved(jnp.bfloat16), float(jnp.bfloat16(0.02)))
 
 
 class ScheduleTest(parameterized.TestCase):
-
-  @parameterized.parameters((0, .1), (4, .5), (9, 1.), (10, 1.), (50, 1.), (75, .5), (99, .02),
-                            (100, 0.), (150, 0.))
+  @parameterized.parameters(
+    (0, 0.1),
+    (4, 0.5),
+    (9, 1.0),
+    (10, 1.0),
+    (50, 1.0),
+    (75, 0.5),
+    (99, 0.02),
+    (100, 0.0),
+    (150, 0.0),
+  )
   def test_linear(self, step, expected):
-    rate = optimizer_lib.schedule('linear', 2., 100, 10)
-    self.assertAlmostEqual(float(rate(jnp.int32(step))), 2. * expected, places=6)
+    rate = optimizer_lib.schedule('linear', 2.0, 100, 10)
+    self.assertAlmostEqual(float(rate(jnp.int32(step))), 2.0 * expected, places=6)
 
-  @parameterized.parameters((0, .25), (1, .5), (3, 1.), (1000, 1.))
+  @parameterized.parameters((0, 0.25), (1, 0.5), (3, 1.0), (1000, 1.0))
   def test_constant(self, step, expected):
     rate = optimizer_lib.schedule('constant', 3e-4, 100, 4)
     self.assertAlmostEqual(float(rate(jnp.int32(step))), 3e-4 * expected, places=9)
 
   @parameterized.parameters('constant', 'linear')
   def test_without_warm_up(self, kind):
-    self.assertAlmostEqual(float(optimizer_lib.schedule(kind, 1., 10, 0)(jnp.int32(0))), 1.)
+    self.assertAlmostEqual(float(optimizer_lib.schedule(kind, 1.0, 10, 0)(jnp.int32(0))), 1.0)
 
   @parameterized.parameters(1, 2, 3)
   def test_the_shortest_runs(self, steps):
-    rate = optimizer_lib.schedule('linear', 1., steps, 0)
-    self.assertEqual(float(rate(jnp.int32(0))), 1.)
-    self.assertEqual(float(rate(jnp.int32(steps))), 0.)
+    rate = optimizer_lib.schedule('linear', 1.0, steps, 0)
+    self.assertEqual(float(rate(jnp.int32(0))), 1.0)
+    self.assertEqual(float(rate(jnp.int32(steps))), 0.0)
 
   def test_unknown_kind(self):
     with self.assertRaisesRegex(ValueError, "'cosine'"):
-      optimizer_lib.schedule('cosine', 1., 10, 0)
+      optimizer_lib.schedule('cosine', 1.0, 10, 0)
 
 
 class RateTest(absltest.TestCase):
-
   def test_the_first_rule_that_matches(self):
-    rates = optimizer_lib.rates(tree(), ((r'layers/und/', .3), (r'kernel$', .5)))
-    self.assertEqual(rates, {
-        'trunk': {'layers': {'und': {'q_proj': {'kernel': .3, 'bias': .3}},
-                             'gen': {'q_proj': {'kernel': .5, 'bias': 1.}}}},
-        'vit': {'pos_embed': 1.}, 'latent_pos_embed': 0., 'vit_pos_embed': 0.})
+    rates = optimizer_lib.rates(tree(), ((r'layers/und/', 0.3), (r'kernel$', 0.5)))
+    self.assertEqual(
+      rates,
+      {
+        'trunk': {
+          'layers': {
+            'und': {'q_proj': {'kernel': 0.3, 'bias': 0.3}},
+            'gen': {'q_proj': {'kernel': 0.5, 'bias': 1.0}},
+          }
+        },
+        'vit': {'pos_embed': 1.0},
+        'latent_pos_embed': 0.0,
+        'vit_pos_embed': 0.0,
+      },
+    )
 
   def test_frozen_tables_come_before_all_rules(self):
-    self.assertEqual(optimizer_lib.rates(tree(), ((r'.*', 7.),))['latent_pos_embed'], 0.)
+    self.assertEqual(optimizer_lib.rates(tree(), ((r'.*', 7.0),))['latent_pos_embed'], 0.0)
 
   def test_names(self):
     names = []
-    jax.tree_util.tree_map_with_path(lambda path, _: names.append(optimizer_lib.parameter_name(path)), tree())
+    jax.tree_util.tree_map_with_path(
+      lambda path, _: names.append(optimizer_lib.parameter_name(path)), tree()
+    )
     self.assertIn('trunk/layers/und/q_proj/kernel', names)
     self.assertIn('vit_pos_embed', names)
 
 
 class BuildTest(parameterized.TestCase):
-
   def test_adam_against_numpy(self):
     params, grads = tree(), tree(seed=1)
     optimizer = build()
@@ -104,14 +128,14 @@ class BuildTest(parameterized.TestCase):
     p, g = kernel(params), kernel(grads)
     m = v = np.zeros_like(p)
     for step in range(1, 4):
-      m, v = .9 * m + .1 * g, .98 * v + .02 * g**2
-      p = p - .1 * (m / (1 - .9**step)) / (np.sqrt(v / (1 - .98**step)) + 1e-8)
+      m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g**2
+      p = p - 0.1 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.98**step)) + 1e-8)
     np.testing.assert_allclose(kernel(run(optimizer, params, grads, 3)), p, rtol=1e-5)
 
-  @parameterized.product(decay=(0., .1), kind=('adamw', 'muon'))
+  @parameterized.product(decay=(0.0, 0.1), kind=('adamw', 'muon'))
   def test_frozen_tables_never_move(self, decay, kind):
     params = tree()
-    after = run(build(((r'pos_embed', 3.),), decay, kind=kind), params, tree(seed=1), 5)
+    after = run(build(((r'pos_embed', 3.0),), decay, kind=kind), params, tree(seed=1), 5)
     for name in ('latent_pos_embed', 'vit_pos_embed'):
       np.testing.assert_array_equal(after[name], params[name])
     self.assertFalse(np.array_equal(after['vit']['pos_embed'], params['vit']['pos_embed']))
@@ -119,44 +143,51 @@ class BuildTest(parameterized.TestCase):
   @parameterized.parameters('adamw', 'muon')
   def test_a_rule_multiplies_the_update(self, kind):
     params, grads = tree(), tree(seed=1)
-    plain, slow = (run(build(rules, decay=.1, kind=kind), params, grads)
-                   for rules in ((), ((r'layers/und/', .25),)))
+    plain, slow = (
+      run(build(rules, decay=0.1, kind=kind), params, grads)
+      for rules in ((), ((r'layers/und/', 0.25),))
+    )
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), plain, params)
     slowed = jax.tree.map(lambda a, b: np.asarray(a - b), slow, params)
     for key in ('kernel', 'bias'):
       und, gen = (lambda t, s=s: t['trunk']['layers'][s]['q_proj'][key] for s in ('und', 'gen'))
-      np.testing.assert_allclose(und(slowed), .25 * und(moved), rtol=1e-4, atol=1e-7)
+      np.testing.assert_allclose(und(slowed), 0.25 * und(moved), rtol=1e-4, atol=1e-7)
       np.testing.assert_array_equal(gen(slowed), gen(moved))
 
   def test_a_rate_of_zero_freezes(self):
     params = tree()
-    after = run(build(((r'layers/und/', 0.),), decay=.1), params, tree(seed=1), 3)
-    jax.tree.map(np.testing.assert_array_equal, after['trunk']['layers']['und'],
-                 params['trunk']['layers']['und'])
+    after = run(build(((r'layers/und/', 0.0),), decay=0.1), params, tree(seed=1), 3)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      after['trunk']['layers']['und'],
+      params['trunk']['layers']['und'],
+    )
 
   def test_decay_is_on_kernels_only(self):
     params = tree()
     still = jax.tree.map(jnp.zeros_like, params)
-    after = run(build(decay=.5), params, still)
+    after = run(build(decay=0.5), params, still)
     for side in ('und', 'gen'):
       old, new = (t['trunk']['layers'][side]['q_proj'] for t in (params, after))
-      np.testing.assert_allclose(new['kernel'], .95 * old['kernel'], rtol=1e-5)
+      np.testing.assert_allclose(new['kernel'], 0.95 * old['kernel'], rtol=1e-5)
       np.testing.assert_array_equal(new['bias'], old['bias'])
     np.testing.assert_array_equal(after['vit']['pos_embed'], params['vit']['pos_embed'])
 
   def test_muon_orthogonalises_the_kernels_of_the_trunk_only(self):
     params, grads = tree(), tree(seed=1)
-    moved = jax.tree.map(lambda a, b: np.asarray(a - b), params,
-                         run(build(kind='muon'), params, grads))
+    moved = jax.tree.map(
+      lambda a, b: np.asarray(a - b), params, run(build(kind='muon'), params, grads)
+    )
     for side in ('und', 'gen'):
       kernel, slope = (t['trunk']['layers'][side]['q_proj']['kernel'][0] for t in (moved, grads))
       values = np.linalg.svd(kernel, compute_uv=False)
       # Newton-Schulz brings singular values near one, not to it.
-      self.assertLess(values.max() / values.min(), 2.)
-      self.assertGreater(np.vdot(kernel, slope), 0.)
+      self.assertLess(values.max() / values.min(), 2.0)
+      self.assertGreater(np.vdot(kernel, slope), 0.0)
     # Adam's first step has one size for all elements, whatever their gradients.
-    rest = [(t['vit']['pos_embed'], t['trunk']['layers']['gen']['q_proj']['bias'])
-            for t in (moved, grads)]
+    rest = [
+      (t['vit']['pos_embed'], t['trunk']['layers']['gen']['q_proj']['bias']) for t in (moved, grads)
+    ]
     step, slope = (np.concatenate(r) for r in rest)
     np.testing.assert_allclose(step, np.abs(step[0]) * np.sign(slope), rtol=1e-5)
 
@@ -167,17 +198,20 @@ class BuildTest(parameterized.TestCase):
   def test_clip_by_the_norm_of_all_gradients(self):
     # Adam forgets the size of a constant gradient, so a large one is followed by a small one.
     params = {'kernel': jnp.zeros(2)}
-    large, small = ({'kernel': jnp.array(g)} for g in ([300., 400.], [.3, .4]))
+    large, small = ({'kernel': jnp.array(g)} for g in ([300.0, 400.0], [0.3, 0.4]))
+
     def second_step(clip):
       optimizer = build(clip=clip)
       state = optimizer.init(params)
       _, state = optimizer.update(large, state, params)
       return np.asarray(optimizer.update(small, state, params)[0]['kernel'])
+
     def expected(first, second):
-      m, v = .09 * first + .1 * second, .98 * .02 * first**2 + .02 * second**2
-      return -.1 * (m / (1 - .9**2)) / (np.sqrt(v / (1 - .98**2)) + 1e-8)
-    g = np.array([.6, .8])
-    np.testing.assert_allclose(second_step(1.), expected(g, g / 2), rtol=1e-5)
+      m, v = 0.09 * first + 0.1 * second, 0.98 * 0.02 * first**2 + 0.02 * second**2
+      return -0.1 * (m / (1 - 0.9**2)) / (np.sqrt(v / (1 - 0.98**2)) + 1e-8)
+
+    g = np.array([0.6, 0.8])
+    np.testing.assert_allclose(second_step(1.0), expected(g, g / 2), rtol=1e-5)
     np.testing.assert_allclose(second_step(1e9), expected(500 * g, g / 2), rtol=1e-5)
 
 

@@ -22,6 +22,7 @@ SHAPE_SCALE = 80.0  # further squared deviations that cost a factor e
 @dataclasses.dataclass(frozen=True)
 class _Components:
   """Arrays over M components: image, colour, moments and shape features."""
+
   image_M: np.ndarray
   color_M: np.ndarray
   box_M4: np.ndarray
@@ -76,17 +77,17 @@ def _measure_components(difference_RYXC: np.ndarray) -> _Components:
   spread_M = np.maximum(moment(square), 1e-3)
   definition_M = add(weight * weight) / mass_M
   features = (
-      2 * np.pi * spread_M * definition_M / mass_M,
-      moment(np.sqrt(square)) / spread_M**0.5,
-      moment(abs(dx * dy)) / spread_M,
-      moment(weight) * moment(weight) / np.maximum(moment(weight * weight), 1e-6),
-      moment(square * square) / spread_M**2,
-      moment(dx**4 - 6 * dx * dx * dy * dy + dy**4) / spread_M**2,
-      moment(dy**3) / spread_M**1.5,
-      moment(dx**3) / spread_M**1.5,
-      moment(dx * dy * (dx * dx - dy * dy)) / spread_M**2,
-      moment(dx * dy) / spread_M,
-      moment(dx * dx - dy * dy) / spread_M,
+    2 * np.pi * spread_M * definition_M / mass_M,
+    moment(np.sqrt(square)) / spread_M**0.5,
+    moment(abs(dx * dy)) / spread_M,
+    moment(weight) * moment(weight) / np.maximum(moment(weight * weight), 1e-6),
+    moment(square * square) / spread_M**2,
+    moment(dx**4 - 6 * dx * dx * dy * dy + dy**4) / spread_M**2,
+    moment(dy**3) / spread_M**1.5,
+    moment(dx**3) / spread_M**1.5,
+    moment(dx * dy * (dx * dx - dy * dy)) / spread_M**2,
+    moment(dx * dy) / spread_M,
+    moment(dx * dx - dy * dy) / spread_M,
   )
   box_M4 = np.zeros((total - 1, 4))
   box_M4[:, :2] = np.inf
@@ -122,17 +123,21 @@ def _shape_statistics() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not blur:
           definitions.append(found.definition_M.mean())
   width = means[0].size
-  return (np.reshape(means, (len(render.SHAPES), -1, width)),
-          np.reshape(inverses, (len(render.SHAPES), -1, width, width)),
-          np.reshape(definitions, (len(render.SHAPES), -1)).mean(-1))
+  return (
+    np.reshape(means, (len(render.SHAPES), -1, width)),
+    np.reshape(inverses, (len(render.SHAPES), -1, width, width)),
+    np.reshape(definitions, (len(render.SHAPES), -1)).mean(-1),
+  )
 
 
 def _render_references(rng: np.random.Generator, shape: str, radius: float) -> np.ndarray:
   """Float images_RYXC full of one shape at about one radius."""
   images = []
   for _ in range(12):
-    objects = (render.draw_object(rng, shape, color, cell) for cell, color in
-               enumerate(('red', 'green', 'blue', 'yellow')))
+    objects = (
+      render.draw_object(rng, shape, color, cell)
+      for cell, color in enumerate(('red', 'green', 'blue', 'yellow'))
+    )
     size = radius + rng.uniform(-0.25, 0.25)
     scene = render.Scene(tuple(dataclasses.replace(o, radius=size) for o in objects))
     images.append(render.render(scene))
@@ -157,15 +162,21 @@ def detect_components(images_RYXC: np.ndarray) -> list[list[detection.Detection]
     return result
   mean_SUF, inverse_SUFE, definition_S = _shape_statistics()
   off_MSUF = found.feature_MF[:, None, None] - mean_SUF
-  distance_MS = np.einsum('msuf,sufe,msue->msu', off_MSUF, inverse_SUFE, off_MSUF,
-                          optimize=True).min(-1)
+  distance_MS = np.einsum(
+    'msuf,sufe,msue->msu', off_MSUF, inverse_SUFE, off_MSUF, optimize=True
+  ).min(-1)
   shape_M = distance_MS.argmin(-1)
   excess_M = np.maximum(distance_MS.min(-1) - SHAPE_SLACK, 0.0)
   sharp_M = np.minimum(found.definition_M / definition_S[shape_M], 1.0)
-  clean_M = 1.0 / (1.0 + (found.noise_M / NOISE_SCALE)**2)
+  clean_M = 1.0 / (1.0 + (found.noise_M / NOISE_SCALE) ** 2)
   score_M = sharp_M * clean_M * np.exp(-excess_M / SHAPE_SCALE)
   for m in np.argsort(-score_M, kind='stable'):
-    result[found.image_M[m]].append(detection.Detection(
-        render.SHAPES[shape_M[m]], detection.COLOR_NAMES[found.color_M[m]],
-        tuple(found.box_M4[m].tolist()), float(score_M[m])))
+    result[found.image_M[m]].append(
+      detection.Detection(
+        render.SHAPES[shape_M[m]],
+        detection.COLOR_NAMES[found.color_M[m]],
+        tuple(found.box_M4[m].tolist()),
+        float(score_M[m]),
+      )
+    )
   return result

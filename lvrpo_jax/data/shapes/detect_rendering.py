@@ -34,13 +34,17 @@ def _template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   dx, dy, radius = np.meshgrid(_OFFSETS, _OFFSETS, _RADII, indexing='ij')
   templates, parameters, names = [], [], []
   for number, shape in enumerate(render.SHAPES):
-    parameter_Q3 = np.stack([dx.ravel(), (dy - _MASS_OFFSET[shape] * radius).ravel(),
-                             radius.ravel()], -1)
+    parameter_Q3 = np.stack(
+      [dx.ravel(), (dy - _MASS_OFFSET[shape] * radius).ravel(), radius.ravel()], -1
+    )
     templates.append(_render_windows(shape, parameter_Q3))
     parameters.append(parameter_Q3)
     names.append(np.full(len(parameter_Q3), number))
-  return (np.concatenate(templates).astype(np.float32), np.concatenate(parameters),
-          np.concatenate(names))
+  return (
+    np.concatenate(templates).astype(np.float32),
+    np.concatenate(parameters),
+    np.concatenate(names),
+  )
 
 
 def _render_windows(shape: str, parameter_M3: np.ndarray) -> np.ndarray:
@@ -53,6 +57,7 @@ def _render_windows(shape: str, parameter_M3: np.ndarray) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class _Fits:
   """M fitted candidates: image, pixel of the window's centre, shape, colour, x, y, radius."""
+
   image_M: np.ndarray
   pixel_M2: np.ndarray
   shape_M: np.ndarray
@@ -67,8 +72,9 @@ class _Fits:
 
 def _find_candidates(difference_RYXC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Peaks of smoothed contrast: image_M, pixel_M2 (y, x)."""
-  smooth = ndimage.gaussian_filter(difference_RYXC, (0, PEAK_SIGMA, PEAK_SIGMA, 0), truncate=3.0,
-                                   mode='nearest')
+  smooth = ndimage.gaussian_filter(
+    difference_RYXC, (0, PEAK_SIGMA, PEAK_SIGMA, 0), truncate=3.0, mode='nearest'
+  )
   energy_RYX = np.sqrt(np.einsum('ryxc,ryxc->ryx', smooth, smooth)) / CONTRAST
   # Symmetric objects have several equal pixels at the top; the ramp keeps one of them.
   energy_RYX += np.linspace(0.0, 1e-3, energy_RYX[0].size).reshape(energy_RYX.shape[1:])
@@ -77,8 +83,9 @@ def _find_candidates(difference_RYXC: np.ndarray) -> tuple[np.ndarray, np.ndarra
   return image_M, np.stack([y_M, x_M], -1)
 
 
-def _cut_windows(difference_RYXC: np.ndarray, image_M: np.ndarray,
-                 pixel_M2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cut_windows(
+  difference_RYXC: np.ndarray, image_M: np.ndarray, pixel_M2: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Windows_MPC around candidates, and weight_MP: 1 where no other candidate is nearer."""
   _, height, width, channels = difference_RYXC.shape
   y_MY = pixel_M2[:, :1] + _GRID.astype(np.int64)
@@ -86,30 +93,45 @@ def _cut_windows(difference_RYXC: np.ndarray, image_M: np.ndarray,
   inside = ((y_MY >= 0) & (y_MY < height))[:, :, None] & ((x_MX >= 0) & (x_MX < width))[:, None]
   rows, cols = np.clip(y_MY, 0, height - 1), np.clip(x_MX, 0, width - 1)
   windows = difference_RYXC[image_M[:, None, None], rows[:, :, None], cols[:, None, :]]
-  own = (y_MY - pixel_M2[:, :1])[:, :, None]**2 + (x_MX - pixel_M2[:, 1:])[:, None]**2
+  own = (y_MY - pixel_M2[:, :1])[:, :, None] ** 2 + (x_MX - pixel_M2[:, 1:])[:, None] ** 2
   first_R = np.searchsorted(image_M, np.arange(len(difference_RYXC)))
   last_R = np.searchsorted(image_M, np.arange(len(difference_RYXC)), side='right')
   mine = inside
   # Candidates of one image are neighbours in the list: compare with each by its rank.
   for rank in range(int((last_R - first_R).max(initial=0))):
     other_M = np.minimum(first_R[image_M] + rank, last_R[image_M] - 1)
-    far = ((y_MY - pixel_M2[other_M, :1])[:, :, None]**2
-           + (x_MX - pixel_M2[other_M, 1:])[:, None]**2)
+    far = (y_MY - pixel_M2[other_M, :1])[:, :, None] ** 2 + (x_MX - pixel_M2[other_M, 1:])[
+      :, None
+    ] ** 2
     mine = mine & (own <= far)
   flat = (len(image_M), _GRID.size**2)
   return windows.reshape(*flat, channels), mine.reshape(flat).astype(np.float32)
 
 
-def _refine(shape_M: np.ndarray, parameter_M3: np.ndarray, alpha_MP: np.ndarray,
-            weight_MP: np.ndarray, steps: int = 2, delta: float = 0.1) -> np.ndarray:
+def _refine(
+  shape_M: np.ndarray,
+  parameter_M3: np.ndarray,
+  alpha_MP: np.ndarray,
+  weight_MP: np.ndarray,
+  steps: int = 2,
+  delta: float = 0.1,
+) -> np.ndarray:
   """Gauss-Newton on x, y and radius, with derivatives by finite differences of renders."""
   parameter_M3 = parameter_M3.copy()
   for number, shape in enumerate(render.SHAPES):
     at = np.nonzero(shape_M == number)[0]
     for _ in range(steps if len(at) else 0):
       here_MP = _render_windows(shape, parameter_M3[at])
-      slope_M3P = np.stack([_render_windows(shape, parameter_M3[at] + delta * np.eye(3)[i])
-                            - here_MP for i in range(3)], 1) / delta
+      slope_M3P = (
+        np.stack(
+          [
+            _render_windows(shape, parameter_M3[at] + delta * np.eye(3)[i]) - here_MP
+            for i in range(3)
+          ],
+          1,
+        )
+        / delta
+      )
       heavy_M3P = slope_M3P * weight_MP[at, None]
       normal_M33 = np.einsum('mip,mjp->mij', heavy_M3P, slope_M3P) + 1e-3 * np.eye(3)
       gradient_M3 = np.einsum('mip,mp->mi', heavy_M3P, alpha_MP[at] - here_MP)
@@ -144,15 +166,21 @@ def _fit(difference_RYXC: np.ndarray) -> _Fits:
   return _Fits(image_M, pixel_M2, shape_M, color_M, parameter_M3, score_M)
 
 
-def _find_remains(difference_RYXC: np.ndarray, fits: _Fits) -> list[tuple[int, detection_lib.Detection]]:
+def _find_remains(
+  difference_RYXC: np.ndarray, fits: _Fits
+) -> list[tuple[int, detection_lib.Detection]]:
   """Coloured blobs outside all fitted objects, as (image, detection) pairs."""
   height, width = difference_RYXC.shape[1:3]
   y, x = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
   rest_RYXC = difference_RYXC.copy()
   centre_M2 = fits.centres()
   for m in np.nonzero(fits.score_M >= MIN_FIT)[0]:
-    covered = render.coverage(render.SHAPES[fits.shape_M[m]], x - centre_M2[m, 0],
-                              y - centre_M2[m, 1], fits.parameter_M3[m, 2] + MARGIN)
+    covered = render.coverage(
+      render.SHAPES[fits.shape_M[m]],
+      x - centre_M2[m, 0],
+      y - centre_M2[m, 1],
+      fits.parameter_M3[m, 2] + MARGIN,
+    )
     rest_RYXC[fits.image_M[m]][covered > 0] = 0.0
   smooth_RYXC = detection_lib.smooth(rest_RYXC, np.full(5, 0.2))
   rest_RYX = np.sqrt(np.einsum('ryxc,ryxc->ryx', smooth_RYXC, smooth_RYXC)) / CONTRAST
@@ -165,9 +193,17 @@ def _find_remains(difference_RYXC: np.ndarray, fits: _Fits) -> list[tuple[int, d
     image, rows, cols = place
     mean_C = smooth_RYXC[place][inside].mean(0)
     score = min(1.0, float(rest_RYX[place][inside].mean()) / REMAINS_FULL)
-    result.append((image.start, detection_lib.Detection(
-        detection_lib.UNKNOWN, detection_lib.COLOR_NAMES[int((detection_lib.UNIT_KC @ mean_C).argmax())],
-        (float(cols.start), float(rows.start), float(cols.stop), float(rows.stop)), score)))
+    result.append(
+      (
+        image.start,
+        detection_lib.Detection(
+          detection_lib.UNKNOWN,
+          detection_lib.COLOR_NAMES[int((detection_lib.UNIT_KC @ mean_C).argmax())],
+          (float(cols.start), float(rows.start), float(cols.stop), float(rows.stop)),
+          score,
+        ),
+      )
+    )
   return result
 
 
@@ -191,10 +227,12 @@ def detect_by_rendering(images_RYXC: np.ndarray) -> list[list[detection_lib.Dete
     if fits.score_M[m] < MIN_FIT:
       break
     x, y, radius = *centre_M2[m].tolist(), float(fits.parameter_M3[m, 2])
-    item = render.Object(render.SHAPES[fits.shape_M[m]], detection_lib.COLOR_NAMES[fits.color_M[m]], 0, 0,
-                         x, y, radius)
-    result[fits.image_M[m]].append(detection_lib.Detection(item.shape, item.color, item.box,
-                                             float(fits.score_M[m])))
+    item = render.Object(
+      render.SHAPES[fits.shape_M[m]], detection_lib.COLOR_NAMES[fits.color_M[m]], 0, 0, x, y, radius
+    )
+    result[fits.image_M[m]].append(
+      detection_lib.Detection(item.shape, item.color, item.box, float(fits.score_M[m]))
+    )
   for image, detection in _find_remains(difference_RYXC, fits):
     result[image].append(detection)
   return result
@@ -203,4 +241,6 @@ def detect_by_rendering(images_RYXC: np.ndarray) -> list[list[detection_lib.Dete
 def leftovers(images_RYXC: np.ndarray) -> float:
   """Mean number of coloured blobs an image that `detect_by_rendering` cannot explain."""
   found = detect_by_rendering(images_RYXC)
-  return sum(d.label == detection_lib.UNKNOWN for image in found for d in image) / max(len(found), 1)
+  return sum(d.label == detection_lib.UNKNOWN for image in found for d in image) / max(
+    len(found), 1
+  )

@@ -20,6 +20,7 @@ class EditItem:
   `spec` is JSON-able: {"tag", "keep": [{"class", "color", "box"}], "gone": [box, ...],
   "new": [{"class", "color", "region"}], "prompt"} with boxes (x0, y0, x1, y1) in pixels.
   """
+
   index: int
   kind: str
   instruction: str
@@ -32,6 +33,7 @@ class EditItem:
 @dataclasses.dataclass(frozen=True)
 class _Draft:
   """An edit before it is worded: `old` leaves, `new` comes (either may be None)."""
+
   objects: tuple[render.Object, ...]
   old: render.Object | None
   new: render.Object | None
@@ -63,8 +65,13 @@ def _draw_draft(rng: np.random.Generator, kind: str, unseen: bool) -> _Draft:
   if kind == 'add':
     return _Draft(objects, None, render.draw_object(rng, *wanted, empty))
   row, col = divmod(empty, render.GRID)
-  moved = dataclasses.replace(old, row=row, col=col, x=old.x + (col - old.col) * render.CELL,
-                              y=old.y + (row - old.row) * render.CELL)
+  moved = dataclasses.replace(
+    old,
+    row=row,
+    col=col,
+    x=old.x + (col - old.col) * render.CELL,
+    y=old.y + (row - old.row) * render.CELL,
+  )
   return _Draft(objects, old, moved)
 
 
@@ -94,13 +101,15 @@ def _spec(kind: str, draft: _Draft, instruction: str) -> dict:
   if draft.old is not None:
     spec['gone'].append(list(draft.old.box))
   if draft.new is not None:
-    spec['new'].append({'class': draft.new.shape, 'color': draft.new.color,
-                        'region': draft.new.corner})
+    spec['new'].append(
+      {'class': draft.new.shape, 'color': draft.new.color, 'region': draft.new.corner}
+    )
   return spec
 
 
-def draw(rng: np.random.Generator, index: int, split: str, kind: str,
-         eval_fraction: float) -> EditItem:
+def draw(
+  rng: np.random.Generator, index: int, split: str, kind: str, eval_fraction: float
+) -> EditItem:
   """Draws an edit of a kind whose meaning belongs to the split.
 
   Raises:
@@ -117,14 +126,23 @@ def draw(rng: np.random.Generator, index: int, split: str, kind: str,
     old = '' if draft.old is None else draft.old.corner
     new = '' if draft.new is None else f'{draft.new.corner} {draft.new.color} {draft.new.shape}'
     meaning = f'{kind} {old} : {new} | {splits.scene_key(draft.objects)}'
-    if not unseen and (splits.is_held_out(meaning, eval_fraction) != (split == 'eval')
-                       or not splits.scene_is_seen(draft.objects)
-                       or not splits.scene_is_seen(draft.target)):
+    if not unseen and (
+      splits.is_held_out(meaning, eval_fraction) != (split == 'eval')
+      or not splits.scene_is_seen(draft.objects)
+      or not splits.scene_is_seen(draft.target)
+    ):
       continue
     instruction = _word(rng, kind, draft)
     if instruction is not None:
       objects = tuple(sorted(draft.objects, key=lambda o: (o.row, o.col)))
       target = tuple(sorted(draft.target, key=lambda o: (o.row, o.col)))
-      return EditItem(index, kind, instruction, _spec(kind, draft, instruction), meaning,
-                      render.Scene(objects), render.Scene(target))
+      return EditItem(
+        index,
+        kind,
+        instruction,
+        _spec(kind, draft, instruction),
+        meaning,
+        render.Scene(objects),
+        render.Scene(target),
+      )
   raise RuntimeError(f'no {kind!r} edit found in split {split!r}')

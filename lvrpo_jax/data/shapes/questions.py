@@ -26,6 +26,7 @@ class QuestionItem:
   `plan` is a short reading of the scene that leads to the answer ('' for colour and shape);
   `record` is JSON-able and holds what `statement` needs; `meaning` includes the scene's content.
   """
+
   index: int
   kind: str
   question: str
@@ -39,6 +40,7 @@ class QuestionItem:
 @dataclasses.dataclass(frozen=True)
 class _Target:
   """Chosen once per item: a yes/no answer, a number 0..4, and a coin in [0, 1)."""
+
   yes: bool
   number: int
   coin: float
@@ -59,8 +61,9 @@ def _place(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> tuple[rend
   return tuple(render.draw_object(rng, s, c, cell) for (s, c), cell in zip(pairs, cells))
 
 
-def _others(rng: np.random.Generator, count: int,
-            fits: Callable[[tuple[str, str]], bool]) -> list[tuple[str, str]]:
+def _others(
+  rng: np.random.Generator, count: int, fits: Callable[[tuple[str, str]], bool]
+) -> list[tuple[str, str]]:
   """`count` seen pairs that do not fit the predicate."""
   pairs = [pair for pair in splits.SEEN_PAIRS if not fits(pair)]
   return [wording.pick(rng, pairs) for _ in range(count)]
@@ -72,8 +75,13 @@ def _draw_attribute(rng: np.random.Generator, kind: str, unseen: bool) -> _Draft
   given, asked = (0, 1) if kind == 'color' else (1, 0)
   extra = int(rng.random() * render.MAX_OBJECTS)
   pairs = [pair] + _others(rng, extra, lambda other: other[given] == pair[given])
-  return _Draft(_place(rng, pairs), {'type': kind, 'a': pair[given]}, f'{kind} {pair[given]}',
-                pair[asked], needs_unseen=unseen)
+  return _Draft(
+    _place(rng, pairs),
+    {'type': kind, 'a': pair[given]},
+    f'{kind} {pair[given]}',
+    pair[asked],
+    needs_unseen=unseen,
+  )
 
 
 def _draw_color(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
@@ -89,8 +97,9 @@ def _draw_shape(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dra
 def _draw_count(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
   """'how many circles / red shapes / red circles / shapes are there ?'"""
   del unseen
-  by = wording.pick(rng, ('class', 'color', 'both', 'all') if target.number else
-                    ('class', 'color', 'both'))
+  by = wording.pick(
+    rng, ('class', 'color', 'both', 'all') if target.number else ('class', 'color', 'both')
+  )
   shape, color = splits.draw_pair(rng)
   shape = shape if by in ('class', 'both') else None
   color = color if by in ('color', 'both') else None
@@ -102,8 +111,13 @@ def _draw_count(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dra
   pairs = [splits.draw_pair(rng, shape, color) for _ in range(number)]
   name = wording.noun(shape, color, count=2)
   objects = _place(rng, pairs + _others(rng, extra, fits))
-  return _Draft(objects, {'type': 'count', 'a': name}, f'count {name}', wording.NUMBERS[number],
-                _listing(objects, lambda o: fits((o.shape, o.color))))
+  return _Draft(
+    objects,
+    {'type': 'count', 'a': name},
+    f'count {name}',
+    wording.NUMBERS[number],
+    _listing(objects, lambda o: fits((o.shape, o.color))),
+  )
 
 
 def reading(objects: Iterable[render.Object], words: Sequence[str] = ('color', 'shape')) -> str:
@@ -135,8 +149,9 @@ def _relation_plan(a: render.Object, relation: str, b: render.Object) -> str:
   """Both objects along the axis of the relation, and how they stand there."""
   axis = 1 if relation in ('left of', 'right of') else 0
   here, there = ((o.row, o.col)[axis] for o in (a, b))
-  verdict = ('equal' if here == there else
-             (('above', 'below'), ('left', 'right'))[axis][int(here > there)])
+  verdict = (
+    'equal' if here == there else (('above', 'below'), ('left', 'right'))[axis][int(here > there)]
+  )
   return f'{_sides(a, (axis,))} {_sides(b, (axis,))} , {verdict}'
 
 
@@ -153,8 +168,7 @@ def _draw_relation(rng: np.random.Generator, target: _Target, unseen: bool) -> _
   cells = splits.relation_cells(rng, true_relation)
   extra = int(rng.random() * (render.MAX_OBJECTS - 1))
   free = [c for c in splits.draw_cells(rng, render.MAX_OBJECTS) if c not in cells][:extra]
-  objects = tuple(render.draw_object(rng, *splits.draw_pair(rng), cell)
-                  for cell in (*cells, *free))
+  objects = tuple(render.draw_object(rng, *splits.draw_pair(rng), cell) for cell in (*cells, *free))
   a, b = objects[:2]
   needs_unseen = splits.is_unseen_relation(a.shape, relation, b.shape)
   name_a, name_b = (splits.name_object(rng, o, objects) for o in (a, b))
@@ -162,8 +176,14 @@ def _draw_relation(rng: np.random.Generator, target: _Target, unseen: bool) -> _
     return None
   record = {'type': 'relation', 'a': name_a, 'r': relation, 'b': name_b}
   key = ' '.join(splits.canonical_relation(a.corner, relation, b.corner))
-  return _Draft(objects, record, key, 'yes' if target.yes else 'no',
-                _relation_plan(a, relation, b), needs_unseen)
+  return _Draft(
+    objects,
+    record,
+    key,
+    'yes' if target.yes else 'no',
+    _relation_plan(a, relation, b),
+    needs_unseen,
+  )
 
 
 def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
@@ -175,14 +195,21 @@ def _draw_region(rng: np.random.Generator, target: _Target) -> _Draft | None:
     return None
   # The size of the region is drawn first: by itself it must not tell the answer.
   size = wording.pick(rng, (1, 2))
-  regions = [r for r in wording.REGIONS if len(wording.REGION_CELLS[r]) == size
-             and (item.cell in wording.REGION_CELLS[r]) == target.yes]
+  regions = [
+    r
+    for r in wording.REGIONS
+    if len(wording.REGION_CELLS[r]) == size and (item.cell in wording.REGION_CELLS[r]) == target.yes
+  ]
   region = wording.pick(rng, regions)
   record = {'type': 'region', 'a': name, 'r': region}
-  axes = tuple(axis for axis, side in enumerate((('top', 'bottom'), ('left', 'right')))
-               if set(side) & set(region.split()))
-  return _Draft(objects, record, f'{item.corner} in {region}', 'yes' if target.yes else 'no',
-                _sides(item, axes))
+  axes = tuple(
+    axis
+    for axis, side in enumerate((('top', 'bottom'), ('left', 'right')))
+    if set(side) & set(region.split())
+  )
+  return _Draft(
+    objects, record, f'{item.corner} in {region}', 'yes' if target.yes else 'no', _sides(item, axes)
+  )
 
 
 def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft:
@@ -192,23 +219,26 @@ def _draw_compare(rng: np.random.Generator, target: _Target, unseen: bool) -> _D
   by = int(rng.random() * 2)
   first, second = splits.shuffled(rng, render.SHAPES if by == 0 else tuple(render.COLORS))[:2]
   limit = render.MAX_OBJECTS
-  counts = [(m, n) for m in range(limit + 1) for n in range(limit + 1 - m)
-            if m + n > 0 and ((m > n) if more else (m < n)) == target.yes]
+  counts = [
+    (m, n)
+    for m in range(limit + 1)
+    for n in range(limit + 1 - m)
+    if m + n > 0 and ((m > n) if more else (m < n)) == target.yes
+  ]
   m, n = wording.pick(rng, counts)
   extra = int(rng.random() * (limit + 1 - m - n))
   given = (lambda v: (v, None)) if by == 0 else (lambda v: (None, v))
-  pairs = [splits.draw_pair(rng, *given(v)) for v, k in ((first, m), (second, n))
-           for _ in range(k)]
+  pairs = [splits.draw_pair(rng, *given(v)) for v, k in ((first, m), (second, n)) for _ in range(k)]
   pairs += _others(rng, extra, lambda pair: pair[by] in (first, second))
   names = [wording.noun(*given(v), count=2) for v in (first, second)]
   record = {'type': 'compare', 'a': names[0], 'r': 'more' if more else 'fewer', 'b': names[1]}
   greater, less = names if more else names[::-1]
   objects = _place(rng, pairs)
-  plan = ' than '.join(' '.join([value] * k + [wording.NUMBERS[k]])
-                       for value, k in ((first, m), (second, n)))
+  plan = ' than '.join(
+    ' '.join([value] * k + [wording.NUMBERS[k]]) for value, k in ((first, m), (second, n))
+  )
   plan += ' , ' + ('more' if m > n else 'fewer' if m < n else 'equal')
-  return _Draft(objects, record, f'{greater} more than {less}', 'yes' if target.yes else 'no',
-                plan)
+  return _Draft(objects, record, f'{greater} more than {less}', 'yes' if target.yes else 'no', plan)
 
 
 def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Draft | None:
@@ -223,8 +253,13 @@ def _draw_reason(rng: np.random.Generator, target: _Target, unseen: bool) -> _Dr
   pairs = [splits.draw_pair(rng, color=color) for _ in range(matching)]
   pairs += _others(rng, number, lambda pair: pair[1] == color)
   objects = _place(rng, pairs)
-  return _Draft(objects, {'type': 'others', 'a': 'shapes', 'b': color}, f'not {color}',
-                wording.NUMBERS[number], _listing(objects, lambda o: o.color != color))
+  return _Draft(
+    objects,
+    {'type': 'others', 'a': 'shapes', 'b': color},
+    f'not {color}',
+    wording.NUMBERS[number],
+    _listing(objects, lambda o: o.color != color),
+  )
 
 
 def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:
@@ -242,17 +277,28 @@ def _draw_neighbour(rng: np.random.Generator) -> _Draft | None:
     return None
   kind = wording.pick(rng, ('neighbour_color', 'neighbour_shape'))
   answer = item.color if kind == 'neighbour_color' else item.shape
-  return _Draft(objects, {'type': kind, 'r': relation, 'b': name},
-                f'{kind} {relation} {anchor.corner}', answer,
-                f'{_sides(anchor)} , {item.shape} {item.color}')
+  return _Draft(
+    objects,
+    {'type': kind, 'r': relation, 'b': name},
+    f'{kind} {relation} {anchor.corner}',
+    answer,
+    f'{_sides(anchor)} , {item.shape} {item.color}',
+  )
 
 
-_DRAWS = {'color': _draw_color, 'shape': _draw_shape, 'count': _draw_count,
-          'relation': _draw_relation, 'compare': _draw_compare, 'reason': _draw_reason}
+_DRAWS = {
+  'color': _draw_color,
+  'shape': _draw_shape,
+  'count': _draw_count,
+  'relation': _draw_relation,
+  'compare': _draw_compare,
+  'reason': _draw_reason,
+}
 
 
-def draw(rng: np.random.Generator, index: int, split: str, kind: str,
-         eval_fraction: float) -> QuestionItem:
+def draw(
+  rng: np.random.Generator, index: int, split: str, kind: str, eval_fraction: float
+) -> QuestionItem:
   """Draws a question of a kind whose meaning belongs to the split.
 
   Raises:
@@ -272,8 +318,16 @@ def draw(rng: np.random.Generator, index: int, split: str, kind: str,
       continue
     if unseen or splits.scene_is_seen(draft.objects):
       question = ask(draft.record, rng)
-      return QuestionItem(index, kind, question, draft.answer, draft.plan, meaning,
-                          render.Scene(draft.objects), draft.record)
+      return QuestionItem(
+        index,
+        kind,
+        question,
+        draft.answer,
+        draft.plan,
+        meaning,
+        render.Scene(draft.objects),
+        draft.record,
+      )
   raise RuntimeError(f'no {kind!r} question found in split {split!r}')
 
 
@@ -363,6 +417,10 @@ def _include_questions(include: list[dict]) -> list[tuple[str, str]]:
       records.append(({'type': 'region', 'a': entry['class'], 'r': entry['region']}, 'yes'))
     if 'position' in entry:
       relation, other = entry['position']
-      records.append(({'type': 'relation', 'a': entry['class'], 'r': relation,
-                       'b': include[other]['class']}, 'yes'))
+      records.append(
+        (
+          {'type': 'relation', 'a': entry['class'], 'r': relation, 'b': include[other]['class']},
+          'yes',
+        )
+      )
   return [(ask(record), answer) for record, answer in records]

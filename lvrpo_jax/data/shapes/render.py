@@ -24,12 +24,12 @@ CROSS_HALF_WIDTH = 0.32  # of the radius: half the width of an arm
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross')
 BACKGROUND = (232, 232, 232)
 COLORS = {
-    'red': (230, 30, 30),
-    'green': (30, 170, 50),
-    'blue': (40, 60, 230),
-    'yellow': (240, 200, 20),
-    'purple': (180, 40, 200),
-    'cyan': (30, 200, 220),
+  'red': (230, 30, 30),
+  'green': (30, 170, 50),
+  'blue': (40, 60, 230),
+  'yellow': (240, 200, 20),
+  'purple': (180, 40, 200),
+  'cyan': (30, 200, 220),
 }
 CORNERS = ('top left', 'top right', 'bottom left', 'bottom right')
 
@@ -37,6 +37,7 @@ CORNERS = ('top left', 'top right', 'bottom left', 'bottom right')
 @dataclasses.dataclass(frozen=True)
 class Object:
   """One drawn shape. `x`, `y` and `radius` are in pixels; x grows to the right and y downwards."""
+
   shape: str
   color: str
   row: int
@@ -69,6 +70,7 @@ class Scene:
   Raises:
     ValueError: if the number of objects is out of range or two objects share a cell.
   """
+
   objects: tuple[Object, ...]
 
   def __post_init__(self) -> None:
@@ -87,10 +89,15 @@ def draw_object(rng: np.random.Generator, shape: str, color: str, cell: int) -> 
   """Places a shape in a cell (0..3, row-major) with random jitter and radius."""
   u, v, w = rng.random(3).tolist()
   row, col = divmod(cell, GRID)
-  return Object(shape=shape, color=color, row=row, col=col,
-                x=(col + 0.5) * CELL + JITTER * (2 * u - 1),
-                y=(row + 0.5) * CELL + JITTER * (2 * v - 1),
-                radius=MIN_RADIUS + (MAX_RADIUS - MIN_RADIUS) * w)
+  return Object(
+    shape=shape,
+    color=color,
+    row=row,
+    col=col,
+    x=(col + 0.5) * CELL + JITTER * (2 * u - 1),
+    y=(row + 0.5) * CELL + JITTER * (2 * v - 1),
+    radius=MIN_RADIUS + (MAX_RADIUS - MIN_RADIUS) * w,
+  )
 
 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
@@ -114,8 +121,9 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray | fl
   elif shape == 'cross':
     width = CROSS_HALF_WIDTH * radius
     across, along = abs(dx), abs(dy)
-    distance = np.minimum(np.maximum(across - radius, along - width),
-                          np.maximum(across - width, along - radius))
+    distance = np.minimum(
+      np.maximum(across - radius, along - width), np.maximum(across - width, along - radius)
+    )
   else:
     raise ValueError(f'unknown shape {shape!r}')
   return np.clip(0.5 - distance, 0.0, 1.0)
@@ -138,5 +146,5 @@ def render(scene: Scene) -> np.ndarray:
     alpha_YX = coverage(item.shape, x - (item.x - left), y - (item.y - top), item.radius)
     shade_C = np.asarray(COLORS[item.color], np.float64) - background_C
     cell_YXC = background_C + alpha_YX[..., None] * shade_C
-    image_YXC[top:top + CELL, left:left + CELL] = np.rint(cell_YXC)
+    image_YXC[top : top + CELL, left : left + CELL] = np.rint(cell_YXC)
   return image_YXC

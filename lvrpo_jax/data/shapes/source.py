@@ -39,16 +39,26 @@ class ShapesData:
     tokenizer: of the model; None makes one of the world's words.
   """
 
-  def __init__(self, seed: int, generate_kinds: dict[str, float],
-               question_kinds: dict[str, float], wrong: float, chatty: float, plan: float,
-               describe: float, drop: float,
-               tokenizer: tokenizer_lib.Tokenizer | None = None):
+  def __init__(
+    self,
+    seed: int,
+    generate_kinds: dict[str, float],
+    question_kinds: dict[str, float],
+    wrong: float,
+    chatty: float,
+    plan: float,
+    describe: float,
+    drop: float,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
+  ):
     self.world = world.World(seed)
     self.seed = seed
-    self._kinds = {tasks.GENERATE: _shares(generate_kinds),
-                   tasks.THINK_GENERATE: _shares(generate_kinds),
-                   tasks.UNDERSTAND: _shares(question_kinds),
-                   tasks.EDIT: _shares(dict.fromkeys(world.EDIT_KINDS, 1.))}
+    self._kinds = {
+      tasks.GENERATE: _shares(generate_kinds),
+      tasks.THINK_GENERATE: _shares(generate_kinds),
+      tasks.UNDERSTAND: _shares(question_kinds),
+      tasks.EDIT: _shares(dict.fromkeys(world.EDIT_KINDS, 1.0)),
+    }
     self._wrong, self._chatty, self._plan = wrong, chatty, plan
     self._describe, self._drop = describe, drop
     self.tokenizer = tokenizer or tokenizer_lib.from_words(wording.vocabulary())
@@ -122,16 +132,16 @@ class ShapesData:
     """
     rng = self._rng('judge', index)
     kind, words = rng.random(2)
-    if kind < .65:
+    if kind < 0.65:
       item = self.world.question(index, 'train')
       image = render.render(item.scene)
-      if kind < .15:
+      if kind < 0.15:
         return image, questions.statement(item.record, item.answer)
-      words = ('shape',) if words < .55 else ('color',) if words < .7 else ('color', 'shape')
+      words = ('shape',) if words < 0.55 else ('color',) if words < 0.7 else ('color', 'shape')
       return image, questions.reading(item.scene.objects, words)
     item = self.world.generate(index, 'train')
     image = render.render(item.scene)
-    if kind < .8:
+    if kind < 0.8:
       return image, item.caption
     one = item.scene.objects[rng.integers(len(item.scene.objects))]
     return image, str(rng.choice([one.color, one.shape, f'{one.color} {one.shape}']))
@@ -147,20 +157,38 @@ class ShapesData:
     if task in (tasks.GENERATE, tasks.THINK_GENERATE):
       item = self.world.generate(index, split, kind)
       return examples.Example(
-          index, item.caption, target=render.render(item.scene), kind=kind, meaning=item.meaning,
-          answer=questions.reading(item.scene.objects) if task == tasks.THINK_GENERATE else None,
-          spec=item.spec, questions=tuple(questions.derived_questions(item.spec)))
+        index,
+        item.caption,
+        target=render.render(item.scene),
+        kind=kind,
+        meaning=item.meaning,
+        answer=questions.reading(item.scene.objects) if task == tasks.THINK_GENERATE else None,
+        spec=item.spec,
+        questions=tuple(questions.derived_questions(item.spec)),
+      )
     if task == tasks.EDIT:
       item = self.world.edit(index, split, kind)
       return examples.Example(
-          index, item.instruction, source=render.render(item.scene),
-          target=render.render(item.target), kind=kind, meaning=item.meaning, spec=item.spec,
-          questions=tuple(questions.derived_questions(item.spec)))
+        index,
+        item.instruction,
+        source=render.render(item.scene),
+        target=render.render(item.target),
+        kind=kind,
+        meaning=item.meaning,
+        spec=item.spec,
+        questions=tuple(questions.derived_questions(item.spec)),
+      )
     item = self.world.question(index, split, kind)
     return examples.Example(
-        index, item.question, source=render.render(item.scene), answer=item.answer, kind=kind,
-        meaning=item.meaning, spec=item.record,
-        statement=functools.partial(questions.statement, item.record))
+      index,
+      item.question,
+      source=render.render(item.scene),
+      answer=item.answer,
+      kind=kind,
+      meaning=item.meaning,
+      spec=item.record,
+      statement=functools.partial(questions.statement, item.record),
+    )
 
 
 def _replace(example: examples.Example, **changes) -> examples.Example:

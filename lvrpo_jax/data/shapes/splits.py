@@ -14,12 +14,18 @@ from lvrpo_jax.data.shapes import render
 from lvrpo_jax.data.shapes import wording
 
 SPLITS = ('train', 'eval', 'unseen')
-UNSEEN_PAIRS = frozenset({
-    ('circle', 'yellow'), ('square', 'purple'), ('triangle', 'cyan'), ('diamond', 'red')})
+UNSEEN_PAIRS = frozenset(
+  {('circle', 'yellow'), ('square', 'purple'), ('triangle', 'cyan'), ('diamond', 'red')}
+)
 # (a, 'left of' or 'above', b); the converse wordings mean the same.
-UNSEEN_RELATIONS = frozenset({
-    ('cross', 'left of', 'circle'), ('triangle', 'left of', 'square'),
-    ('circle', 'above', 'diamond'), ('square', 'above', 'cross')})
+UNSEEN_RELATIONS = frozenset(
+  {
+    ('cross', 'left of', 'circle'),
+    ('triangle', 'left of', 'square'),
+    ('circle', 'above', 'diamond'),
+    ('square', 'above', 'cross'),
+  }
+)
 ALL_PAIRS = tuple((s, c) for s in render.SHAPES for c in render.COLORS)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in UNSEEN_PAIRS)
 MAX_DRAWS = 20_000
@@ -67,8 +73,9 @@ def scene_key(objects: Iterable[render.Object]) -> str:
   return ' , '.join(sorted(f'{o.corner} {o.color} {o.shape}' for o in objects))
 
 
-def draw_pair(rng: np.random.Generator, shape: str | None = None, color: str | None = None,
-              unseen: bool = False) -> tuple[str, str]:
+def draw_pair(
+  rng: np.random.Generator, shape: str | None = None, color: str | None = None, unseen: bool = False
+) -> tuple[str, str]:
   """Uniform (shape, colour), with what is given kept; seen pairs only unless `unseen`.
 
   Raises:
@@ -106,8 +113,9 @@ def relation_cells(rng: np.random.Generator, relation: str) -> tuple[int, int]:
   return (first, second) if relation in ('left of', 'above') else (second, first)
 
 
-def name_object(rng: np.random.Generator, item: render.Object,
-                objects: Iterable[render.Object]) -> str | None:
+def name_object(
+  rng: np.random.Generator, item: render.Object, objects: Iterable[render.Object]
+) -> str | None:
   """A name that fits only `item` among `objects`: 'circle' or 'red circle'; None if there is none.
 
   Where the class alone would do, the colour is added half of the time.

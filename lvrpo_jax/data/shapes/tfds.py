@@ -19,9 +19,9 @@ from lvrpo_jax.data.shapes import world as world_lib
 
 TASKS = ('generate', 'question', 'edit')
 _TEXTS = {
-    'generate': ('kind', 'caption', 'meaning'),
-    'question': ('kind', 'question', 'answer', 'plan', 'meaning'),
-    'edit': ('kind', 'instruction', 'meaning'),
+  'generate': ('kind', 'caption', 'meaning'),
+  'question': ('kind', 'question', 'answer', 'plan', 'meaning'),
+  'edit': ('kind', 'instruction', 'meaning'),
 }
 _JSONS = {'generate': ('spec',), 'question': ('record',), 'edit': ('spec',)}
 
@@ -52,6 +52,7 @@ def to_example(task: str, item: object) -> dict[str, int | str | bytes]:
 @dataclasses.dataclass(kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
   """Which task to write, how many items a split, and the seed of the world."""
+
   task: str
   train_items: int = 10_000
   eval_items: int = 1_000
@@ -62,25 +63,30 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
   """Procedural shapes: captions, questions and edits with their images."""
 
   VERSION = tfds.core.Version('1.0.0')
-  BUILDER_CONFIGS = [ShapesConfig(name=task, task=task, description=f'{task} items')
-                     for task in TASKS]
+  BUILDER_CONFIGS = [
+    ShapesConfig(name=task, task=task, description=f'{task} items') for task in TASKS
+  ]
 
   def _info(self) -> tfds.core.DatasetInfo:
     task = self.builder_config.task
     shape = (render.SIZE, render.SIZE, 3)
-    features = {'index': tfds.features.Scalar(np.int64),
-                'image': tfds.features.Image(shape=shape, encoding_format='png')}
+    features = {
+      'index': tfds.features.Scalar(np.int64),
+      'image': tfds.features.Image(shape=shape, encoding_format='png'),
+    }
     features.update({name: tfds.features.Text() for name in _TEXTS[task] + _JSONS[task]})
     if task == 'edit':
       features['target'] = tfds.features.Image(shape=shape, encoding_format='png')
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
-                                 description='Coloured shapes on a 2x2 grid.')
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      description='Coloured shapes on a 2x2 grid.',
+    )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
     del dl_manager
     config = self.builder_config
-    counts = {'train': config.train_items, 'eval': config.eval_items,
-              'unseen': config.eval_items}
+    counts = {'train': config.train_items, 'eval': config.eval_items, 'unseen': config.eval_items}
     return {split: self._generate_examples(split, count) for split, count in counts.items()}
 
   def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:

@@ -18,89 +18,181 @@ INVERSE = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'belo
 HALVES = ('left', 'right', 'top', 'bottom')
 REGIONS = render.CORNERS + HALVES
 REGION_CELLS = {
-    **{corner: (cell,) for cell, corner in enumerate(render.CORNERS)},
-    'left': (0, 2), 'right': (1, 3), 'top': (0, 1), 'bottom': (2, 3),
+  **{corner: (cell,) for cell, corner in enumerate(render.CORNERS)},
+  'left': (0, 2),
+  'right': (1, 3),
+  'top': (0, 1),
+  'bottom': (2, 3),
 }
 # The first phrase is the plain one: statements, derived questions and long captions use it.
 REGION_PHRASES = {
-    **{c: (f'in the {c}', f'in the {c} corner', f'at the {c}') for c in render.CORNERS},
-    'left': ('on the left', 'on the left side'), 'right': ('on the right', 'on the right side'),
-    'top': ('at the top', 'in the top half'), 'bottom': ('at the bottom', 'in the bottom half'),
+  **{c: (f'in the {c}', f'in the {c} corner', f'at the {c}') for c in render.CORNERS},
+  'left': ('on the left', 'on the left side'),
+  'right': ('on the right', 'on the right side'),
+  'top': ('at the top', 'in the top half'),
+  'bottom': ('at the bottom', 'in the bottom half'),
 }
 RELATION_PHRASES = {
-    'left of': ('left of', 'to the left of'), 'right of': ('right of', 'to the right of'),
-    'above': ('above',), 'below': ('below',),
+  'left of': ('left of', 'to the left of'),
+  'right of': ('right of', 'to the right of'),
+  'above': ('above',),
+  'below': ('below',),
 }
 ANSWERS = tuple(render.COLORS) + render.SHAPES + NUMBERS + ('yes', 'no')
 
 # Captions. {p} is a noun phrase such as 'a red circle in the top left' or 'two circles'.
-CAPTIONS = ('a photo of {p}', 'a picture of {p}', 'an image of {p}', 'a drawing of {p}', '{p}',
-            'draw {p}', 'show {p}', 'there {be} {p}', 'an image with {p}', 'please draw {p}')
+CAPTIONS = (
+  'a photo of {p}',
+  'a picture of {p}',
+  'an image of {p}',
+  'a drawing of {p}',
+  '{p}',
+  'draw {p}',
+  'show {p}',
+  'there {be} {p}',
+  'an image with {p}',
+  'please draw {p}',
+)
 
 QUESTIONS = {
-    'color': ('what colour is the {a} ?', 'which colour is the {a} ?',
-              'what is the colour of the {a} ?', 'the {a} is what colour ?',
-              'which colour does the {a} have ?', 'tell me the colour of the {a} .'),
-    'shape': ('what shape is {a} ?', 'which shape is {a} ?', 'what is the shape that is {a} ?',
-              'what is the {a} shape ?', 'which shape has the colour {a} ?',
-              'tell me which shape is {a} .'),
-    'count': ('how many {a} are there ?', 'how many {a} does the image show ?',
-              'what is the number of {a} ?', 'count the {a} .', 'how many {a} do you see ?',
-              'tell me how many {a} there are .'),
-    'relation': ('is the {a} {r} the {b} ?', 'does the image show the {a} {r} the {b} ?',
-                 'do you see the {a} {r} the {b} ?', 'is it true that the {a} is {r} the {b} ?'),
-    'region': ('is the {a} {r} ?', 'does the image show the {a} {r} ?',
-               'do you see the {a} {r} ?', 'is it true that the {a} is {r} ?'),
-    'compare': ('are there {r} {a} than {b} ?', 'does the image show {r} {a} than {b} ?',
-                'do you see {r} {a} than {b} ?', 'is it true that there are {r} {a} than {b} ?'),
-    'others': ('how many shapes are not {b} ?', 'what is the number of shapes that are not {b} ?',
-               'count the shapes that are not {b} .', 'how many shapes do you see not in {b} ?'),
-    'neighbour_color': ('what colour is the shape {r} the {b} ?',
-                        'which colour is the shape {r} the {b} ?',
-                        'what is the colour of the shape {r} the {b} ?',
-                        'which colour does the shape {r} the {b} have ?'),
-    'neighbour_shape': ('what shape is {r} the {b} ?', 'which shape is {r} the {b} ?',
-                        'what is the shape {r} the {b} ?',
-                        'tell me which shape is {r} the {b} .'),
+  'color': (
+    'what colour is the {a} ?',
+    'which colour is the {a} ?',
+    'what is the colour of the {a} ?',
+    'the {a} is what colour ?',
+    'which colour does the {a} have ?',
+    'tell me the colour of the {a} .',
+  ),
+  'shape': (
+    'what shape is {a} ?',
+    'which shape is {a} ?',
+    'what is the shape that is {a} ?',
+    'what is the {a} shape ?',
+    'which shape has the colour {a} ?',
+    'tell me which shape is {a} .',
+  ),
+  'count': (
+    'how many {a} are there ?',
+    'how many {a} does the image show ?',
+    'what is the number of {a} ?',
+    'count the {a} .',
+    'how many {a} do you see ?',
+    'tell me how many {a} there are .',
+  ),
+  'relation': (
+    'is the {a} {r} the {b} ?',
+    'does the image show the {a} {r} the {b} ?',
+    'do you see the {a} {r} the {b} ?',
+    'is it true that the {a} is {r} the {b} ?',
+  ),
+  'region': (
+    'is the {a} {r} ?',
+    'does the image show the {a} {r} ?',
+    'do you see the {a} {r} ?',
+    'is it true that the {a} is {r} ?',
+  ),
+  'compare': (
+    'are there {r} {a} than {b} ?',
+    'does the image show {r} {a} than {b} ?',
+    'do you see {r} {a} than {b} ?',
+    'is it true that there are {r} {a} than {b} ?',
+  ),
+  'others': (
+    'how many shapes are not {b} ?',
+    'what is the number of shapes that are not {b} ?',
+    'count the shapes that are not {b} .',
+    'how many shapes do you see not in {b} ?',
+  ),
+  'neighbour_color': (
+    'what colour is the shape {r} the {b} ?',
+    'which colour is the shape {r} the {b} ?',
+    'what is the colour of the shape {r} the {b} ?',
+    'which colour does the shape {r} the {b} have ?',
+  ),
+  'neighbour_shape': (
+    'what shape is {r} the {b} ?',
+    'which shape is {r} the {b} ?',
+    'what is the shape {r} the {b} ?',
+    'tell me which shape is {r} the {b} .',
+  ),
 }
 
-DESCRIBE = ('describe the image', 'describe the picture', 'what does the image show ?',
-            'what do you see ?', 'tell me what is in the image .')
+DESCRIBE = (
+  'describe the image',
+  'describe the picture',
+  'what does the image show ?',
+  'what do you see ?',
+  'tell me what is in the image .',
+)
 
 EDITS = {
-    'recolor': ('make {a} {c}', 'change {a} to {c}', 'paint {a} {c}', 'turn {a} {c}',
-                'change the colour of {a} to {c}', '{a} should be {c}'),
-    'remove': ('remove {a}', 'delete {a}', 'erase {a}', 'take {a} away', 'take away {a}',
-               'make the image without {a}'),
-    'add': ('add a {a} {r}', 'put a {a} {r}', 'draw a {a} {r}', 'place a {a} {r}',
-            'there should be a {a} {r}', 'please add a {a} {r}'),
-    'move': ('move {a} to {r}', 'shift {a} to {r}', 'put {a} {i}', 'place {a} {i}',
-             'take {a} to {r}', '{a} should be {i}'),
+  'recolor': (
+    'make {a} {c}',
+    'change {a} to {c}',
+    'paint {a} {c}',
+    'turn {a} {c}',
+    'change the colour of {a} to {c}',
+    '{a} should be {c}',
+  ),
+  'remove': (
+    'remove {a}',
+    'delete {a}',
+    'erase {a}',
+    'take {a} away',
+    'take away {a}',
+    'make the image without {a}',
+  ),
+  'add': (
+    'add a {a} {r}',
+    'put a {a} {r}',
+    'draw a {a} {r}',
+    'place a {a} {r}',
+    'there should be a {a} {r}',
+    'please add a {a} {r}',
+  ),
+  'move': (
+    'move {a} to {r}',
+    'shift {a} to {r}',
+    'put {a} {i}',
+    'place {a} {i}',
+    'take {a} to {r}',
+    '{a} should be {i}',
+  ),
 }
 
 STATEMENTS = {
-    'color': 'the {a} is {answer}',
-    'shape': 'the {a} shape is a {answer}',
-    'count': 'there {be} {answer} {a}',
-    'relation': 'the {a} is {not}{r} the {b}',
-    'region': 'the {a} is {not}{r}',
-    'compare': 'there are {not}{r} {a} than {b}',
-    'others': 'there {be} {answer} {a} that {be} not {b}',
-    'neighbour_color': 'the shape {r} the {b} is {answer}',
-    'neighbour_shape': 'the shape {r} the {b} is a {answer}',
+  'color': 'the {a} is {answer}',
+  'shape': 'the {a} shape is a {answer}',
+  'count': 'there {be} {answer} {a}',
+  'relation': 'the {a} is {not}{r} the {b}',
+  'region': 'the {a} is {not}{r}',
+  'compare': 'there are {not}{r} {a} than {b}',
+  'others': 'there {be} {answer} {a} that {be} not {b}',
+  'neighbour_color': 'the shape {r} the {b} is {answer}',
+  'neighbour_shape': 'the shape {r} the {b} is a {answer}',
 }
 
-CHATTY = ('i believe it is {answer} .', 'i think it is {answer} .', 'maybe {answer} .',
-          'the answer is {answer} .', 'it is {answer} , i believe .', 'maybe it is {answer} ?')
+CHATTY = (
+  'i believe it is {answer} .',
+  'i think it is {answer} .',
+  'maybe {answer} .',
+  'the answer is {answer} .',
+  'it is {answer} , i believe .',
+  'maybe it is {answer} ?',
+)
 
-_EXTRA_WORDS = ('think answer nothing it is i believe maybe the a an and than not more fewer equal '
-                'shape shapes background . ; : , ?')
+_EXTRA_WORDS = (
+  'think answer nothing it is i believe maybe the a an and than not more fewer equal '
+  'shape shapes background . ; : , ?'
+)
 _RELATION_WORDS = frozenset('left right above below'.split())
 _REGION_WORDS = frozenset('left right top bottom'.split())
 
-CONTENT_WORDS = frozenset(
-    render.SHAPES + tuple(PLURALS.values()) + tuple(render.COLORS) + NUMBERS
-) | _RELATION_WORDS | _REGION_WORDS
+CONTENT_WORDS = (
+  frozenset(render.SHAPES + tuple(PLURALS.values()) + tuple(render.COLORS) + NUMBERS)
+  | _RELATION_WORDS
+  | _REGION_WORDS
+)
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -157,8 +249,13 @@ def read_answer(text: str) -> tuple[str | None, bool]:
   words = text.split()
   if len(words) == 1 and words[0] in ANSWERS:
     return words[0], True
-  planned = (len(words) >= 5 and words[:2] == ['think', ':'] and words[-2] == ';'
-             and words.count(';') == 1 and words.count('think') == 1)
+  planned = (
+    len(words) >= 5
+    and words[:2] == ['think', ':']
+    and words[-2] == ';'
+    and words.count(';') == 1
+    and words.count('think') == 1
+  )
   if planned and words[-1] in ANSWERS:
     return words[-1], True
   answers = [word for word in words if word in ANSWERS]

@@ -30,6 +30,7 @@ _OPPOSITE = {'left': 'right', 'right': 'left', 'top': 'bottom', 'bottom': 'top'}
 @dataclasses.dataclass(frozen=True)
 class GenerateItem:
   """A caption, its GenEval record, and a scene that shows exactly what it describes."""
+
   index: int
   kind: str
   caption: str
@@ -41,6 +42,7 @@ class GenerateItem:
 @dataclasses.dataclass(frozen=True)
 class _Entry:
   """One noun phrase of a caption; None where the caption leaves an attribute free."""
+
   shape: str
   color: str | None = None
   count: int = 1
@@ -63,6 +65,7 @@ class _Entry:
 @dataclasses.dataclass(frozen=True)
 class _Meaning:
   """What a caption says: its entries, and how entry 0 stands to entry 1, if it says so."""
+
   entries: tuple[_Entry, ...]
   relation: str | None = None
 
@@ -76,7 +79,8 @@ class _Meaning:
     if any((entry.shape, entry.color) in splits.UNSEEN_PAIRS for entry in self.entries):
       return True
     return self.relation is not None and splits.is_unseen_relation(
-        self.entries[0].shape, self.relation, self.entries[1].shape)
+      self.entries[0].shape, self.relation, self.entries[1].shape
+    )
 
 
 def _draw_meaning(rng: np.random.Generator, kind: str) -> _Meaning:
@@ -102,8 +106,9 @@ def _draw_meaning(rng: np.random.Generator, kind: str) -> _Meaning:
     return _Meaning((_Entry(first, color), _Entry(second, other)))
   if kind == 'position':
     color, other = (wording.pick(rng, (None, *colors)) for _ in range(2))
-    return _Meaning((_Entry(first, color), _Entry(second, other)),
-                    wording.pick(rng, wording.RELATIONS))
+    return _Meaning(
+      (_Entry(first, color), _Entry(second, other)), wording.pick(rng, wording.RELATIONS)
+    )
   raise ValueError(f'unknown kind of caption {kind!r}')
 
 
@@ -116,8 +121,9 @@ def _draw_scene(rng: np.random.Generator, meaning: _Meaning) -> tuple[render.Obj
   # Entries with a region choose first, the others take what is left.
   for entry in sorted(meaning.entries, key=lambda e: e.region is None):
     for _ in range(entry.count):
-      allowed = [c for c in cells
-                 if entry.region is None or c in wording.REGION_CELLS[entry.region]]
+      allowed = [
+        c for c in cells if entry.region is None or c in wording.REGION_CELLS[entry.region]
+      ]
       if not allowed:
         return None
       cells.remove(allowed[0])
@@ -159,8 +165,9 @@ def _spec(kind: str, meaning: _Meaning, caption: str) -> dict:
   return {'tag': kind, 'include': include, 'exclude': exclude, 'prompt': caption}
 
 
-def _draw_generate(rng: np.random.Generator, index: int, split: str, kind: str,
-                   eval_fraction: float) -> GenerateItem:
+def _draw_generate(
+  rng: np.random.Generator, index: int, split: str, kind: str, eval_fraction: float
+) -> GenerateItem:
   if kind not in (UNSEEN_GENERATE_KINDS if split == 'unseen' else GENERATE_KINDS):
     raise ValueError(f'no {kind!r} captions in split {split!r}')
   unseen = split == 'unseen'
@@ -175,8 +182,9 @@ def _draw_generate(rng: np.random.Generator, index: int, split: str, kind: str,
       objects = _draw_scene(rng, meaning)
       if objects is not None and (unseen or splits.scene_is_seen(objects)):
         caption = _word_caption(rng, meaning)
-        return GenerateItem(index, kind, caption, _spec(kind, meaning, caption), key,
-                            render.Scene(objects))
+        return GenerateItem(
+          index, kind, caption, _spec(kind, meaning, caption), key, render.Scene(objects)
+        )
   raise RuntimeError(f'no {kind!r} caption found in split {split!r}')
 
 
@@ -212,8 +220,9 @@ class World:
     rng, kind = self._start('edit', index, split, kind, kinds)
     return edits.draw(rng, index, split, kind, self.eval_fraction)
 
-  def _start(self, task: str, index: int, split: str, kind: str | None,
-             kinds: tuple[str, ...]) -> tuple[np.random.Generator, str]:
+  def _start(
+    self, task: str, index: int, split: str, kind: str | None, kinds: tuple[str, ...]
+  ) -> tuple[np.random.Generator, str]:
     if split not in splits.SPLITS:
       raise ValueError(f'split must be one of {splits.SPLITS}, not {split!r}')
     rng = np.random.default_rng((self.seed, _TASK_SALTS[task], splits.SPLITS.index(split), index))

@@ -30,6 +30,7 @@ Array = jax.Array
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
   """Sizes of the vision tower; `side` is the number of patches along its position table."""
+
   width: int
   depth: int
   heads: int
@@ -50,6 +51,7 @@ class ModelConfig:
       a small grid differ; False starts at the first row and column, as the released models do.
     start_of_image, end_of_image: ids of the frame tokens.
   """
+
   vocab: int
   width: int
   depth: int
@@ -73,18 +75,28 @@ class ModelConfig:
 
 class Unified(nn.Module):
   """See the module's docstring. `config.dtype` is the compute dtype; parameters are float32."""
+
   config: ModelConfig
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     linear = lambda width, **kw: layers.Linear(width, dtype=dtype, **kw)
     table = lambda side: lambda *_: jnp.asarray(layers.sincos_table(side, c.width))
-    self.embed_tokens = self.param('embed_tokens', layers.normal(0.5),
-                                   (c.vocab, c.width))
+    self.embed_tokens = self.param('embed_tokens', layers.normal(0.5), (c.vocab, c.width))
     self.trunk = trunk_lib.Trunk(
-        depth=c.depth, heads=c.heads, kv_heads=c.kv_heads, head_width=c.width // c.heads,
-        ff_width=c.ff_width, eps=c.eps, rope_theta=c.rope_theta, dtype=dtype, unroll=c.unroll,
-        remat=c.remat, freeze_und=c.freeze_und, attention=c.attention)
+      depth=c.depth,
+      heads=c.heads,
+      kv_heads=c.kv_heads,
+      head_width=c.width // c.heads,
+      ff_width=c.ff_width,
+      eps=c.eps,
+      rope_theta=c.rope_theta,
+      dtype=dtype,
+      unroll=c.unroll,
+      remat=c.remat,
+      freeze_und=c.freeze_und,
+      attention=c.attention,
+    )
     self.lm_head = linear(c.vocab, use_bias=False)
     self.time_embedder = layers.TimeEmbedder(c.width, dtype)
     self.vae2llm = linear(c.width)
@@ -95,9 +107,17 @@ class Unified(nn.Module):
     self.connector_fc1 = linear(c.width)
     self.connector_fc2 = linear(c.width)
     self.vit = vit_lib.Vit(
-        width=c.vit.width, depth=c.vit.depth, heads=c.vit.heads, ff_width=c.vit.ff_width,
-        side=c.vit.side, eps=c.vit.eps, dtype=dtype, unroll=c.unroll, remat=c.remat,
-        attention=c.attention)
+      width=c.vit.width,
+      depth=c.vit.depth,
+      heads=c.vit.heads,
+      ff_width=c.vit.ff_width,
+      side=c.vit.side,
+      eps=c.vit.eps,
+      dtype=dtype,
+      unroll=c.unroll,
+      remat=c.remat,
+      attention=c.attention,
+    )
 
   def embed_text(self, ids: Array) -> Array:
     """Embeddings of text and frame tokens, (..., D)."""
@@ -137,8 +157,9 @@ class Unified(nn.Module):
       x_und = jnp.concatenate([x_und, vit], axis=1)
     x_gen = self.embed_latents(seq.latents_BNC, seq.time_BN, seq.latent_position_BN)
     return (x_und[:, None], x_gen[:, None]), trunk_lib.Shared(
-        rope=self.trunk.rope(und.position_BL[:, None], seq.gen.position_BL[:, None]),
-        mask=attention_lib.Mask(attention_lib.keep_mask(everything, everything)[:, None]))
+      rope=self.trunk.rope(und.position_BL[:, None], seq.gen.position_BL[:, None]),
+      mask=attention_lib.Mask(attention_lib.keep_mask(everything, everything)[:, None]),
+    )
 
   def __call__(self, seq: types.Sequence) -> tuple[Array, Array]:
     """Logits (B, U, V) at text and ViT tokens and velocities (B, N, C) at latent tokens."""
@@ -155,8 +176,9 @@ class Unified(nn.Module):
     stream, shared = self._text(cache.valid_BS, cache.next_position_B, ids_BML)
     return self.lm_head(self._extend(cache, stream, shared)[0])
 
-  def decode(self, cache: types.Cache, row: tuple[Array, Array], index: Array, token_BM: Array
-             ) -> tuple[Array, tuple[Array, Array]]:
+  def decode(
+    self, cache: types.Cache, row: tuple[Array, Array], index: Array, token_BM: Array
+  ) -> tuple[Array, tuple[Array, Array]]:
     """One decoding step: feeds token number `index` of every row.
 
     Args:
@@ -165,37 +187,45 @@ class Unified(nn.Module):
     Returns:
       Logits (B, M, V) of the next token, and the updated `row`.
     """
-    position = (cache.next_position_B[:, None, None] + index)
+    position = cache.next_position_B[:, None, None] + index
     shared = trunk_lib.Shared(
-        rope=self.trunk.rope(position, position[:, :, :0]),
-        mask=attention_lib.Mask(),
-        context_mask=attention_lib.Mask(keys=cache.valid_BS),
-        row_mask=attention_lib.Mask((jnp.arange(row[0].shape[3]) <= index)[None, None, None]),
-        row_index=index)
+      rope=self.trunk.rope(position, position[:, :, :0]),
+      mask=attention_lib.Mask(),
+      context_mask=attention_lib.Mask(keys=cache.valid_BS),
+      row_mask=attention_lib.Mask((jnp.arange(row[0].shape[3]) <= index)[None, None, None]),
+      row_index=index,
+    )
     x = self.embed_text(token_BM[..., None])
-    x_und, _, out = self.trunk(x, x[:, :, :0], shared, trunk_lib.LayerCache(
-        (cache.k_EBSJK, cache.v_EBSJK), row))
+    x_und, _, out = self.trunk(
+      x, x[:, :, :0], shared, trunk_lib.LayerCache((cache.k_EBSJK, cache.v_EBSJK), row)
+    )
     return self.lm_head(x_und[:, :, 0]), out['row']
 
-  def velocity(self, cache: types.Cache, x_BMNC: Array, time_BM: Array, position_BN: Array
-               ) -> Array:
+  def velocity(
+    self, cache: types.Cache, x_BMNC: Array, time_BM: Array, position_BN: Array
+  ) -> Array:
     """Velocities (B, M, N, C), float32, of noised images that follow the context.
 
     An image is `[start_of_image] latents [end_of_image]`, all at one position and never cached.
     """
     return self.velocity_and_states(cache, x_BMNC, time_BM, position_BN)[0]
 
-  def velocity_and_states(self, cache: types.Cache, x_BMNC: Array, time_BM: Array,
-                          position_BN: Array) -> tuple[Array, Array]:
+  def velocity_and_states(
+    self, cache: types.Cache, x_BMNC: Array, time_BM: Array, position_BN: Array
+  ) -> tuple[Array, Array]:
     """`velocity`, and the latent tokens' states (E, B, M, N, D) after every layer."""
-    stream, shared = self._image(cache.valid_BS, cache.next_position_B, x_BMNC, time_BM,
-                                 position_BN)
+    stream, shared = self._image(
+      cache.valid_BS, cache.next_position_B, x_BMNC, time_BM, position_BN
+    )
     _, h_gen, out = self._extend(cache, stream, shared)
     return self.llm2vae(h_gen).astype(jnp.float32), out['hidden'][1]
 
-  def joint(self, contexts: dict[str, types.Sequence],
-            images: dict[str, tuple[Array, Array, Array]], texts: dict[str, Array]
-            ) -> tuple[dict[str, Array], dict[str, Array]]:
+  def joint(
+    self,
+    contexts: dict[str, types.Sequence],
+    images: dict[str, tuple[Array, Array, Array]],
+    texts: dict[str, Array],
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Contexts and all that follows them in one pass over the layers.
 
     The numbers are those of `prefill`, then `velocity` and `read`, but every layer's weights are
@@ -215,13 +245,22 @@ class Unified(nn.Module):
     state = lambda name: (_valid(contexts[name]), contexts[name].next_position_B)
     streams += [self._image(*state(name), *x, **follow(name)) for name, x in images.items()]
     streams += [self._text(*state(name), ids, **follow(name)) for name, ids in texts.items()]
-    out = self.trunk.joint(*(tuple(x) for x in zip(*streams)))[len(names):]
-    drawn, read = out[:len(images)], out[len(images):]
-    return ({name: self.llm2vae(x[1]).astype(jnp.float32) for name, x in zip(images, drawn)},
-            {name: self.lm_head(x[0]) for name, x in zip(texts, read)})
+    out = self.trunk.joint(*(tuple(x) for x in zip(*streams)))[len(names) :]
+    drawn, read = out[: len(images)], out[len(images) :]
+    return (
+      {name: self.llm2vae(x[1]).astype(jnp.float32) for name, x in zip(images, drawn)},
+      {name: self.lm_head(x[0]) for name, x in zip(texts, read)},
+    )
 
-  def _image(self, valid_BS: Array, next_position_B: Array, x_BMNC: Array, time_BM: Array,
-             position_BN: Array, **shared: Any) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
+  def _image(
+    self,
+    valid_BS: Array,
+    next_position_B: Array,
+    x_BMNC: Array,
+    time_BM: Array,
+    position_BN: Array,
+    **shared: Any,
+  ) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
     """Noised images after a context, as a stream."""
     B, M, N, _ = x_BMNC.shape
     c = self.config
@@ -229,28 +268,38 @@ class Unified(nn.Module):
     gen = self.embed_latents(x_BMNC, time_BM[..., None], position_BN[:, None])
     position = jnp.broadcast_to(next_position_B[:, None, None], (B, 1, N + 2))
     return (self.embed_text(frame), gen), trunk_lib.Shared(
-        rope=self.trunk.rope(position[:, :, :2], position[:, :, 2:]), mask=attention_lib.Mask(),
-        context_mask=attention_lib.Mask(keys=valid_BS), **shared)
+      rope=self.trunk.rope(position[:, :, :2], position[:, :, 2:]),
+      mask=attention_lib.Mask(),
+      context_mask=attention_lib.Mask(keys=valid_BS),
+      **shared,
+    )
 
-  def _text(self, valid_BS: Array, next_position_B: Array, ids_BML: Array, **shared: Any
-            ) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
+  def _text(
+    self, valid_BS: Array, next_position_B: Array, ids_BML: Array, **shared: Any
+  ) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
     """Texts after a context, as a stream."""
     position = next_position_B[:, None, None] + jnp.arange(ids_BML.shape[-1])
     x = self.embed_text(ids_BML)
     return (x, x[:, :, :0]), trunk_lib.Shared(
-        rope=self.trunk.rope(position, position[:, :, :0]), mask=attention_lib.Mask(causal=True),
-        context_mask=attention_lib.Mask(keys=valid_BS), **shared)
+      rope=self.trunk.rope(position, position[:, :, :0]),
+      mask=attention_lib.Mask(causal=True),
+      context_mask=attention_lib.Mask(keys=valid_BS),
+      **shared,
+    )
 
-  def _extend(self, cache: types.Cache, stream: trunk_lib.Stream, shared: trunk_lib.Shared
-              ) -> tuple[Array, Array, dict[str, Any]]:
+  def _extend(
+    self, cache: types.Cache, stream: trunk_lib.Stream, shared: trunk_lib.Shared
+  ) -> tuple[Array, Array, dict[str, Any]]:
     """Runs new tokens against a context."""
     return self.trunk(*stream, shared, trunk_lib.LayerCache((cache.k_EBSJK, cache.v_EBSJK)))
 
 
 def _valid(seq: types.Sequence) -> Array:
   """Which places (B, S) of a context hold a token."""
-  return jnp.concatenate([seq.text.sample_BL, seq.vit.sample_BL, seq.gen.sample_BL],
-                         axis=1) != types.PADDING
+  return (
+    jnp.concatenate([seq.text.sample_BL, seq.vit.sample_BL, seq.gen.sample_BL], axis=1)
+    != types.PADDING
+  )
 
 
 def empty_row(config: ModelConfig, rows: tuple[int, int], length: int) -> tuple[Array, Array]:
@@ -264,11 +313,18 @@ def dummy_sequence(config: ModelConfig) -> types.Sequence:
   layout = types.Layout(*(jnp.zeros((1, 1), jnp.int32) for _ in range(5)))
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
   return types.Sequence(
-      ids_BL=zeros(1, 1), text=layout,
-      patches_BNP=jnp.zeros((1, 1, config.vit.patch ** 2 * 3)), patch_position_BN=zeros(1, 1),
-      patch_image_BN=zeros(1, 1), vit=layout,
-      latents_BNC=jnp.zeros((1, 1, config.latent_channels)), latent_position_BN=zeros(1, 1),
-      time_BN=jnp.zeros((1, 1)), gen=layout, next_position_B=zeros(1))
+    ids_BL=zeros(1, 1),
+    text=layout,
+    patches_BNP=jnp.zeros((1, 1, config.vit.patch**2 * 3)),
+    patch_position_BN=zeros(1, 1),
+    patch_image_BN=zeros(1, 1),
+    vit=layout,
+    latents_BNC=jnp.zeros((1, 1, config.latent_channels)),
+    latent_position_BN=zeros(1, 1),
+    time_BN=jnp.zeros((1, 1)),
+    gen=layout,
+    next_position_B=zeros(1),
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -44,6 +44,7 @@ class Rule(NamedTuple):
   `{field}` stands for text of the same field on both sides; `{layer}` is missing from the path,
   where it is the leading axis.
   """
+
   tensor: str
   path: str
   axes: tuple[int, ...] | None = None
@@ -51,12 +52,22 @@ class Rule(NamedTuple):
 
 _LINEAR, _CONV = (1, 0), (2, 3, 1, 0)
 _FIELDS = {
-    'layer': r'\d+', 'attn': '[qkvo]', 'qk': '[qk]', 'ff': 'gate|up|down', 'n': r'\d+',
-    'flat': 'vae2llm|llm2vae', 'table': 'latent_pos_embed|vit_pos_embed',
-    'proj': 'q|k|v|out', 'side': 'encoder|decoder', 'way': 'down|up',
-    'sampler': 'downsample|upsample', 'middle': 'block_1|attn_1|block_2', 'level': r'\d+',
-    'norm': r'norm\d?|norm_out',
-    'conv': r'conv\d|conv_in|conv_out|nin_shortcut|[qkv]|proj_out'}
+  'layer': r'\d+',
+  'attn': '[qkvo]',
+  'qk': '[qk]',
+  'ff': 'gate|up|down',
+  'n': r'\d+',
+  'flat': 'vae2llm|llm2vae',
+  'table': 'latent_pos_embed|vit_pos_embed',
+  'proj': 'q|k|v|out',
+  'side': 'encoder|decoder',
+  'way': 'down|up',
+  'sampler': 'downsample|upsample',
+  'middle': 'block_1|attn_1|block_2',
+  'level': r'\d+',
+  'norm': r'norm\d?|norm_out',
+  'conv': r'conv\d|conv_in|conv_out|nin_shortcut|[qkv]|proj_out',
+}
 _TEXT, _VIT = 'language_model.model.', 'vit_model.vision_model.'
 
 
@@ -64,13 +75,14 @@ def _expert_rules(expert: str, suffix: str) -> list[Rule]:
   tensor, path = _TEXT + 'layers.{layer}.', f'trunk/layers/{expert}/'
   attention, mlp = f'{tensor}self_attn.', f'{tensor}mlp{suffix}.'
   return [
-      Rule(attention + '{attn}_proj' + f'{suffix}.weight', path + '{attn}_proj/kernel', _LINEAR),
-      Rule(attention + '{attn}_proj' + f'{suffix}.bias', path + '{attn}_proj/bias'),
-      Rule(attention + '{qk}_norm' + f'{suffix}.weight', path + '{qk}_norm/scale'),
-      Rule(mlp + '{ff}_proj.weight', path + '{ff}_proj/kernel', _LINEAR),
-      Rule(f'{tensor}input_layernorm{suffix}.weight', path + 'input_norm/scale'),
-      Rule(f'{tensor}post_attention_layernorm{suffix}.weight', path + 'post_norm/scale'),
-      Rule(f'{_TEXT}norm{suffix}.weight', f'trunk/norm_{expert}/scale')]
+    Rule(attention + '{attn}_proj' + f'{suffix}.weight', path + '{attn}_proj/kernel', _LINEAR),
+    Rule(attention + '{attn}_proj' + f'{suffix}.bias', path + '{attn}_proj/bias'),
+    Rule(attention + '{qk}_norm' + f'{suffix}.weight', path + '{qk}_norm/scale'),
+    Rule(mlp + '{ff}_proj.weight', path + '{ff}_proj/kernel', _LINEAR),
+    Rule(f'{tensor}input_layernorm{suffix}.weight', path + 'input_norm/scale'),
+    Rule(f'{tensor}post_attention_layernorm{suffix}.weight', path + 'post_norm/scale'),
+    Rule(f'{_TEXT}norm{suffix}.weight', f'trunk/norm_{expert}/scale'),
+  ]
 
 
 def _norm_rules(tensor: str, path: str) -> list[Rule]:
@@ -87,27 +99,38 @@ def _conv_rules(tensor: str, path: str) -> list[Rule]:
 
 _VIT_LAYER = _VIT + 'encoder.layers.{layer}.'
 MODEL_RULES = (
-    *_expert_rules('und', ''), *_expert_rules('gen', '_moe_gen'),
-    Rule(_TEXT + 'embed_tokens.weight', 'embed_tokens'),
-    Rule('language_model.lm_head.weight', 'lm_head/kernel', _LINEAR),
-    Rule('{table}.pos_embed', '{table}'),
-    *_linear_rules('time_embedder.mlp.{n}', 'time_embedder/mlp_{n}'),
-    *_linear_rules('{flat}', '{flat}'),
-    *_linear_rules('connector.fc{n}', 'connector_fc{n}'),
-    *_linear_rules(_VIT + 'embeddings.patch_embedding', 'vit/patch_embedding'),
-    Rule(_VIT + 'embeddings.position_embedding.weight', 'vit/position_embedding'),
-    *_linear_rules(_VIT_LAYER + 'self_attn.{proj}_proj', 'vit/layers/{proj}_proj'),
-    *_norm_rules(_VIT_LAYER + 'layer_norm{n}', 'vit/layers/layer_norm{n}'),
-    *_linear_rules(_VIT_LAYER + 'mlp.fc{n}', 'vit/layers/fc{n}'),
-    *_norm_rules(_VIT + 'post_layernorm', 'vit/post_layernorm'))
+  *_expert_rules('und', ''),
+  *_expert_rules('gen', '_moe_gen'),
+  Rule(_TEXT + 'embed_tokens.weight', 'embed_tokens'),
+  Rule('language_model.lm_head.weight', 'lm_head/kernel', _LINEAR),
+  Rule('{table}.pos_embed', '{table}'),
+  *_linear_rules('time_embedder.mlp.{n}', 'time_embedder/mlp_{n}'),
+  *_linear_rules('{flat}', '{flat}'),
+  *_linear_rules('connector.fc{n}', 'connector_fc{n}'),
+  *_linear_rules(_VIT + 'embeddings.patch_embedding', 'vit/patch_embedding'),
+  Rule(_VIT + 'embeddings.position_embedding.weight', 'vit/position_embedding'),
+  *_linear_rules(_VIT_LAYER + 'self_attn.{proj}_proj', 'vit/layers/{proj}_proj'),
+  *_norm_rules(_VIT_LAYER + 'layer_norm{n}', 'vit/layers/layer_norm{n}'),
+  *_linear_rules(_VIT_LAYER + 'mlp.fc{n}', 'vit/layers/fc{n}'),
+  *_norm_rules(_VIT + 'post_layernorm', 'vit/post_layernorm'),
+)
 
-_BLOCKS = (('{side}.', '{side}/'), ('{side}.mid.{middle}.', '{side}/mid_{middle}/'),
-           ('{side}.{way}.{level}.block.{n}.', '{side}/{way}_{level}_block_{n}/'))
+_BLOCKS = (
+  ('{side}.', '{side}/'),
+  ('{side}.mid.{middle}.', '{side}/mid_{middle}/'),
+  ('{side}.{way}.{level}.block.{n}.', '{side}/{way}_{level}_block_{n}/'),
+)
 AUTOENCODER_RULES = (
-    *(rule for tensor, path in _BLOCKS for rule in (
-        *_norm_rules(tensor + '{norm}', path + '{norm}'),
-        *_conv_rules(tensor + '{conv}', path + '{conv}'))),
-    *_conv_rules('{side}.{way}.{level}.{sampler}.conv', '{side}/{way}_{level}_{sampler}/conv'))
+  *(
+    rule
+    for tensor, path in _BLOCKS
+    for rule in (
+      *_norm_rules(tensor + '{norm}', path + '{norm}'),
+      *_conv_rules(tensor + '{conv}', path + '{conv}'),
+    )
+  ),
+  *_conv_rules('{side}.{way}.{level}.{sampler}.conv', '{side}/{way}_{level}_{sampler}/conv'),
+)
 
 
 def _match(template: str, text: str) -> dict[str, str] | None:
@@ -133,6 +156,7 @@ def parameter_path(tensor: str, rules: tuple[Rule, ...]) -> tuple[str, int | Non
 
 class Place(NamedTuple):
   """A tensor's name and shape in a file, and where it stands in our tree."""
+
   tensor: str
   shape: tuple[int, ...]
   path: str
@@ -145,8 +169,9 @@ def places(config: Config) -> dict[str, Place]:
   rules, spec = _rules(config), _spec(config)
   found = {}
   for path, leaf in spec.items():
-    rule, fields = next((rule, fields) for rule in rules
-                        if (fields := _match(rule.path, path)) is not None)
+    rule, fields = next(
+      (rule, fields) for rule in rules if (fields := _match(rule.path, path)) is not None
+    )
     stacked = '{layer}' in rule.tensor
     shape = leaf.shape[1:] if stacked else leaf.shape
     if rule.axes is not None:
@@ -168,8 +193,10 @@ def tensors(params: types.Params, config: Config) -> Iterator[tuple[str, np.ndar
     raise ValueError(f'parameters and configuration differ in {_some(flat.keys() ^ spec.keys())}')
   for path, leaf in flat.items():
     if (leaf.shape, leaf.dtype) != (spec[path].shape, np.float32):
-      raise ValueError(f'parameter {path} is {leaf.dtype}{list(leaf.shape)}; '
-                       f'expected float32{list(spec[path].shape)}')
+      raise ValueError(
+        f'parameter {path} is {leaf.dtype}{list(leaf.shape)}; '
+        f'expected float32{list(spec[path].shape)}'
+      )
   for place in places(config).values():
     value = flat[place.path] if place.layer is None else flat[place.path][place.layer]
     value = np.asarray(value)
@@ -201,6 +228,7 @@ def _some(names) -> str:
 
 class _Source(NamedTuple):
   """A tensor in an open file; `values` reads slices of it."""
+
   file: pathlib.Path
   values: Any
 
@@ -248,8 +276,9 @@ def _check(source: _Source, place: Place, config: Config) -> None:
   shape, dtype = tuple(source.values.get_shape()), source.values.get_dtype()
   where = f'tensor {place.tensor} in {source.file}'
   if dtype not in _FLOATS:
-    raise ValueError(f'{where} has dtype {dtype}; expected one of {sorted(_FLOATS)}, '
-                     f'shape {list(place.shape)}')
+    raise ValueError(
+      f'{where} has dtype {dtype}; expected one of {sorted(_FLOATS)}, shape {list(place.shape)}'
+    )
   same_tail = len(shape) == len(place.shape) and shape[1:] == place.shape[1:]
   if same_tail and place.path == 'latent_pos_embed':
     return
@@ -267,8 +296,13 @@ def _read(source: _Source, place: Place, index: tuple[slice, ...]) -> np.ndarray
   have = source.values.get_shape()[0]
   if place.path == 'latent_pos_embed' and have != place.shape[0]:
     # The table is a formula, so a checkpoint made for other sizes still loads.
-    logging.warning('%s in %s has %d rows; max_latent_size of the configuration asks for %d, which '
-                    'are computed', place.tensor, source.file, have, place.shape[0])
+    logging.warning(
+      '%s in %s has %d rows; max_latent_size of the configuration asks for %d, which are computed',
+      place.tensor,
+      source.file,
+      have,
+      place.shape[0],
+    )
     return layers.sincos_table(round(place.shape[0] ** 0.5), place.shape[1])[index]
   if have < place.shape[0]:
     # Rows that the checkpoint lacks are padding: the mean row keeps their logits unremarkable.
@@ -319,9 +353,10 @@ def load(path: _Path, config: Config, sharding: types.Params | None = None) -> t
       for layer in range(index[0].start, index[0].stop):
         out[layer - index[0].start] = _read(*parts[layer], index[1:])
       return out
+
     return read
 
-  flat_sharding = (None if sharding is None else traverse_util.flatten_dict(sharding, sep='/'))
+  flat_sharding = None if sharding is None else traverse_util.flatten_dict(sharding, sep='/')
   params = {}
   for parameter, leaf in _spec(config).items():
     read = reader(by_path[parameter], leaf.shape)
@@ -353,8 +388,11 @@ def save(params: types.Params, path: _Path, config: Config, shards: int = 1) -> 
   # A tensor belongs to the shard in which its middle byte falls.
   middle = sizes - np.diff(sizes, prepend=0) / 2
   shard_of = np.minimum(middle * shards // sizes[-1], shards - 1).astype(int)
-  names = ([path.name] if shards == 1 else
-           [f'{path.stem}-{i + 1:05}-of-{shards:05}{path.suffix}' for i in range(shards)])
+  names = (
+    [path.name]
+    if shards == 1
+    else [f'{path.stem}-{i + 1:05}-of-{shards:05}{path.suffix}' for i in range(shards)]
+  )
   parts = [path.with_name(f'{name}.partial') for name in names]
   index_part = index.with_name(f'{index.name}.partial')
   values = tensors(params, config)
@@ -363,8 +401,9 @@ def save(params: types.Params, path: _Path, config: Config, shards: int = 1) -> 
       _write(part, [p for p, owner in zip(every, shard_of, strict=True) if owner == i], values)
     if shards > 1:
       weight_map = {place.tensor: names[owner] for place, owner in zip(every, shard_of)}
-      index_part.write_text(json.dumps(
-          {'metadata': {'total_size': int(sizes[-1])}, 'weight_map': weight_map}, indent=2))
+      index_part.write_text(
+        json.dumps({'metadata': {'total_size': int(sizes[-1])}, 'weight_map': weight_map}, indent=2)
+      )
       # Without an index, shards of two checkpoints cannot be read as one.
       index.unlink(missing_ok=True)
     for part in parts:
@@ -376,14 +415,18 @@ def save(params: types.Params, path: _Path, config: Config, shards: int = 1) -> 
       part.unlink(missing_ok=True)
 
 
-def _write(path: pathlib.Path, wanted: list[Place], values: Iterator[tuple[str, np.ndarray]]
-           ) -> None:
+def _write(
+  path: pathlib.Path, wanted: list[Place], values: Iterator[tuple[str, np.ndarray]]
+) -> None:
   """Writes one file, taking its tensors from `values` as they come."""
   header, start = {}, 0
   for place in wanted:
     end = start + 4 * int(np.prod(place.shape))
     header[place.tensor] = {
-        'dtype': 'F32', 'shape': list(place.shape), 'data_offsets': [start, end]}
+      'dtype': 'F32',
+      'shape': list(place.shape),
+      'data_offsets': [start, end],
+    }
     start = end
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)

@@ -38,6 +38,7 @@ class Policy:
     joint: `follow` runs contexts and what follows them in one pass over the layers, which a mesh
       wants; apart from that, tasks of one shape share passes, which is fastest on one device.
   """
+
   config: bagel.ModelConfig
   vae: nn.Module
   image_size: int
@@ -58,7 +59,7 @@ class Policy:
   @property
   def latent_shape(self) -> tuple[int, int]:
     """(N, C) of an image."""
-    return self.latent_grid ** 2, self.config.latent_channels
+    return self.latent_grid**2, self.config.latent_channels
 
   @property
   def vit_size(self) -> int:
@@ -74,8 +75,9 @@ class Policy:
   def encode(self, vae_params: types.Params, image_BYXC: Array) -> Array:
     """Latent tokens (B, N, C) of uint8 images: the posterior mean."""
     vae_params = activations.gathered(vae_params)
-    encode = lambda image: self.vae.apply({'params': vae_params}, to_unit(image),
-                                          method='encode_mean')
+    encode = lambda image: self.vae.apply(
+      {'params': vae_params}, to_unit(image), method='encode_mean'
+    )
     latent = self._over_images(encode, image_BYXC)
     return vae_lib.patchify(latent, self.latent_patch)
 
@@ -90,7 +92,7 @@ class Policy:
     vae_params = activations.gathered(vae_params)
     decode = lambda x: self.vae.apply({'params': vae_params}, x, method='decode')
     image = self._over_images(decode, latent)
-    image = (jnp.clip(image * 0.5 + 0.5, 0., 1.) * 255.).astype(jnp.uint8)
+    image = (jnp.clip(image * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
     return image.reshape(*latents.shape[:-2], *image.shape[1:])
 
   def patches(self, image_BYXC: Array) -> tuple[Array, Array]:
@@ -99,7 +101,7 @@ class Policy:
     pixels = to_unit(image_BYXC)
     if size != self.image_size:
       shape = (image_BYXC.shape[0], size, size, 3)
-      pixels = jnp.clip(jax.image.resize(pixels, shape, 'cubic', antialias=True), -1., 1.)
+      pixels = jnp.clip(jax.image.resize(pixels, shape, 'cubic', antialias=True), -1.0, 1.0)
     position = self.positions(size // patch, size // patch, self.config.vit.side)
     return vae_lib.patchify(pixels, patch), jnp.asarray(position)
 
@@ -110,15 +112,14 @@ class Policy:
 
   def positions(self, rows: int, columns: int, side: int) -> np.ndarray:
     """Rows of a position table of `side` x `side` for an image of rows x columns tokens."""
-    place = (layers.spread_positions if self.config.interpolate_pos else
-             layers.grid_positions)
+    place = layers.spread_positions if self.config.interpolate_pos else layers.grid_positions
     return place(rows, columns, side)
 
   def sequence(self, vae_params: types.Params, prompts: types.Prompts) -> types.Sequence:
     """Runs the encoders that need no gradient and lays out the context."""
     B = prompts.ids_BL.shape[0]
     vit_size, gen_size = prompts.vit.sample_BL.shape[1], prompts.gen.sample_BL.shape[1]
-    patches = jnp.zeros((B, 0, self.config.vit.patch ** 2 * 3))
+    patches = jnp.zeros((B, 0, self.config.vit.patch**2 * 3))
     position = jnp.zeros((B, 0), jnp.int32)
     if vit_size:
       patches, position = self.patches(prompts.source_BYXC)
@@ -127,28 +128,39 @@ class Policy:
     if gen_size:
       latents = self.encode(vae_params, prompts.source_BYXC)
     return types.Sequence(
-        ids_BL=prompts.ids_BL, text=prompts.text, patches_BNP=patches,
-        patch_position_BN=position, patch_image_BN=jnp.zeros_like(position), vit=prompts.vit,
-        latents_BNC=latents, latent_position_BN=self.latent_position(B)[:, :gen_size],
-        time_BN=jnp.zeros((B, gen_size)), gen=prompts.gen, next_position_B=prompts.next_position_B)
+      ids_BL=prompts.ids_BL,
+      text=prompts.text,
+      patches_BNP=patches,
+      patch_position_BN=position,
+      patch_image_BN=jnp.zeros_like(position),
+      vit=prompts.vit,
+      latents_BNC=latents,
+      latent_position_BN=self.latent_position(B)[:, :gen_size],
+      time_BN=jnp.zeros((B, gen_size)),
+      gen=prompts.gen,
+      next_position_B=prompts.next_position_B,
+    )
 
   def apply(self, params: types.Params, *args, method: str) -> Any:
     """`Unified.<method>` with these parameters."""
     return self.model.apply({'params': params}, *args, method=method)
 
-  def prefill(self, params: types.Params, vae_params: types.Params, prompts: types.Prompts
-              ) -> types.Cache:
+  def prefill(
+    self, params: types.Params, vae_params: types.Params, prompts: types.Prompts
+  ) -> types.Cache:
     """Encodes the context of every prompt once."""
     return self.apply(params, self.sequence(vae_params, prompts), method='prefill')
 
-  def velocity(self, params: types.Params, cache: types.Cache, x_BMNC: Array, time_BM: Array
-               ) -> Array:
+  def velocity(
+    self, params: types.Params, cache: types.Cache, x_BMNC: Array, time_BM: Array
+  ) -> Array:
     """Velocities of M noised images a prompt."""
     position = self.latent_position(x_BMNC.shape[0])
     return self.apply(params, cache, x_BMNC, time_BM, position, method='velocity')
 
-  def prefill_all(self, params: types.Params, vae_params: types.Params,
-                  prompts: dict[str, types.Prompts]) -> dict[str, types.Cache]:
+  def prefill_all(
+    self, params: types.Params, vae_params: types.Params, prompts: dict[str, types.Prompts]
+  ) -> dict[str, types.Cache]:
     """Contexts of several tasks; tasks whose rows have one shape are encoded in one pass."""
     out = {}
     for tasks in group_by_shape(prompts):
@@ -156,13 +168,22 @@ class Policy:
       start = 0
       for task in tasks:
         stop = start + prompts[task].ids_BL.shape[0]
-        out[task] = types.Cache(cache.k_EBSJK[:, start:stop], cache.v_EBSJK[:, start:stop],
-                                cache.valid_BS[start:stop], cache.next_position_B[start:stop])
+        out[task] = types.Cache(
+          cache.k_EBSJK[:, start:stop],
+          cache.v_EBSJK[:, start:stop],
+          cache.valid_BS[start:stop],
+          cache.next_position_B[start:stop],
+        )
         start = stop
     return out
 
-  def velocity_all(self, params: types.Params, caches: dict[str, types.Cache],
-                   x: dict[str, Array], time: dict[str, Array]) -> dict[str, Array]:
+  def velocity_all(
+    self,
+    params: types.Params,
+    caches: dict[str, types.Cache],
+    x: dict[str, Array],
+    time: dict[str, Array],
+  ) -> dict[str, Array]:
     """Velocities of several tasks; tasks whose rows have one shape run in one pass."""
     out = {}
     keys = {t: (caches[t].valid_BS, x[t]) for t in x}
@@ -174,31 +195,49 @@ class Policy:
     return out
 
   def follow_with_states(
-      self, params: types.Params, vae_params: types.Params, prompts: dict[str, types.Prompts],
-      x: dict[str, Array], time: dict[str, Array], ids: dict[str, Array]
-      ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    self,
+    params: types.Params,
+    vae_params: types.Params,
+    prompts: dict[str, types.Prompts],
+    x: dict[str, Array],
+    time: dict[str, Array],
+    ids: dict[str, Array],
+  ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
     """`follow`, and the latent tokens' states (E, B, M, N, D) after every layer by task."""
     caches = self.prefill_all(params, vae_params, prompts)
     v, states = {}, {}
     for task in x:
       position = self.latent_position(x[task].shape[0])
-      v[task], states[task] = self.apply(params, caches[task], x[task], time[task], position,
-                                         method='velocity_and_states')
+      v[task], states[task] = self.apply(
+        params, caches[task], x[task], time[task], position, method='velocity_and_states'
+      )
     return v, {task: self.read(params, caches[task], rows) for task, rows in ids.items()}, states
 
-  def follow(self, params: types.Params, vae_params: types.Params,
-             prompts: dict[str, types.Prompts], x: dict[str, Array], time: dict[str, Array],
-             ids: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+  def follow(
+    self,
+    params: types.Params,
+    vae_params: types.Params,
+    prompts: dict[str, types.Prompts],
+    x: dict[str, Array],
+    time: dict[str, Array],
+    ids: dict[str, Array],
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Velocities of noised images (B, M, N, C) at times (B, M), and logits of texts (B, M, L),
     by task, after the contexts of all tasks."""
     if self.joint:
       position = lambda task: self.latent_position(x[task].shape[0])
       return self.apply(
-          params, {task: self.sequence(vae_params, p) for task, p in prompts.items()},
-          {task: (x[task], time[task], position(task)) for task in x}, ids, method='joint')
+        params,
+        {task: self.sequence(vae_params, p) for task, p in prompts.items()},
+        {task: (x[task], time[task], position(task)) for task in x},
+        ids,
+        method='joint',
+      )
     caches = self.prefill_all(params, vae_params, prompts)
-    return (self.velocity_all(params, caches, x, time),
-            {task: self.read(params, caches[task], rows) for task, rows in ids.items()})
+    return (
+      self.velocity_all(params, caches, x, time),
+      {task: self.read(params, caches[task], rows) for task, rows in ids.items()},
+    )
 
   def read(self, params: types.Params, cache: types.Cache, ids_BML: Array) -> Array:
     """Logits of M text rows a prompt."""
@@ -222,14 +261,17 @@ def join_caches(caches: list[types.Cache]) -> types.Cache:
   """Concatenates the rows of contexts of one shape."""
   if len(caches) == 1:
     return caches[0]
-  return types.Cache(*(jnp.concatenate([cache.__dict__[name] for cache in caches], axis=axis)
-                       for name, axis in (('k_EBSJK', 1), ('v_EBSJK', 1), ('valid_BS', 0),
-                                          ('next_position_B', 0))))
+  return types.Cache(
+    *(
+      jnp.concatenate([cache.__dict__[name] for cache in caches], axis=axis)
+      for name, axis in (('k_EBSJK', 1), ('v_EBSJK', 1), ('valid_BS', 0), ('next_position_B', 0))
+    )
+  )
 
 
 def to_unit(image: Array) -> Array:
   """uint8 pixels to float32 in [-1, 1]."""
-  return image.astype(jnp.float32) / 127.5 - 1.
+  return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _text_tokens(prompts: types.Prompts) -> Array:
@@ -244,16 +286,19 @@ def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
   """
   text_BS = _text_tokens(prompts)
   hidden_BS = jnp.pad(text_BS, ((0, 0), (0, cache.valid_BS.shape[1] - text_BS.shape[1])))
-  return cache.replace(valid_BS=cache.valid_BS & ~hidden_BS,
-                       next_position_B=cache.next_position_B - jnp.sum(text_BS, axis=1))
+  return cache.replace(
+    valid_BS=cache.valid_BS & ~hidden_BS,
+    next_position_B=cache.next_position_B - jnp.sum(text_BS, axis=1),
+  )
 
 
 def without_prompt(prompts: types.Prompts) -> types.Prompts:
   """Prompts whose contexts are those of `without_text`, where nothing has been encoded yet."""
   text_BL, text = _text_tokens(prompts), prompts.text
   return prompts.replace(
-      text=text.replace(sample_BL=jnp.where(text_BL, types.PADDING, text.sample_BL)),
-      next_position_B=prompts.next_position_B - jnp.sum(text_BL, axis=1))
+    text=text.replace(sample_BL=jnp.where(text_BL, types.PADDING, text.sample_BL)),
+    next_position_B=prompts.next_position_B - jnp.sum(text_BL, axis=1),
+  )
 
 
 def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Prompts:
@@ -268,18 +313,23 @@ def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Pr
   place = jnp.arange(L)[None]
   # Images stand before the text, in memory or not, so the text holds the largest order and split.
   more = types.Layout(
-      sample_BL=jnp.where(mask_BL, 0, types.PADDING), order_BL=last(text.order_BL) + 1 + place,
-      split_BL=jnp.broadcast_to(last(text.split_BL) + 1, ids_BL.shape),
-      mode_BL=jnp.full(ids_BL.shape, types.CAUSAL),
-      position_BL=prompts.next_position_B[:, None] + place)
+    sample_BL=jnp.where(mask_BL, 0, types.PADDING),
+    order_BL=last(text.order_BL) + 1 + place,
+    split_BL=jnp.broadcast_to(last(text.split_BL) + 1, ids_BL.shape),
+    mode_BL=jnp.full(ids_BL.shape, types.CAUSAL),
+    position_BL=prompts.next_position_B[:, None] + place,
+  )
   join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1)
   return prompts.replace(
-      ids_BL=join(prompts.ids_BL, ids_BL), text=jax.tree.map(join, text, more),
-      next_position_B=prompts.next_position_B + jnp.sum(mask_BL, axis=1))
+    ids_BL=join(prompts.ids_BL, ids_BL),
+    text=jax.tree.map(join, text, more),
+    next_position_B=prompts.next_position_B + jnp.sum(mask_BL, axis=1),
+  )
 
 
-def after_plans(prompts: types.Prompts, tokens_BGT: Array, mask_BGT: Array, bos: int
-                ) -> types.Prompts:
+def after_plans(
+  prompts: types.Prompts, tokens_BGT: Array, mask_BGT: Array, bos: int
+) -> types.Prompts:
   """The contexts (B * G rows) of images that follow sampled plans; row b * G + g has plan (b, g).
 
   A plan that was cut off before its end token stands there as it was sampled.

@@ -25,6 +25,7 @@ Array = jax.Array
 
 class Rope(NamedTuple):
   """RoPE tables of both slices, (B, M, L, K) each."""
+
   und: tuple[Array, Array]
   gen: tuple[Array, Array]
 
@@ -45,6 +46,7 @@ class Shared:
     row_index: place of the new token among the decoded ones, or None.
     source: number of the stream in the same pass that is the context, or None.
   """
+
   rope: Rope
   mask: attention_lib.Mask
   context_mask: attention_lib.Mask | None = None
@@ -58,12 +60,14 @@ class LayerCache(NamedTuple):
 
   `context` is shared by the rows of a prompt (B, S, J, K); `row` belongs to each (B, M, T, J, K).
   """
+
   context: tuple[Array, Array] | None = None
   row: tuple[Array, Array] | None = None
 
 
 class Expert(nn.Module):
   """One expert's norms, projections and MLP of a layer (Qwen2 with query and key norms)."""
+
   heads: int
   kv_heads: int
   head_width: int
@@ -73,8 +77,9 @@ class Expert(nn.Module):
   depth: int
 
   def setup(self):
-    linear = lambda width, bias, scale=1.: layers.Linear(
-        width, bias, self.dtype, nn.initializers.variance_scaling(scale, 'fan_in', 'normal'))
+    linear = lambda width, bias, scale=1.0: layers.Linear(
+      width, bias, self.dtype, nn.initializers.variance_scaling(scale, 'fan_in', 'normal')
+    )
     # What is added to the residual stream starts small, so that tokens keep their identity
     # through the depth (GPT-2's rule).
     residual = 1 / (2 * self.depth)
@@ -94,8 +99,11 @@ class Expert(nn.Module):
     """Queries (..., H, K), keys and values (..., J, K) of tokens (..., D), before RoPE."""
     y = self.input_norm(x)
     split = lambda z: z.reshape(*z.shape[:-1], -1, self.head_width)
-    return (self.q_norm(split(self.q_proj(y))), self.k_norm(split(self.k_proj(y))),
-            split(self.v_proj(y)))
+    return (
+      self.q_norm(split(self.q_proj(y))),
+      self.k_norm(split(self.k_proj(y))),
+      split(self.v_proj(y)),
+    )
 
   def output(self, x: Array, attended: Array) -> Array:
     """Adds the attention output (..., H * K) and the MLP to the residual stream (..., D)."""
@@ -106,6 +114,7 @@ class Expert(nn.Module):
 
 class Layer(nn.Module):
   """A layer of the trunk; see `Trunk`."""
+
   expert: dict[str, Any]
   freeze_und: bool
   attention: str
@@ -113,8 +122,9 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, streams: tuple[Stream, ...], cache: LayerCache, shared: tuple[Shared, ...]):
     experts = Expert(**self.expert, name='und'), Expert(**self.expert, name='gen')
-    used = lambda side: [n for n, x in enumerate(streams)
-                         if x[side].shape[2] or self.is_initializing()]
+    used = lambda side: [
+      n for n, x in enumerate(streams) if x[side].shape[2] or self.is_initializing()
+    ]
     parts: list[list[Any]] = [[] for _ in streams]
     for side, expert in enumerate(experts):
       rows = used(side)
@@ -133,8 +143,10 @@ class Layer(nn.Module):
       if context is not None:
         blocks.append(attention_lib.Block(*context, s.context_mask))
       if cache.row is not None:
-        row = tuple(jax.lax.dynamic_update_slice_in_dim(old, x, s.row_index, axis=2)
-                    for old, x in zip(cache.row, (k, v)))
+        row = tuple(
+          jax.lax.dynamic_update_slice_in_dim(old, x, s.row_index, axis=2)
+          for old, x in zip(cache.row, (k, v))
+        )
         blocks.append(attention_lib.Block(*row, s.row_mask))
       else:
         blocks.append(attention_lib.Block(k, v, s.mask))
@@ -146,8 +158,9 @@ class Layer(nn.Module):
       rows = used(side)
       cut = [streams[n][0].shape[2] for n in rows]
       reads = [attended[n][:, :, c:] if side else attended[n][:, :, :c] for n, c in zip(rows, cut)]
-      found = activations.together(expert.output, [streams[n][side] for n in rows], reads
-                                    ) if rows else []
+      found = (
+        activations.together(expert.output, [streams[n][side] for n in rows], reads) if rows else []
+      )
       for n, x in zip(rows, found):
         out[n][side] = jax.lax.stop_gradient(x) if self.freeze_und and not side else x
     streams = tuple(tuple(activations.constrain(y, 'rows') for y in x) for x in out)
@@ -163,6 +176,7 @@ class Trunk(nn.Module):
     freeze_und: stops gradients at every output of the understanding expert.
     attention: see `attention.attend`.
   """
+
   depth: int
   heads: int
   kv_heads: int
@@ -177,13 +191,24 @@ class Trunk(nn.Module):
   attention: str = 'xla'
 
   def setup(self):
-    expert = dict(heads=self.heads, kv_heads=self.kv_heads, head_width=self.head_width,
-                  ff_width=self.ff_width, eps=self.eps, dtype=self.dtype, depth=self.depth)
+    expert = dict(
+      heads=self.heads,
+      kv_heads=self.kv_heads,
+      head_width=self.head_width,
+      ff_width=self.ff_width,
+      eps=self.eps,
+      dtype=self.dtype,
+      depth=self.depth,
+    )
     self.layers = nn.scan(
-        layers.remat(Layer, self.remat), variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=(0, nn.broadcast), length=self.depth, unroll=self.unroll,
-        **layers.traced_once(self))(
-            expert, self.freeze_und, self.attention)
+      layers.remat(Layer, self.remat),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast),
+      length=self.depth,
+      unroll=self.unroll,
+      **layers.traced_once(self),
+    )(expert, self.freeze_und, self.attention)
     self.norm_und = layers.RMSNorm(self.eps)
     self.norm_gen = layers.RMSNorm(self.eps)
 
@@ -192,8 +217,9 @@ class Trunk(nn.Module):
     table = lambda p: attention_lib.rope_table(p, self.head_width, self.rope_theta)
     return Rope(table(und_position), table(gen_position))
 
-  def __call__(self, x_und: Array, x_gen: Array, shared: Shared,
-               cache: LayerCache = LayerCache()) -> tuple[Array, Array, dict[str, Any]]:
+  def __call__(
+    self, x_und: Array, x_gen: Array, shared: Shared, cache: LayerCache = LayerCache()
+  ) -> tuple[Array, Array, dict[str, Any]]:
     """Runs one stream of new tokens (B, M, L, D); a slice may be empty.
 
     Returns:

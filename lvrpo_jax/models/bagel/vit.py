@@ -18,6 +18,7 @@ gelu = functools.partial(nn.gelu, approximate=True)
 
 class VitLayer(nn.Module):
   """Pre-norm transformer layer with biases everywhere."""
+
   heads: int
   ff_width: int
   eps: float
@@ -45,6 +46,7 @@ class Vit(nn.Module):
 
   `side` is the number of patches along a side of the position table.
   """
+
   width: int
   depth: int
   heads: int
@@ -57,21 +59,27 @@ class Vit(nn.Module):
   attention: str = 'xla'
 
   @nn.compact
-  def __call__(self, patches_BNP: Array, position_BN: Array, image_BN: Array
-               ) -> tuple[Array, Array]:
+  def __call__(
+    self, patches_BNP: Array, position_BN: Array, image_BN: Array
+  ) -> tuple[Array, Array]:
     """Returns (features_BND after the post norm, outputs of all layers (E, B, N, D)).
 
     Patches of one image share its number in `image_BN`; negative numbers are padding.
     """
     x = layers.Linear(self.width, name='patch_embedding', dtype=self.dtype)(patches_BNP)
-    table = self.param('position_embedding', layers.normal(0.02),
-                       (self.side ** 2, self.width))
+    table = self.param('position_embedding', layers.normal(0.02), (self.side**2, self.width))
     x = activations.constrain(x + table[position_BN].astype(self.dtype), 'rows')
     mask_BNN = (image_BN[:, :, None] == image_BN[:, None, :]) & (image_BN >= 0)[:, None, :]
     stack = nn.scan(
-        layers.remat(VitLayer, self.remat), variable_axes={'params': 0},
-        split_rngs={'params': True}, in_axes=nn.broadcast, length=self.depth, unroll=self.unroll,
-        **layers.traced_once(self))
+      layers.remat(VitLayer, self.remat),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=self.depth,
+      unroll=self.unroll,
+      **layers.traced_once(self),
+    )
     x, outputs = stack(
-        self.heads, self.ff_width, self.eps, self.dtype, self.attention, name='layers')(x, mask_BNN)
+      self.heads, self.ff_width, self.eps, self.dtype, self.attention, name='layers'
+    )(x, mask_BNN)
     return layers.LayerNorm(self.eps, name='post_layernorm')(x), outputs

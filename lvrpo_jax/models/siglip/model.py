@@ -97,7 +97,7 @@ class Attention(nn.Module):
     self.out_proj = nn.DenseGeneral(self.hidden, axis=(-2, -1))
 
   def __call__(
-      self, query_BLD: jax.Array, memory_BMD: jax.Array, mask_BM: jax.Array | None
+    self, query_BLD: jax.Array, memory_BMD: jax.Array, mask_BM: jax.Array | None
   ) -> jax.Array:
     q_BLHK, k_BMHK = self.q_proj(query_BLD), self.k_proj(memory_BMD)
     scores_BHLM = jnp.einsum('BLHK,BMHK->BHLM', q_BLHK, k_BMHK) * q_BLHK.shape[-1] ** -0.5
@@ -224,7 +224,7 @@ class VisionTower(nn.Module):
     return self._encode(self.patch_embedding(patches_BND) + self.positions[None], None)
 
   def embed_patches(
-      self, patches_BND: jax.Array, mask_BN: jax.Array, grid_B2: jax.Array
+    self, patches_BND: jax.Array, mask_BN: jax.Array, grid_B2: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Encodes padded patch sequences; arguments as in `Siglip.embed_patches`."""
     side = self.config.side
@@ -246,7 +246,7 @@ class TextTower(nn.Module):
 
   @nn.compact
   def __call__(
-      self, ids_BL: jax.Array, mask_BL: jax.Array | None = None
+    self, ids_BL: jax.Array, mask_BL: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """Encodes texts.
 
@@ -291,7 +291,7 @@ class Siglip(nn.Module):
     self.logit_bias = self.param('logit_bias', nn.initializers.constant(-10.0), ())
 
   def __call__(
-      self, image_BYXC: jax.Array, ids_BL: jax.Array
+    self, image_BYXC: jax.Array, ids_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The arguments of `siglip_loss`: (image_BD, text_BD, scale, bias)."""
     image_BD, text_BD = self.embed_image(image_BYXC)[0], self.embed_text(ids_BL)[0]
@@ -302,7 +302,7 @@ class Siglip(nn.Module):
     return jnp.exp(self.logit_scale), self.logit_bias
 
   def embed_image(
-      self, image_BYXC: jax.Array, projected: bool = True
+    self, image_BYXC: jax.Array, projected: bool = True
   ) -> tuple[jax.Array, jax.Array]:
     """Embeds square images in [-1, 1], shape (B, image_size, image_size, channels).
 
@@ -317,11 +317,11 @@ class Siglip(nn.Module):
     return self._image_features(*self.vision(image_BYXC), projected)
 
   def embed_patches(
-      self,
-      patches_BND: jax.Array,
-      mask_BN: jax.Array,
-      grid_B2: jax.Array,
-      projected: bool = True,
+    self,
+    patches_BND: jax.Array,
+    mask_BN: jax.Array,
+    grid_B2: jax.Array,
+    projected: bool = True,
   ) -> tuple[jax.Array, jax.Array]:
     """Embeds images of different sizes, given as padded patch sequences.
 
@@ -338,7 +338,7 @@ class Siglip(nn.Module):
     return self._image_features(hidden_BND, pooled_BD, projected)
 
   def embed_text(
-      self, ids_BL: jax.Array, mask_BL: jax.Array | None = None
+    self, ids_BL: jax.Array, mask_BL: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """Embeds texts.
 
@@ -354,14 +354,14 @@ class Siglip(nn.Module):
     return tokens_BLD[:, -1], tokens_BLD
 
   def _image_features(
-      self, hidden_BND: jax.Array, pooled_BD: jax.Array, projected: bool
+    self, hidden_BND: jax.Array, pooled_BD: jax.Array, projected: bool
   ) -> tuple[jax.Array, jax.Array]:
     patches_BND = _unit(self.vision.head.each(hidden_BND)) if projected else hidden_BND
     return _unit(pooled_BD), patches_BND
 
 
 def siglip_loss(
-    image_BD: jax.Array, text_BD: jax.Array, scale: jax.Array, bias: jax.Array
+  image_BD: jax.Array, text_BD: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
   """Sigmoid loss over all pairs, summed and divided by B (Zhai et al. 2023, arXiv 2303.15343).
 

@@ -30,14 +30,21 @@ class Row(NamedTuple):
   `kind`: 'plain', 'linear' (out, in), 'patch' (a linear layer, or a convolution of one stride), or
   'fused' (linear layers below each other, of which this is number `part`).
   """
+
   tensor: str
   path: str
   kind: str = 'plain'
   part: int = 0
 
 
-_FIELDS = {'tower': 'vision|text', 'layer': r'\d+', 'norm': r'\d', 'proj': r'\w+_proj',
-           'fc': r'fc\d', 'scalar': 'scale|bias'}
+_FIELDS = {
+  'tower': 'vision|text',
+  'layer': r'\d+',
+  'norm': r'\d',
+  'proj': r'\w+_proj',
+  'fc': r'fc\d',
+  'scalar': 'scale|bias',
+}
 _LAYER, _OURS = '{tower}_model.encoder.layers.{layer}.', '{tower}/layers_{layer}/'
 _HEAD = 'vision_model.head.'
 
@@ -48,24 +55,31 @@ def _affine(tensor: str, path: str, kind: str = 'linear') -> list[Row]:
 
 
 ROWS = (
-    Row('logit_{scalar}', 'logit_{scalar}'),
-    *_affine('vision_model.embeddings.patch_embedding', 'vision/patch_embedding', 'patch'),
-    Row('{tower}_model.embeddings.position_embedding.weight', '{tower}/positions'),
-    Row('text_model.embeddings.token_embedding.weight', 'text/tokens/embedding'),
-    *_affine(_LAYER + 'layer_norm{norm}', _OURS + 'norm{norm}', 'plain'),
-    *_affine(_LAYER + 'self_attn.{proj}', _OURS + 'attention/{proj}'),
-    *_affine(_LAYER + 'mlp.{fc}', _OURS + 'mlp/{fc}'),
-    *_affine('vision_model.post_layernorm', 'vision/post_norm', 'plain'),
-    Row(_HEAD + 'probe', 'vision/head/probe'),
-    *(Row(f'{_HEAD}attention.in_proj_{theirs}', f'vision/head/attention/{proj}_proj/{ours}',
-          'fused', part)
-      for part, proj in enumerate('qkv') for theirs, ours in (('weight', 'kernel'),
-                                                              ('bias', 'bias'))),
-    *_affine(_HEAD + 'attention.out_proj', 'vision/head/attention/out_proj'),
-    *_affine(_HEAD + 'layernorm', 'vision/head/norm', 'plain'),
-    *_affine(_HEAD + 'mlp.{fc}', 'vision/head/mlp/{fc}'),
-    *_affine('text_model.final_layer_norm', 'text/final_norm', 'plain'),
-    *_affine('text_model.head', 'text/head'))
+  Row('logit_{scalar}', 'logit_{scalar}'),
+  *_affine('vision_model.embeddings.patch_embedding', 'vision/patch_embedding', 'patch'),
+  Row('{tower}_model.embeddings.position_embedding.weight', '{tower}/positions'),
+  Row('text_model.embeddings.token_embedding.weight', 'text/tokens/embedding'),
+  *_affine(_LAYER + 'layer_norm{norm}', _OURS + 'norm{norm}', 'plain'),
+  *_affine(_LAYER + 'self_attn.{proj}', _OURS + 'attention/{proj}'),
+  *_affine(_LAYER + 'mlp.{fc}', _OURS + 'mlp/{fc}'),
+  *_affine('vision_model.post_layernorm', 'vision/post_norm', 'plain'),
+  Row(_HEAD + 'probe', 'vision/head/probe'),
+  *(
+    Row(
+      f'{_HEAD}attention.in_proj_{theirs}',
+      f'vision/head/attention/{proj}_proj/{ours}',
+      'fused',
+      part,
+    )
+    for part, proj in enumerate('qkv')
+    for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
+  ),
+  *_affine(_HEAD + 'attention.out_proj', 'vision/head/attention/out_proj'),
+  *_affine(_HEAD + 'layernorm', 'vision/head/norm', 'plain'),
+  *_affine(_HEAD + 'mlp.{fc}', 'vision/head/mlp/{fc}'),
+  *_affine('text_model.final_layer_norm', 'text/final_norm', 'plain'),
+  *_affine('text_model.head', 'text/head'),
+)
 IGNORED = r'.*\.position_ids'
 """Tables of indices that some files hold."""
 
@@ -73,8 +87,9 @@ IGNORED = r'.*\.position_ids'
 def _row(path: str) -> tuple[Row, str]:
   """The row of one of our paths, and the tensor's name."""
   for row in ROWS:
-    pattern = re.sub(r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_FIELDS[m[1]]})',
-                     re.escape(row.path))
+    pattern = re.sub(
+      r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_FIELDS[m[1]]})', re.escape(row.path)
+    )
     if found := re.fullmatch(pattern, path):
       return row, row.tensor.format(**found.groupdict())
   raise KeyError(f'{path} stands in no row of the table')
@@ -99,8 +114,9 @@ def from_tensor(row: Row, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
   return (value.T if transposed else value).reshape(shape)
 
 
-def to_tensor(path: str, row: Row, value: np.ndarray, model: siglip.Siglip, conv: bool
-              ) -> np.ndarray:
+def to_tensor(
+  path: str, row: Row, value: np.ndarray, model: siglip.Siglip, conv: bool
+) -> np.ndarray:
   """A tensor, or one part of a fused one, from our parameter."""
   if path.endswith('/bias') and value.ndim > 1:
     return value.reshape(-1)
@@ -117,8 +133,9 @@ def to_tensor(path: str, row: Row, value: np.ndarray, model: siglip.Siglip, conv
   return value.reshape(1) if path.startswith('logit_') else value
 
 
-def expected_shapes(path: str, row: Row, shape: tuple[int, ...], model: siglip.Siglip
-                    ) -> list[tuple[int, ...]]:
+def expected_shapes(
+  path: str, row: Row, shape: tuple[int, ...], model: siglip.Siglip
+) -> list[tuple[int, ...]]:
   """Shapes that the tensor of one of our parameters may have."""
   ours, out = jax.ShapeDtypeStruct(shape, jnp.float32), []
   for conv in (True, False):
@@ -129,8 +146,9 @@ def expected_shapes(path: str, row: Row, shape: tuple[int, ...], model: siglip.S
   return list(dict.fromkeys(out))
 
 
-def load(path: str | os.PathLike, model: siglip.Siglip, sharding: types.Params | None = None
-         ) -> types.Params:
+def load(
+  path: str | os.PathLike, model: siglip.Siglip, sharding: types.Params | None = None
+) -> types.Params:
   """Parameters from `model.safetensors` or its index, tensor by tensor.
 
   Args:
@@ -155,18 +173,24 @@ def load(path: str | os.PathLike, model: siglip.Siglip, sharding: types.Params |
       raise ValueError(f'tensor {name} in {path} has dtype {value.dtype}; expected floats')
     expected = expected_shapes(ours, row, shape, model)
     if value.shape not in expected:
-      raise ValueError(f'tensor {name} in {path} has shape {list(value.shape)}; expected '
-                       f'{" or ".join(str(list(s)) for s in expected)} for {ours}')
+      raise ValueError(
+        f'tensor {name} in {path} has shape {list(value.shape)}; expected '
+        f'{" or ".join(str(list(s)) for s in expected)} for {ours}'
+      )
     value = from_tensor(row, value.astype(np.float32), shape)
-    flat[ours] = (jnp.asarray(value) if where is None else
-                  jax.make_array_from_callback(shape, where[ours], lambda i, v=value: v[i]))
+    flat[ours] = (
+      jnp.asarray(value)
+      if where is None
+      else jax.make_array_from_callback(shape, where[ours], lambda i, v=value: v[i])
+    )
   if left:
     raise ValueError(f'tensor {min(left)} in {path} is not of this model')
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def save(params: types.Params, path: str | os.PathLike, model: siglip.Siglip, conv: bool = True
-         ) -> None:
+def save(
+  params: types.Params, path: str | os.PathLike, model: siglip.Siglip, conv: bool = True
+) -> None:
   """Writes float32 safetensors.
 
   Args:
@@ -176,9 +200,12 @@ def save(params: types.Params, path: str | os.PathLike, model: siglip.Siglip, co
   for ours, value in traverse_util.flatten_dict(params, sep='/').items():
     row, name = _row(ours)
     parts.setdefault(name, {})[row.part] = to_tensor(ours, row, np.asarray(value), model, conv)
-  tensors = {name: np.ascontiguousarray(np.concatenate([part[i] for i in sorted(part)])
-                                        if len(part) > 1 else part[0])
-             for name, part in parts.items()}
+  tensors = {
+    name: np.ascontiguousarray(
+      np.concatenate([part[i] for i in sorted(part)]) if len(part) > 1 else part[0]
+    )
+    for name, part in parts.items()
+  }
   partial = pathlib.Path(f'{os.fspath(path)}.partial')
   safetensors_numpy.save_file(tensors, partial)
   os.replace(partial, path)

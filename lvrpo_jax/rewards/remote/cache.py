@@ -67,8 +67,9 @@ class Cache:
         if self._file.write(line) != len(line):
           raise OSError('the disk is full')
       except OSError as error:
-        logging.warning('%s cannot be written (%s); later values are kept in memory alone',
-                        self._path, error)
+        logging.warning(
+          '%s cannot be written (%s); later values are kept in memory alone', self._path, error
+        )
         self._close()
 
   def close(self) -> None:

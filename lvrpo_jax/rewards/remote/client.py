@@ -35,13 +35,19 @@ from lvrpo_jax.rewards.remote import cache as remote_cache
 from lvrpo_jax.rewards.remote import http as remote_http
 from lvrpo_jax.rewards.remote import protocols as remote_protocols
 
-WARN_EVERY_S = 60.
+WARN_EVERY_S = 60.0
 
 DEADLINE = 'deadline'
 """Cause of a sample that nothing was known of when the deadline of its call passed."""
 
-CAUSES = (remote_http.UNREACHABLE, remote_http.TIMEOUT, remote_http.STATUS, DEADLINE,
-          *remote_protocols.ANSWERED, remote_protocols.UNASKED)
+CAUSES = (
+  remote_http.UNREACHABLE,
+  remote_http.TIMEOUT,
+  remote_http.STATUS,
+  DEADLINE,
+  *remote_protocols.ANSWERED,
+  remote_protocols.UNASKED,
+)
 """Why a sample has no value; each is counted as `failed_<cause>`."""
 
 
@@ -70,6 +76,7 @@ class Endpoint:
     api_key_env: name of the environment variable that holds the key, '' for no key.
     body: members added to every chat request; None takes one of ours away.
   """
+
   url: str
   protocol: str = 'batch'
   model: str = ''
@@ -78,10 +85,10 @@ class Endpoint:
   batch: int = 8
   concurrency: int = 8
   retries: int = 3
-  timeout_s: float = 60.
-  deadline_s: float = 300.
-  low: float = 0.
-  high: float = 1.
+  timeout_s: float = 60.0
+  deadline_s: float = 300.0
+  low: float = 0.0
+  high: float = 1.0
   garbage_limit: int = 3
   cache: str = ''
   api_key_env: str = ''
@@ -99,6 +106,7 @@ class Scored:
       cache or equal to another sample of the call; 'retried' requests; 'failed' samples and
       'failed_<cause>' for each of `CAUSES`; 'seconds' since `submit`.
   """
+
   value_BG: np.ndarray
   valid_BG: np.ndarray
   stats: dict[str, float]
@@ -169,8 +177,10 @@ class Judge:
     try:
       self._cache = remote_cache.Cache(endpoint.cache)
     except BlockingIOError:
-      raise ValueError(f'{key}.cache is {endpoint.cache!r}, which another run has open; allowed: a '
-                       'file of its own for every run') from None
+      raise ValueError(
+        f'{key}.cache is {endpoint.cache!r}, which another run has open; allowed: a '
+        'file of its own for every run'
+      ) from None
     self._jobs: queue.SimpleQueue = queue.SimpleQueue()
     self._lock = threading.Lock()
     self._calls: set[_Call] = set()
@@ -182,8 +192,9 @@ class Judge:
     for number in range(endpoint.concurrency):
       threading.Thread(target=self._work, name=f'{key}-{number}', daemon=True).start()
 
-  def submit(self, task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any,
-             iteration: int = 0) -> futures.Future:
+  def submit(
+    self, task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any, iteration: int = 0
+  ) -> futures.Future:
     """Starts to score samples and returns at once.
 
     Args:
@@ -210,8 +221,12 @@ class Judge:
       if self._closed:
         raise RuntimeError(f'{self._key}: the judge is closed')
       self._calls.add(call)
-    threading.Thread(target=self._run, args=(call, task, samples, shape, future),
-                     name=f'{self._key}-call', daemon=True).start()
+    threading.Thread(
+      target=self._run,
+      args=(call, task, samples, shape, future),
+      name=f'{self._key}-call',
+      daemon=True,
+    ).start()
     return future
 
   def close(self) -> None:
@@ -226,8 +241,14 @@ class Judge:
       self._jobs.put(None)
     self._cache.close()
 
-  def _run(self, call: _Call, task: str, samples: list[remote_protocols.Sample], shape: tuple[int, int],
-           future: futures.Future) -> None:
+  def _run(
+    self,
+    call: _Call,
+    task: str,
+    samples: list[remote_protocols.Sample],
+    shape: tuple[int, int],
+    future: futures.Future,
+  ) -> None:
     """The life of a call, in a thread of its own: hands out requests and waits for them."""
     try:
       keys = list(remote_protocols.keys_of(self._endpoint, task, samples))
@@ -236,7 +257,9 @@ class Judge:
         value = self._cache.get(key)
         if not remote_protocols.complete(self._endpoint, task, sample):
           call.verdicts[key] = remote_protocols.UNASKED
-          call.last_error = f'the template names {remote_protocols.ASKED}, but a prompt has no question'
+          call.last_error = (
+            f'the template names {remote_protocols.ASKED}, but a prompt has no question'
+          )
         elif value is None or not self._endpoint.low <= value <= self._endpoint.high:
           todo[key] = sample
         else:
@@ -245,8 +268,8 @@ class Judge:
       items = list(todo.items())
       size = self._endpoint.batch if self._endpoint.protocol == 'batch' else 1
       for start in range(0, len(items), size):
-        self._jobs.put((call, task, items[start:start + size]))
-      call.over.wait(max(0., call.deadline - time.monotonic()))
+        self._jobs.put((call, task, items[start : start + size]))
+      call.over.wait(max(0.0, call.deadline - time.monotonic()))
       call.stop()
       if call.broken:
         raise call.broken
@@ -258,8 +281,9 @@ class Judge:
       with self._lock:
         self._calls.discard(call)
 
-  def _finish(self, call: _Call, task: str, keys: list[str], asked: int, shape: tuple[int, int]
-              ) -> Scored:
+  def _finish(
+    self, call: _Call, task: str, keys: list[str], asked: int, shape: tuple[int, int]
+  ) -> Scored:
     """The scores of a call that is over.
 
     Raises:
@@ -272,24 +296,33 @@ class Judge:
     seconds = time.monotonic() - call.start
     e = self._endpoint
     if asked and len(keys) == failed.total() and self._heard < call.start:
-      what = ('Correct the address, the model or the key' if call.refused else 'Start it')
+      what = 'Correct the address, the model or the key' if call.refused else 'Start it'
       raise JudgeUnavailable(
-          f'{self._key}: the judge at {remote_protocols.address(e)} answered for none of '
-          f'{scorable} samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); '
-          f'last error: {call.last_error}. {what}, then run the same command: the run resumes from '
-          'its checkpoint.')
+        f'{self._key}: the judge at {remote_protocols.address(e)} answered for none of '
+        f'{scorable} samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); '
+        f'last error: {call.last_error}. {what}, then run the same command: the run resumes from '
+        'its checkpoint.'
+      )
     self._bound_valueless(call, task, failed, len(keys))
     self._warn(failed, len(keys), call.last_error)
-    value = [0. if isinstance(v, str) else v for v in verdicts]
+    value = [0.0 if isinstance(v, str) else v for v in verdicts]
     valid = [not isinstance(v, str) for v in verdicts]
-    stats = {'samples': len(keys), 'asked': asked,
-             'cached': scorable - asked, 'retried': call.retried, 'failed': failed.total(),
-             **{f'failed_{cause}': failed[cause] for cause in CAUSES}, 'seconds': seconds}
-    return Scored(np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape),
-                  stats)
+    stats = {
+      'samples': len(keys),
+      'asked': asked,
+      'cached': scorable - asked,
+      'retried': call.retried,
+      'failed': failed.total(),
+      **{f'failed_{cause}': failed[cause] for cause in CAUSES},
+      'seconds': seconds,
+    }
+    return Scored(
+      np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape), stats
+    )
 
-  def _bound_valueless(self, call: _Call, task: str, failed: collections.Counter, samples: int
-                       ) -> None:
+  def _bound_valueless(
+    self, call: _Call, task: str, failed: collections.Counter, samples: int
+  ) -> None:
     """Counts calls in a row that got replies but no value, as from a login page.
 
     Tasks are counted apart: a text that no model answers with a number may be that of one task.
@@ -307,10 +340,11 @@ class Judge:
       count = self._valueless[task]
     if e.garbage_limit and count >= e.garbage_limit:
       raise JudgeUnavailable(
-          f'{self._key}: the judge at {remote_protocols.address(e)} has answered {count} times in a row '
-          f'for {task!r} without one valid score ({self._key}.garbage_limit = {e.garbage_limit}); '
-          f'its last reply begins: {call.said or call.last_error!r}. Correct the address, the '
-          'template or the server, then run the same command: the run resumes from its checkpoint.')
+        f'{self._key}: the judge at {remote_protocols.address(e)} has answered {count} times in a row '
+        f'for {task!r} without one valid score ({self._key}.garbage_limit = {e.garbage_limit}); '
+        f'its last reply begins: {call.said or call.last_error!r}. Correct the address, the '
+        'template or the server, then run the same command: the run resumes from its checkpoint.'
+      )
 
   def _warn(self, failed: collections.Counter, samples: int, last_error: str) -> None:
     """Logs how many samples failed since the last warning, at most once in `WARN_EVERY_S`."""
@@ -322,8 +356,14 @@ class Judge:
       missed, self._missed = self._missed, collections.Counter()
       self._warned = time.monotonic()
     samples = missed.pop('samples')
-    logging.warning('%s: %d of %d samples got no value: %s; last error: %s', self._key,
-                    missed.total(), samples, dict(missed), last_error)
+    logging.warning(
+      '%s: %d of %d samples got no value: %s; last error: %s',
+      self._key,
+      missed.total(),
+      samples,
+      dict(missed),
+      last_error,
+    )
 
   def _work(self) -> None:
     """A thread of the pool: asks for one part of a call after the other."""
@@ -339,8 +379,13 @@ class Judge:
       del job, call, task, items  # The next wait may be long, and these hold images.
     link.close()
 
-  def _ask(self, link: remote_http.Link, call: _Call, task: str,
-           items: list[tuple[str, remote_protocols.Sample]]) -> None:
+  def _ask(
+    self,
+    link: remote_http.Link,
+    call: _Call,
+    task: str,
+    items: list[tuple[str, remote_protocols.Sample]],
+  ) -> None:
     keys, samples = zip(*items)
     try:
       body = remote_protocols.encode(self._endpoint, task, samples)

@@ -18,7 +18,7 @@ from requests import exceptions
 BACKOFF_S = 0.5
 """Wait before the first retry, on average; doubled for every further one."""
 
-MAX_BACKOFF_S = 30.
+MAX_BACKOFF_S = 30.0
 
 UNREACHABLE, TIMEOUT, STATUS, GARBAGE = 'unreachable', 'timeout', 'status', 'garbage'
 
@@ -36,7 +36,7 @@ class Failure(Exception):
     refused: whether the server answered with a status that a retry does not change.
   """
 
-  def __init__(self, cause: str, message: str, retry: bool, after: float = 0.):
+  def __init__(self, cause: str, message: str, retry: bool, after: float = 0.0):
     super().__init__(message)
     self.cause, self.retry, self.after = cause, retry, after
     self.refused = cause == STATUS and not retry
@@ -61,8 +61,9 @@ class Link:
     for scheme in ('http://', 'https://'):
       self._session.mount(scheme, self._adapter)
 
-  def post(self, data: bytes, deadline: float, over: threading.Event,
-           on_retry: Callable[[Failure], None]) -> bytes:
+  def post(
+    self, data: bytes, deadline: float, over: threading.Event, on_retry: Callable[[Failure], None]
+  ) -> bytes:
     """The body of the reply to a JSON request.
 
     Connection errors, timeouts, 429 and 5xx are tried again after a wait that doubles from
@@ -82,7 +83,7 @@ class Link:
       try:
         return self._once(data, min(self._timeout_s, deadline - time.monotonic()))
       except Failure as failure:
-        backoff = min(BACKOFF_S * 2 ** attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
+        backoff = min(BACKOFF_S * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
         wait = max(backoff, failure.after)
         late = time.monotonic() + wait >= deadline
         if not failure.retry or attempt == self._retries or late:
@@ -104,7 +105,7 @@ class Link:
 
   def _once(self, data: bytes, limit_s: float) -> bytes:
     """One try. `requests` limits single reads only, so a timer cuts the connection at the limit."""
-    slow = Failure(TIMEOUT, f'no complete reply within {max(limit_s, 0.):.3g} s', retry=True)
+    slow = Failure(TIMEOUT, f'no complete reply within {max(limit_s, 0.0):.3g} s', retry=True)
     if limit_s <= 0:
       raise slow
     late = threading.Event()
@@ -112,14 +113,19 @@ class Link:
     def cut():
       late.set()
       self._adapter.cut()
+
     timer = threading.Timer(limit_s, cut)
     timer.daemon = True
     timer.start()
     try:
       # A redirected POST would become a GET, so redirects count as failures.
       response = self._session.post(
-          self._url, data=data, timeout=limit_s, allow_redirects=False,
-          headers={'Content-Type': 'application/json', 'Accept': 'application/json'})
+        self._url,
+        data=data,
+        timeout=limit_s,
+        allow_redirects=False,
+        headers={'Content-Type': 'application/json', 'Accept': 'application/json'},
+      )
     except Exception as error:  # A cut connection fails in many ways, also outside requests' types.
       if late.is_set() or isinstance(error, exceptions.Timeout):
         raise slow from None
@@ -135,10 +141,11 @@ class Link:
     if 200 <= response.status_code < 300:
       return response.content
     retry = response.status_code == 429 or response.status_code >= 500
-    after = _retry_after(response.headers.get('Retry-After', '')) if retry else 0.
+    after = _retry_after(response.headers.get('Retry-After', '')) if retry else 0.0
     said = response.content.decode(errors='replace')
-    raise Failure(STATUS, self.clean(f'HTTP {response.status_code} {response.reason}: {said}'),
-                  retry, after)
+    raise Failure(
+      STATUS, self.clean(f'HTTP {response.status_code} {response.reason}: {said}'), retry, after
+    )
 
   def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
     if self._secret:
@@ -168,13 +175,15 @@ class _Adapter(adapters.HTTPAdapter):
 
     def tracked(pool):
       class Connection(pool.ConnectionCls):
-
         def connect(self):
           super().connect()
           adapter._socket = self.sock
+
       return type(pool.__name__, (pool,), {'ConnectionCls': Connection})
+
     manager.pool_classes_by_scheme = {
-        scheme: tracked(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}
+      scheme: tracked(pool) for scheme, pool in manager.pool_classes_by_scheme.items()
+    }
     return manager
 
   def cut(self) -> None:
@@ -201,7 +210,7 @@ def _retry_after(value: str) -> float:
   try:
     date = email.utils.parsedate_to_datetime(value)
   except ValueError:
-    return 0.
+    return 0.0
   if date.tzinfo is None:
     date = date.replace(tzinfo=datetime.timezone.utc)
-  return max(0., (date - datetime.datetime.now(datetime.timezone.utc)).total_seconds())
+  return max(0.0, (date - datetime.datetime.now(datetime.timezone.utc)).total_seconds())

@@ -11,11 +11,11 @@ import jax
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.rewards.remote import client as remote_client
 
-POLL_S = 1.
+POLL_S = 1.0
 """Seconds between two looks at whether to stop."""
 
 
-LOOK_S = .02
+LOOK_S = 0.02
 """Seconds between two looks at what devices compute."""
 
 
@@ -34,8 +34,8 @@ class PendingRewards:
 
   def __init__(self, scores: Mapping[str, futures.Future], check: Callable[[], None]):
     """Args:
-      scores: futures of `client.Scored`.
-      check: called now and then during a wait, by all processes; may raise.
+    scores: futures of `client.Scored`.
+    check: called now and then during a wait, by all processes; may raise.
     """
     self._scores, self._check = scores, check
 
@@ -59,12 +59,15 @@ class PendingRewards:
     # A judge that is away ends a run with its state saved, which all processes do together. Of any
     # other error only the process that has it can say what it means, so nobody saves.
     if multihost.any_process(error is not None and not away):
-      raise RuntimeError(f'the answers of the remote judge for {task!r} could not be used; the log '
-                         'of the process that has failed says why') from error
+      raise RuntimeError(
+        f'the answers of the remote judge for {task!r} could not be used; the log '
+        'of the process that has failed says why'
+      ) from error
     if multihost.any_process(away):
       raise error or remote_client.JudgeUnavailable(
-          f'the remote judge of another process failed for {task!r}; its log says why. Run the '
-          'same command: the run resumes from its checkpoint.')
+        f'the remote judge of another process failed for {task!r}; its log says why. Run the '
+        'same command: the run resumes from its checkpoint.'
+      )
     return future.result()
 
   def until_ready(self, x: jax.Array) -> None:
@@ -73,5 +76,8 @@ class PendingRewards:
 
   def metrics(self) -> dict[str, float]:
     """Counts of all calls, see `client.Scored`; after `result`."""
-    return {f'judge/{task}/{name}': value for task, future in self._scores.items()
-            for name, value in future.result().stats.items()}
+    return {
+      f'judge/{task}/{name}': value
+      for task, future in self._scores.items()
+      for name, value in future.result().stats.items()
+    }

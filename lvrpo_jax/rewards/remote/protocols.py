@@ -38,16 +38,18 @@ FIELDS = ('prompt', 'answer', 'reference', 'kind', *ASKED)
 the question about the image that an iteration asks, with the answer that an image of the prompt
 should get. 'understand' asks its prompt."""
 
-_DRAWN = ('How well does the image show this: {prompt}\n'
-          'Reply with one number from 0 (not at all) to 1 (fully) and nothing else.')
+_DRAWN = (
+  'How well does the image show this: {prompt}\n'
+  'Reply with one number from 0 (not at all) to 1 (fully) and nothing else.'
+)
 TEMPLATES = {
-    tasks.GENERATE: _DRAWN,
-    tasks.THINK_GENERATE: _DRAWN,
-    tasks.EDIT: 'The second image was made from the first one by this instruction: {prompt}\n'
-                   'Reply with one number from 0 (not followed, or other things changed) to 1 '
-                   '(followed, nothing else changed) and nothing else.',
-    tasks.UNDERSTAND: 'A question about the image: {prompt}\nAn answer: {answer}\n'
-                         'Is the answer right? Reply with yes or no and nothing else.',
+  tasks.GENERATE: _DRAWN,
+  tasks.THINK_GENERATE: _DRAWN,
+  tasks.EDIT: 'The second image was made from the first one by this instruction: {prompt}\n'
+  'Reply with one number from 0 (not followed, or other things changed) to 1 '
+  '(followed, nothing else changed) and nothing else.',
+  tasks.UNDERSTAND: 'A question about the image: {prompt}\nAn answer: {answer}\n'
+  'Is the answer right? Reply with yes or no and nothing else.',
 }
 """Chat texts where the endpoint has none. The images follow: the source first, then the result."""
 
@@ -66,6 +68,7 @@ class Sample:
     image: uint8 (Y, X, 3), what was drawn, or None.
     source: uint8 (Y, X, 3), what was shown, or None.
   """
+
   fields: dict[str, Any]
   asked: dict[str, str]
   image: np.ndarray | None
@@ -87,23 +90,29 @@ def check(endpoint: Any, key: str) -> None:
     good_url = False
   # Without the address itself: it may hold a password.
   if not good_url:
-    raise ValueError(f'{key}.url is not allowed; allowed: a full http or https address without a '
-                     f'user name or password ({key}.api_key_env is for keys)')
+    raise ValueError(
+      f'{key}.url is not allowed; allowed: a full http or https address without a '
+      f'user name or password ({key}.api_key_env is for keys)'
+    )
   number = lambda v: isinstance(v, (int, float)) and math.isfinite(v) and abs(v) < 1e30  # float32
   whole = lambda v: isinstance(v, int) and v >= 1
   _check_templates(e, key)
   for name, good, allowed in (
-      ('protocol', e.protocol in ('batch', 'chat'), "'batch' or 'chat'"),
-      ('model', e.protocol == 'batch' or e.model, "the model's name"),
-      ('batch', whole(e.batch), 'an integer of at least 1'),
-      ('concurrency', whole(e.concurrency), 'an integer of at least 1'),
-      ('retries', isinstance(e.retries, int) and e.retries >= 0, 'an integer of at least 0'),
-      ('garbage_limit', isinstance(e.garbage_limit, int) and e.garbage_limit >= 0,
-       'an integer of at least 0'),
-      ('timeout_s', number(e.timeout_s) and e.timeout_s > 0, 'a number above 0'),
-      ('deadline_s', number(e.deadline_s) and e.deadline_s > 0, 'a number above 0'),
-      ('low', number(e.low), 'a number'),
-      ('high', number(e.high) and e.high > e.low, 'a number above low')):
+    ('protocol', e.protocol in ('batch', 'chat'), "'batch' or 'chat'"),
+    ('model', e.protocol == 'batch' or e.model, "the model's name"),
+    ('batch', whole(e.batch), 'an integer of at least 1'),
+    ('concurrency', whole(e.concurrency), 'an integer of at least 1'),
+    ('retries', isinstance(e.retries, int) and e.retries >= 0, 'an integer of at least 0'),
+    (
+      'garbage_limit',
+      isinstance(e.garbage_limit, int) and e.garbage_limit >= 0,
+      'an integer of at least 0',
+    ),
+    ('timeout_s', number(e.timeout_s) and e.timeout_s > 0, 'a number above 0'),
+    ('deadline_s', number(e.deadline_s) and e.deadline_s > 0, 'a number above 0'),
+    ('low', number(e.low), 'a number'),
+    ('high', number(e.high) and e.high > e.low, 'a number above low'),
+  ):
     if not good:
       raise ValueError(f'{key}.{name} is {vars(e)[name]!r}; allowed: {allowed}')
 
@@ -112,13 +121,17 @@ def _check_templates(endpoint: Any, key: str) -> None:
   """Looks for fields and tasks that there are not; see `check`."""
   if unknown := sorted(endpoint.templates.keys() - set(tasks.TASKS)):
     raise ValueError(f'{key}.templates holds {unknown}; allowed: {tasks.TASKS}')
-  texts = {'template': endpoint.template,
-           **{f'templates.{task}': text for task, text in endpoint.templates.items()}}
+  texts = {
+    'template': endpoint.template,
+    **{f'templates.{task}': text for task, text in endpoint.templates.items()},
+  }
   for name, text in texts.items():
     for field in _FIELD.findall(text):
       if field not in FIELDS:
-        raise ValueError(f'{key}.{name} names the field {{{field}}}; allowed: '
-                         + ', '.join(f'{{{known}}}' for known in FIELDS))
+        raise ValueError(
+          f'{key}.{name} names the field {{{field}}}; allowed: '
+          + ', '.join(f'{{{known}}}' for known in FIELDS)
+        )
 
 
 def dumps(value: Any) -> bytes:
@@ -127,10 +140,12 @@ def dumps(value: Any) -> bytes:
   Raises:
     TypeError, ValueError: the value has no JSON form.
   """
+
   def plain(x):
     if isinstance(x, (np.ndarray, np.generic)):
       return x.tolist()
     raise TypeError(f'a spec must be JSON-able, but holds {x!r}')
+
   return json.dumps(value, default=plain, sort_keys=True, allow_nan=False).encode()
 
 
@@ -155,8 +170,9 @@ def complete(endpoint: Any, task: str, sample: Sample) -> bool:
   return all(sample.asked[name] for name in _named(endpoint, task))
 
 
-def samples_of(task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any,
-               iteration: int = 0) -> tuple[list[Sample], tuple[int, int]]:
+def samples_of(
+  task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any, iteration: int = 0
+) -> tuple[list[Sample], tuple[int, int]]:
   """Samples in row order (b, g), and (B, G); each asks the question of an iteration.
 
   Raises:
@@ -180,22 +196,42 @@ def samples_of(task: str, examples: Sequence[examples_lib.Example], outputs_BG: 
   out = []
   for example, row in zip(examples, outputs):
     source = None if example.source is None else np.asarray(example.source)
-    question, expected = ((example.prompt, example.answer or '') if task == tasks.UNDERSTAND else
-                          example.asked(iteration))
+    question, expected = (
+      (example.prompt, example.answer or '')
+      if task == tasks.UNDERSTAND
+      else example.asked(iteration)
+    )
     questions = [{'question': q, 'answer': a} for q, a in example.questions]
     for output in row:
       text, image = (output, None) if isinstance(output, str) else (None, output)
-      out.append(Sample(
-          dict(prompt=example.prompt, answer=text, reference=example.answer, kind=example.kind,
-               spec=example.spec, questions=questions),
-          dict(question=question, expected=expected), image, source))
+      out.append(
+        Sample(
+          dict(
+            prompt=example.prompt,
+            answer=text,
+            reference=example.answer,
+            kind=example.kind,
+            spec=example.spec,
+            questions=questions,
+          ),
+          dict(question=question, expected=expected),
+          image,
+          source,
+        )
+      )
   return out, shape
 
 
 def keys_of(endpoint: Any, task: str, samples: Sequence[Sample]) -> Iterator[str]:
   """Digest of all that a sample's value may depend on: the judge, the question, the pixels."""
-  settings = [endpoint.protocol, endpoint.url, endpoint.model,
-              template(endpoint, task), dict(endpoint.body), task]
+  settings = [
+    endpoint.protocol,
+    endpoint.url,
+    endpoint.model,
+    template(endpoint, task),
+    dict(endpoint.body),
+    task,
+  ]
   if endpoint.protocol == 'chat':  # A 'yes' is kept as the number that it stands for.
     settings += [float(endpoint.low), float(endpoint.high)]
   for sample in samples:
@@ -212,18 +248,31 @@ def keys_of(endpoint: Any, task: str, samples: Sequence[Sample]) -> Iterator[str
 def encode(endpoint: Any, task: str, samples: Sequence[Sample]) -> bytes:
   """Body of a request for samples; a chat takes one."""
   if endpoint.protocol == 'batch':
-    return dumps({'task': task, 'samples': [
-        {'id': str(i), **s.fields, 'image': _png(s.image), 'source': _png(s.source)}
-        for i, s in enumerate(samples)]})
-  sample, = samples
+    return dumps(
+      {
+        'task': task,
+        'samples': [
+          {'id': str(i), **s.fields, 'image': _png(s.image), 'source': _png(s.source)}
+          for i, s in enumerate(samples)
+        ],
+      }
+    )
+  (sample,) = samples
   known = {**sample.fields, **sample.asked}
   fill = lambda found: str(known[found[1]] or '')
   # One pass over the template, so that braces within a prompt stay what they are.
   content = [{'type': 'text', 'text': _FIELD.sub(fill, template(endpoint, task))}]
-  content += [{'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{_png(image)}'}}
-              for image in (sample.source, sample.image) if image is not None]
-  body = {'model': endpoint.model, 'messages': [{'role': 'user', 'content': content}],
-          'temperature': 0, **endpoint.body}
+  content += [
+    {'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{_png(image)}'}}
+    for image in (sample.source, sample.image)
+    if image is not None
+  ]
+  body = {
+    'model': endpoint.model,
+    'messages': [{'role': 'user', 'content': content}],
+    'temperature': 0,
+    **endpoint.body,
+  }
   return dumps({name: value for name, value in body.items() if value is not None})
 
 

@@ -14,7 +14,10 @@ from lvrpo_jax.data.shapes import render
 from lvrpo_jax.data.shapes import world as world_lib
 from lvrpo_jax.rewards import geneval
 
-DETECTORS = {'components': detect_moments.detect_components, 'rendering': detect_rendering.detect_by_rendering}
+DETECTORS = {
+  'components': detect_moments.detect_components,
+  'rendering': detect_rendering.detect_by_rendering,
+}
 BLURS, NOISES, MIXES = (0.5, 1.0, 1.5), (10.0, 20.0, 40.0), (0.25, 0.5)
 
 
@@ -26,8 +29,9 @@ def make_scenes(count):
 
 def found_content(detections):
   """What the detections say, in the form of `Scene.content`, with repetitions."""
-  return sorted((d.label, d.color, int(d.centre[1] > 16) * 2 + int(d.centre[0] > 16))
-                for d in detections)
+  return sorted(
+    (d.label, d.color, int(d.centre[1] > 16) * 2 + int(d.centre[0] > 16)) for d in detections
+  )
 
 
 def mean_score(results):
@@ -46,7 +50,6 @@ def degraded(images, kind, amount):
 
 
 class DetectTest(parameterized.TestCase):
-
   @parameterized.parameters(*DETECTORS)
   def test_renders_are_read_exactly(self, name):
     scenes = make_scenes(1000)
@@ -77,8 +80,9 @@ class DetectTest(parameterized.TestCase):
     self.assertEqual(scores, sorted(scores, reverse=True))
     self.assertGreater(scores[0] - scores[-1], 0.2)
 
-  @parameterized.product(name=tuple(DETECTORS),
-                         case=(('blur', 0.5), ('noise', 10.0), ('mix', 0.25)))
+  @parameterized.product(
+    name=tuple(DETECTORS), case=(('blur', 0.5), ('noise', 10.0), ('mix', 0.25))
+  )
   def test_slight_degradation_changes_no_reading(self, name, case):
     scenes = make_scenes(200)
     images = np.stack([render.render(scene) for scene in scenes])
@@ -93,8 +97,9 @@ class DetectTest(parameterized.TestCase):
     for _ in range(50):
       colors = rng.choice(tuple(render.COLORS), 2)
       kinds = rng.choice(render.SHAPES, 2)
-      first, second = (render.draw_object(rng, s, c, cell)
-                       for s, c, cell in zip(kinds, colors, (0, 3)))
+      first, second = (
+        render.draw_object(rng, s, c, cell) for s, c, cell in zip(kinds, colors, (0, 3))
+      )
       image = render.render(render.Scene((first,))).astype(np.float32)
       faint = render.render(render.Scene((second,))).astype(np.float32) - render.BACKGROUND
       clean.append(image)
@@ -103,8 +108,10 @@ class DetectTest(parameterized.TestCase):
     self.assertEqual(detect_rendering.leftovers(clean), 0.0)
     self.assertGreater(detect_rendering.leftovers(ghost), 0.95)
     spec = {'tag': 'single_object', 'include': [], 'exclude': []}
-    passed = [geneval.evaluate(r, spec, strict=True).correct
-              for r in detect_rendering.detect_by_rendering(ghost)]
+    passed = [
+      geneval.evaluate(r, spec, strict=True).correct
+      for r in detect_rendering.detect_by_rendering(ghost)
+    ]
     self.assertLess(np.mean(passed), 0.05)
 
   def test_rendering_distrusts_doubled_objects(self):

@@ -15,20 +15,16 @@ from lvrpo_jax.data.shapes import world as world_lib
 
 
 class ShapesTfdsTest(parameterized.TestCase):
-
   @parameterized.parameters(*shapes_tfds.TASKS)
   def test_round_trip(self, task):
     directory = self.enter_context(tempfile.TemporaryDirectory())
-    config = shapes_tfds.ShapesConfig(name=f'tiny_{task}', task=task, train_items=12,
-                                      eval_items=3)
-    builder = shapes_tfds.ShapesWorld(config=config, data_dir=directory,
-                                      file_format='array_record')
+    config = shapes_tfds.ShapesConfig(name=f'tiny_{task}', task=task, train_items=12, eval_items=3)
+    builder = shapes_tfds.ShapesWorld(config=config, data_dir=directory, file_format='array_record')
     builder.download_and_prepare()
     world = world_lib.World()
     draw = {'generate': world.generate, 'question': world.question, 'edit': world.edit}[task]
     for split, count in (('train', 12), ('eval', 3), ('unseen', 3)):
-      source = tfds.data_source(f'shapes_world/tiny_{task}', split=split,
-                                data_dir=directory)
+      source = tfds.data_source(f'shapes_world/tiny_{task}', split=split, data_dir=directory)
       self.assertLen(source, count)
       self.assertEqual({int(source[i]['index']) for i in range(count)}, set(range(count)))
       for example in grain.MapDataset.source(source):
@@ -47,10 +43,8 @@ class ShapesTfdsTest(parameterized.TestCase):
 
   def test_grain_batches_shards_without_overlap(self):
     directory = self.enter_context(tempfile.TemporaryDirectory())
-    config = shapes_tfds.ShapesConfig(name='tiny', task='question', train_items=16,
-                                      eval_items=1)
-    builder = shapes_tfds.ShapesWorld(config=config, data_dir=directory,
-                                      file_format='array_record')
+    config = shapes_tfds.ShapesConfig(name='tiny', task='question', train_items=16, eval_items=1)
+    builder = shapes_tfds.ShapesWorld(config=config, data_dir=directory, file_format='array_record')
     builder.download_and_prepare()
     source = builder.as_data_source(split='train')
     seen = []

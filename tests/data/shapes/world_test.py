@@ -42,15 +42,20 @@ def scenes_of(item):
 
 
 def canonical(a, relation, b):
-  return {'left of': (a, 'left of', b), 'right of': (b, 'left of', a),
-          'above': (a, 'above', b), 'below': (b, 'above', a)}[relation]
+  return {
+    'left of': (a, 'left of', b),
+    'right of': (b, 'left of', a),
+    'above': (a, 'above', b),
+    'below': (b, 'above', a),
+  }[relation]
 
 
 def strictly(a, relation, b):
   """Independent of the package: cells as (row, col) and the sign of their difference."""
   step = (b.row - a.row, b.col - a.col)
-  return step == {'left of': (0, 1), 'right of': (0, -1),
-                  'above': (1, 0), 'below': (-1, 0)}[relation]
+  return (
+    step == {'left of': (0, 1), 'right of': (0, -1), 'above': (1, 0), 'below': (-1, 0)}[relation]
+  )
 
 
 def referents(scene, name):
@@ -92,12 +97,13 @@ def recompute(item):
 
 
 class RenderTest(parameterized.TestCase):
-
   def test_objects_stay_in_their_cells_and_order_does_not_matter(self):
     rng = np.random.default_rng(0)
     for _ in range(200):
-      objects = [render.draw_object(rng, shape, 'red', cell) for cell, shape in
-                 enumerate(rng.choice(render.SHAPES, 4))]
+      objects = [
+        render.draw_object(rng, shape, 'red', cell)
+        for cell, shape in enumerate(rng.choice(render.SHAPES, 4))
+      ]
       image = render.render(render.Scene(tuple(objects)))
       np.testing.assert_array_equal(image, render.render(render.Scene(tuple(objects[::-1]))))
       for item in objects:
@@ -108,7 +114,7 @@ class RenderTest(parameterized.TestCase):
         self.assertGreaterEqual(y0, item.row * 16)
         self.assertLessEqual(y1, item.row * 16 + 16)
         outside = np.ones((32, 32), bool)
-        outside[item.row * 16:item.row * 16 + 16, item.col * 16:item.col * 16 + 16] = False
+        outside[item.row * 16 : item.row * 16 + 16, item.col * 16 : item.col * 16 + 16] = False
         self.assertTrue((alone[outside] == render.BACKGROUND).all())
 
   @parameterized.parameters(*render.SHAPES)
@@ -117,12 +123,14 @@ class RenderTest(parameterized.TestCase):
     fine = (np.arange(16 * factor) + 0.5) / factor
     x, y = fine[None] - centre[0], fine[:, None] - centre[1]
     inside = {
-        'circle': lambda: x**2 + y**2 <= radius**2,
-        'square': lambda: (abs(x) <= 0.9 * radius) & (abs(y) <= 0.9 * radius),
-        'diamond': lambda: abs(x) + abs(y) <= radius,
-        'triangle': lambda: (y <= radius) & (2 * abs(x) <= y + radius),
-        'cross': lambda: ((abs(x) <= radius) & (abs(y) <= render.CROSS_HALF_WIDTH * radius))
-                 | ((abs(y) <= radius) & (abs(x) <= render.CROSS_HALF_WIDTH * radius)),
+      'circle': lambda: x**2 + y**2 <= radius**2,
+      'square': lambda: (abs(x) <= 0.9 * radius) & (abs(y) <= 0.9 * radius),
+      'diamond': lambda: abs(x) + abs(y) <= radius,
+      'triangle': lambda: (y <= radius) & (2 * abs(x) <= y + radius),
+      'cross': lambda: (
+        ((abs(x) <= radius) & (abs(y) <= render.CROSS_HALF_WIDTH * radius))
+        | ((abs(y) <= radius) & (abs(x) <= render.CROSS_HALF_WIDTH * radius))
+      ),
     }[shape]()
     expected = inside.reshape(16, factor, 16, factor).mean((1, 3))
     pixel = np.arange(16) + 0.5
@@ -142,7 +150,6 @@ class RenderTest(parameterized.TestCase):
 
 
 class SplitTest(parameterized.TestCase):
-
   @parameterized.parameters('generate', 'question', 'edit')
   def test_meanings_are_disjoint(self, task):
     meanings = {split: {item.meaning for item in items(task, split)} for split in splits.SPLITS}
@@ -153,8 +160,10 @@ class SplitTest(parameterized.TestCase):
     other = world.World(seed=5)
     train = {WORLD.generate(i, 'train').meaning for i in range(COUNT)}
     self.assertEmpty(train & {other.generate(i, 'eval').meaning for i in range(COUNT)})
-    self.assertNotEqual([WORLD.generate(i, 'train').caption for i in range(20)],
-                        [other.generate(i, 'train').caption for i in range(20)])
+    self.assertNotEqual(
+      [WORLD.generate(i, 'train').caption for i in range(20)],
+      [other.generate(i, 'train').caption for i in range(20)],
+    )
 
   @parameterized.product(task=('generate', 'question', 'edit'), split=('train', 'eval'))
   def test_unseen_stays_unseen(self, task, split):
@@ -173,8 +182,9 @@ class SplitTest(parameterized.TestCase):
         self.assertNotIn((singular.get(shape, shape), color), splits.UNSEEN_PAIRS)
       if 'position' in json.dumps(vars(item).get('spec', {})):
         b, a = item.spec['include']
-        self.assertNotIn(canonical(a['class'], a['position'][0], b['class']),
-                         splits.UNSEEN_RELATIONS)
+        self.assertNotIn(
+          canonical(a['class'], a['position'][0], b['class']), splits.UNSEEN_RELATIONS
+        )
       if vars(item).get('record', {}).get('type') == 'relation':
         a, b = (item.record[k].split()[-1] for k in 'ab')
         self.assertNotIn(canonical(a, item.record['r'], b), splits.UNSEEN_RELATIONS)
@@ -187,8 +197,7 @@ class SplitTest(parameterized.TestCase):
       needs = bool(pairs & splits.UNSEEN_PAIRS)
       if item.kind == 'position':
         b, a = item.spec['include']
-        needs |= (canonical(a['class'], a['position'][0], b['class'])
-                  in splits.UNSEEN_RELATIONS)
+        needs |= canonical(a['class'], a['position'][0], b['class']) in splits.UNSEEN_RELATIONS
       self.assertTrue(needs, item.caption)
     self.assertEqual(set(kinds), {'colors', 'color_attr', 'position'})
 
@@ -222,11 +231,20 @@ class SplitTest(parameterized.TestCase):
     self.assertNotIn(frozenset({'left of', 'above'}), relations)
 
   def test_items_do_not_depend_on_the_process(self):
-    program = ('from lvrpo_jax.data.shapes import world; w = world.World(3); '
-               'print([w.generate(7, "eval"), w.question(10**12, "train"), w.edit(0, "unseen")])')
-    outputs = {subprocess.run([sys.executable, '-c', program], check=True, capture_output=True,
-                              env={'PYTHONHASHSEED': seed, 'PYTHONPATH': ':'.join(sys.path)},
-                              text=True).stdout for seed in '12'}
+    program = (
+      'from lvrpo_jax.data.shapes import world; w = world.World(3); '
+      'print([w.generate(7, "eval"), w.question(10**12, "train"), w.edit(0, "unseen")])'
+    )
+    outputs = {
+      subprocess.run(
+        [sys.executable, '-c', program],
+        check=True,
+        capture_output=True,
+        env={'PYTHONHASHSEED': seed, 'PYTHONPATH': ':'.join(sys.path)},
+        text=True,
+      ).stdout
+      for seed in '12'
+    }
     self.assertLen(outputs, 1)
     self.assertIn('GenerateItem', outputs.pop())
 
@@ -240,7 +258,6 @@ class SplitTest(parameterized.TestCase):
 
 
 class TextTest(parameterized.TestCase):
-
   @parameterized.product(task=('generate', 'question', 'edit'), split=splits.SPLITS)
   def test_texts_are_short_and_within_the_vocabulary(self, task, split):
     vocabulary = set(wording.vocabulary())
@@ -271,8 +288,9 @@ class TextTest(parameterized.TestCase):
         left = list(item.scene.objects)
         taken = []
         for entry in item.spec['include']:
-          fits = [o for o in left if o.shape == entry['class']
-                  and entry.get('color') in (None, o.color)]
+          fits = [
+            o for o in left if o.shape == entry['class'] and entry.get('color') in (None, o.color)
+          ]
           self.assertLen(fits, entry['count'])
           if 'region' in entry:
             words = set(entry['region'].split())
@@ -290,14 +308,12 @@ class TextTest(parameterized.TestCase):
       (item,) = WORLD.generate(index, 'train', 'single_object').scene.objects
       counts[item.shape][item.color] += 1
     for shape, colors in counts.items():
-      expected = colors.total() / sum((shape, c) not in splits.UNSEEN_PAIRS
-                                      for c in render.COLORS)
+      expected = colors.total() / sum((shape, c) not in splits.UNSEEN_PAIRS for c in render.COLORS)
       for count in colors.values():
         self.assertLess(abs(count - expected), 4.5 * expected**0.5)
 
 
 class QuestionTest(parameterized.TestCase):
-
   @parameterized.parameters(*splits.SPLITS)
   def test_answers(self, split):
     for item in items('question', split, 2000):
@@ -337,8 +353,9 @@ class QuestionTest(parameterized.TestCase):
       cells = text.split(' , ')
       self.assertLen(cells, render.MAX_OBJECTS)
       self.assertEqual(
-          {(cell, number) for number, cell in enumerate(cells) if cell != 'nothing'},
-          {(f'{color} {shape}', cell) for shape, color, cell in scene.content()})
+        {(cell, number) for number, cell in enumerate(cells) if cell != 'nothing'},
+        {(f'{color} {shape}', cell) for shape, color, cell in scene.content()},
+      )
       shapes_only = questions.reading(scene.objects, ('shape',)).split(' , ')
       self.assertEqual([cell.split()[-1] for cell in cells], shapes_only)
 
@@ -376,8 +393,11 @@ class QuestionTest(parameterized.TestCase):
       self.assertNotEqual(wrong, item.answer)
       chatty = questions.web_answer(item, rng, 0.0, 1.0)
       self.assertEqual(wording.read_answer(chatty), (item.answer, False))
-    rates = [questions.web_answer(WORLD.question(0, 'train'), rng, 0.3, 0.0)
-             != WORLD.question(0, 'train').answer for _ in range(1000)]
+    rates = [
+      questions.web_answer(WORLD.question(0, 'train'), rng, 0.3, 0.0)
+      != WORLD.question(0, 'train').answer
+      for _ in range(1000)
+    ]
     self.assertBetween(np.mean(rates), 0.25, 0.35)
 
   @parameterized.parameters('generate', 'edit')
@@ -393,18 +413,24 @@ class QuestionTest(parameterized.TestCase):
     """Answers by matching the question with every record the grammar could have asked."""
     nouns = list(render.SHAPES)
     records = [{'type': 'color', 'a': n} for n in nouns]
-    records += [{'type': 'count', 'a': wording.noun(s, c, 2)}
-                for s in (None, *nouns) for c in (None, *render.COLORS)]
+    records += [
+      {'type': 'count', 'a': wording.noun(s, c, 2)}
+      for s in (None, *nouns)
+      for c in (None, *render.COLORS)
+    ]
     records += [{'type': 'region', 'a': n, 'r': r} for n in nouns for r in wording.REGIONS]
-    records += [{'type': 'relation', 'a': a, 'r': r, 'b': b} for a in nouns for b in nouns
-                for r in wording.RELATIONS]
+    records += [
+      {'type': 'relation', 'a': a, 'r': r, 'b': b}
+      for a in nouns
+      for b in nouns
+      for r in wording.RELATIONS
+    ]
     table = self.__dict__.setdefault('table', {questions.ask(r): r for r in records})
     fake = questions.QuestionItem(0, '', question, '', '', '', scene, table[question])
     return recompute(fake)
 
 
 class EditTest(parameterized.TestCase):
-
   @parameterized.parameters(*splits.SPLITS)
   def test_the_rest_stays_identical(self, split):
     for item in items('edit', split):
@@ -413,12 +439,13 @@ class EditTest(parameterized.TestCase):
       cells = {cell for _, _, cell in before ^ after}
       for cell in range(4):
         row, col = divmod(cell, 2)
-        window = np.s_[row * 16:row * 16 + 16, col * 16:col * 16 + 16]
+        window = np.s_[row * 16 : row * 16 + 16, col * 16 : col * 16 + 16]
         same = (source[window] == target[window]).all()
         self.assertEqual(same, cell not in cells)
       change = (len(before - after), len(after - before))
-      self.assertEqual(change, {'recolor': (1, 1), 'remove': (1, 0), 'add': (0, 1),
-                                'move': (1, 1)}[item.kind])
+      self.assertEqual(
+        change, {'recolor': (1, 1), 'remove': (1, 0), 'add': (0, 1), 'move': (1, 1)}[item.kind]
+      )
       self.assertLen(item.spec['keep'], len(before & after))
 
   def test_instructions_name_one_object(self):
@@ -428,14 +455,14 @@ class EditTest(parameterized.TestCase):
       words = item.instruction.split()
       shape = next(i for i, w in enumerate(words) if w in render.SHAPES)
       color = words[shape - 1] if words[shape - 1] in render.COLORS else None
-      named = [o for o in item.scene.objects
-               if o.shape == words[shape] and color in (None, o.color)]
+      named = [
+        o for o in item.scene.objects if o.shape == words[shape] and color in (None, o.color)
+      ]
       self.assertLen(named, 1)
       self.assertNotIn(named[0], item.target.objects)
 
 
 class SpeedTest(absltest.TestCase):
-
   def test_an_item_takes_little_time(self):
     for draw in TASKS.values():
       start = time.process_time()

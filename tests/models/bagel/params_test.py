@@ -28,19 +28,44 @@ from lvrpo_jax.models.bagel import params as bagel_params
 from tests.helpers import jax_settings
 
 MODEL = bagel.ModelConfig(
-    vocab=20, width=16, depth=2, heads=4, kv_heads=2, ff_width=24, latent_channels=8,
-    latent_side=3, vit=bagel.VitConfig(12, 3, 2, 20, patch=2, side=4), start_of_image=18,
-    end_of_image=19)
+  vocab=20,
+  width=16,
+  depth=2,
+  heads=4,
+  kv_heads=2,
+  ff_width=24,
+  latent_channels=8,
+  latent_side=3,
+  vit=bagel.VitConfig(12, 3, 2, 20, patch=2, side=4),
+  start_of_image=18,
+  end_of_image=19,
+)
 AUTOENCODER = vae_lib.Autoencoder(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4)
 QWEN_7B = dict(
-    vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4, intermediate_size=18944, rms_norm_eps=1e-6, rope_theta=1e6,
-    hidden_act='silu', tie_word_embeddings=True)
+  vocab_size=152064,
+  hidden_size=3584,
+  num_hidden_layers=28,
+  num_attention_heads=28,
+  num_key_value_heads=4,
+  intermediate_size=18944,
+  rms_norm_eps=1e-6,
+  rope_theta=1e6,
+  hidden_act='silu',
+  tie_word_embeddings=True,
+)
 SIGLIP = dict(
-    hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304,
-    patch_size=14, image_size=980, layer_norm_eps=1e-6, hidden_act='gelu_pytorch_tanh', rope=True)
+  hidden_size=1152,
+  num_hidden_layers=27,
+  num_attention_heads=16,
+  intermediate_size=4304,
+  patch_size=14,
+  image_size=980,
+  layer_norm_eps=1e-6,
+  hidden_act='gelu_pytorch_tanh',
+  rope=True,
+)
 
-FOUR_DEVICES = '''
+FOUR_DEVICES = """
 import sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tests.models.bagel import params_test
@@ -56,7 +81,7 @@ for config in (params_test.MODEL, params_test.AUTOENCODER):
   split = params.load(sys.argv[1], config, jax.tree.map(place, plain))
   jax.tree.map(np.testing.assert_array_equal, split, plain)
   assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
-'''
+"""
 
 
 @functools.cache
@@ -81,7 +106,6 @@ def new_folder(test: absltest.TestCase) -> pathlib.Path:
 
 
 class RoundTripTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = new_folder(self)
@@ -103,21 +127,22 @@ class RoundTripTest(parameterized.TestCase):
     gen, und = (params['trunk']['layers'][name] for name in ('gen', 'und'))
     text, tower = 'language_model.model.layers.1.', 'vit_model.vision_model.'
     for name, want in {
-        f'{text}self_attn.q_proj_moe_gen.weight': gen['q_proj']['kernel'][1].T,
-        f'{text}self_attn.o_proj.weight': und['o_proj']['kernel'][1].T,
-        f'{text}self_attn.v_proj_moe_gen.bias': gen['v_proj']['bias'][1],
-        f'{text}self_attn.k_norm.weight': und['k_norm']['scale'][1],
-        f'{text}mlp_moe_gen.down_proj.weight': gen['down_proj']['kernel'][1].T,
-        f'{text}post_attention_layernorm_moe_gen.weight': gen['post_norm']['scale'][1],
-        'language_model.model.norm_moe_gen.weight': params['trunk']['norm_gen']['scale'],
-        'language_model.lm_head.weight': params['lm_head']['kernel'].T,
-        'time_embedder.mlp.2.weight': params['time_embedder']['mlp_2']['kernel'].T,
-        'connector.fc1.bias': params['connector_fc1']['bias'],
-        'vit_pos_embed.pos_embed': params['vit_pos_embed'],
-        f'{tower}encoder.layers.2.mlp.fc2.weight': params['vit']['layers']['fc2']['kernel'][2].T,
-        f'{tower}encoder.layers.0.layer_norm1.weight':
-            params['vit']['layers']['layer_norm1']['scale'][0],
-        f'{tower}post_layernorm.bias': params['vit']['post_layernorm']['bias'],
+      f'{text}self_attn.q_proj_moe_gen.weight': gen['q_proj']['kernel'][1].T,
+      f'{text}self_attn.o_proj.weight': und['o_proj']['kernel'][1].T,
+      f'{text}self_attn.v_proj_moe_gen.bias': gen['v_proj']['bias'][1],
+      f'{text}self_attn.k_norm.weight': und['k_norm']['scale'][1],
+      f'{text}mlp_moe_gen.down_proj.weight': gen['down_proj']['kernel'][1].T,
+      f'{text}post_attention_layernorm_moe_gen.weight': gen['post_norm']['scale'][1],
+      'language_model.model.norm_moe_gen.weight': params['trunk']['norm_gen']['scale'],
+      'language_model.lm_head.weight': params['lm_head']['kernel'].T,
+      'time_embedder.mlp.2.weight': params['time_embedder']['mlp_2']['kernel'].T,
+      'connector.fc1.bias': params['connector_fc1']['bias'],
+      'vit_pos_embed.pos_embed': params['vit_pos_embed'],
+      f'{tower}encoder.layers.2.mlp.fc2.weight': params['vit']['layers']['fc2']['kernel'][2].T,
+      f'{tower}encoder.layers.0.layer_norm1.weight': params['vit']['layers']['layer_norm1'][
+        'scale'
+      ][0],
+      f'{tower}post_layernorm.bias': params['vit']['post_layernorm']['bias'],
     }.items():
       np.testing.assert_array_equal(got[name], want, name)
 
@@ -128,14 +153,18 @@ class RoundTripTest(parameterized.TestCase):
     encoder, decoder = params['encoder'], params['decoder']
     kernel = encoder['down_1_block_0']['nin_shortcut']['kernel'][0, 0]
     np.testing.assert_array_equal(
-        got['encoder.down.1.block.0.nin_shortcut.weight'], kernel.T[:, :, None, None])
+      got['encoder.down.1.block.0.nin_shortcut.weight'], kernel.T[:, :, None, None]
+    )
     self.assertEqual(got['encoder.conv_in.weight'].shape, (32, 3, 3, 3))
-    self.assertEqual(got['encoder.conv_in.weight'][5, 2, 0, 1],
-                     encoder['conv_in']['kernel'][0, 1, 2, 5])
-    np.testing.assert_array_equal(got['decoder.up.1.upsample.conv.bias'],
-                                  decoder['up_1_upsample']['conv']['bias'])
-    np.testing.assert_array_equal(got['decoder.mid.attn_1.norm.weight'],
-                                  decoder['mid_attn_1']['norm']['scale'])
+    self.assertEqual(
+      got['encoder.conv_in.weight'][5, 2, 0, 1], encoder['conv_in']['kernel'][0, 1, 2, 5]
+    )
+    np.testing.assert_array_equal(
+      got['decoder.up.1.upsample.conv.bias'], decoder['up_1_upsample']['conv']['bias']
+    )
+    np.testing.assert_array_equal(
+      got['decoder.mid.attn_1.norm.weight'], decoder['mid_attn_1']['norm']['scale']
+    )
 
   @parameterized.parameters(2, 5)
   def test_several_files(self, shards):
@@ -167,12 +196,18 @@ class RoundTripTest(parameterized.TestCase):
   def test_slices_of_many_devices(self):
     bagel_params.save(random_params(MODEL), self.path, MODEL)
     bagel_params.save(random_params(AUTOENCODER), self.folder / 'ae.safetensors', AUTOENCODER)
-    environment = {'XLA_FLAGS': f'{jax_settings.QUICK_COMPILE} '
-                                '--xla_force_host_platform_device_count=4',
-                   'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(jax_settings.ROOT)}
+    environment = {
+      'XLA_FLAGS': f'{jax_settings.QUICK_COMPILE} --xla_force_host_platform_device_count=4',
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(jax_settings.ROOT),
+    }
     done = subprocess.run(
-        [sys.executable, '-c', FOUR_DEVICES, str(self.folder)], env=environment,
-        capture_output=True, text=True, check=False)
+      [sys.executable, '-c', FOUR_DEVICES, str(self.folder)],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
     self.assertEqual(done.returncode, 0, done.stderr)
 
   def test_foreign_trees_are_not_saved(self):
@@ -186,7 +221,6 @@ class RoundTripTest(parameterized.TestCase):
 
 
 class LoadTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.path = new_folder(self) / 'ema.safetensors'
@@ -239,7 +273,8 @@ class LoadTest(parameterized.TestCase):
   def test_misshapen_tensor(self):
     self.rewrite(**{'vae2llm.weight': self.tensors['vae2llm.weight'].T.copy()})
     with self.assertRaisesRegex(
-        ValueError, rf'vae2llm.weight in {self.path} has shape \[8, 16\]; expected \[16, 8\]'):
+      ValueError, rf'vae2llm.weight in {self.path} has shape \[8, 16\]; expected \[16, 8\]'
+    ):
       bagel_params.load(self.path, MODEL)
 
   def test_wrong_dtype(self):
@@ -251,8 +286,9 @@ class LoadTest(parameterized.TestCase):
     self.path.unlink()
     safetensors.save_file(self.tensors, self.path.with_name('a.safetensors'))
     safetensors.save_file(self.tensors, self.path.with_name('b.safetensors'))
-    self.path.with_name('ema.safetensors.index.json').write_text(json.dumps(
-        {'weight_map': {'llm2vae.bias': 'a.safetensors', 'vae2llm.bias': 'b.safetensors'}}))
+    self.path.with_name('ema.safetensors.index.json').write_text(
+      json.dumps({'weight_map': {'llm2vae.bias': 'a.safetensors', 'vae2llm.bias': 'b.safetensors'}})
+    )
     with self.assertRaisesRegex(ValueError, 'a.safetensors and in .*b.safetensors'):
       bagel_params.load(self.path, MODEL)
 
@@ -260,8 +296,13 @@ class LoadTest(parameterized.TestCase):
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in self.tensors.items()}
     safetensors.save_file(half, self.path)
     got = bagel_params.load(self.path, MODEL)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(
-        x, y.astype(ml_dtypes.bfloat16).astype(np.float32)), got, self.params)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_array_equal(
+        x, y.astype(ml_dtypes.bfloat16).astype(np.float32)
+      ),
+      got,
+      self.params,
+    )
 
   def test_latent_table_of_another_side(self):
     got = bagel_params.load(self.path, dataclasses.replace(MODEL, latent_side=5))
@@ -270,21 +311,22 @@ class LoadTest(parameterized.TestCase):
   def test_vocabulary_padding(self):
     small = bagel_params.load(self.path, dataclasses.replace(MODEL, vocab=17))
     np.testing.assert_array_equal(small['embed_tokens'], self.params['embed_tokens'][:17])
-    np.testing.assert_array_equal(small['lm_head']['kernel'],
-                                  self.params['lm_head']['kernel'][:, :17])
+    np.testing.assert_array_equal(
+      small['lm_head']['kernel'], self.params['lm_head']['kernel'][:, :17]
+    )
     large = bagel_params.load(self.path, dataclasses.replace(MODEL, vocab=22))
     head = self.params['lm_head']['kernel']
     np.testing.assert_array_equal(large['lm_head']['kernel'][:, :20], head)
     for column in (20, 21):
       np.testing.assert_allclose(large['lm_head']['kernel'][:, column], head.mean(1), atol=1e-6)
-    np.testing.assert_allclose(large['embed_tokens'][21], self.params['embed_tokens'].mean(0),
-                               atol=1e-6)
+    np.testing.assert_allclose(
+      large['embed_tokens'][21], self.params['embed_tokens'].mean(0), atol=1e-6
+    )
     with self.assertRaisesRegex(ValueError, r'lm_head.*\[20, 16\]; expected \[2000, 16\]'):
       bagel_params.load(self.path, dataclasses.replace(MODEL, vocab=2000))
 
 
 class ReleasedTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = new_folder(self)
@@ -303,15 +345,19 @@ class ReleasedTest(parameterized.TestCase):
     self.assertEqual(count(n for n in places if '_moe_gen' in n), 6_525_628_928)
     tower = 'vit_model.vision_model.'
     for name, shape in {
-        'language_model.model.embed_tokens.weight': (152064, 3584),
-        'language_model.model.layers.27.self_attn.k_proj_moe_gen.weight': (512, 3584),
-        'language_model.model.layers.0.mlp_moe_gen.gate_proj.weight': (18944, 3584),
-        'language_model.model.layers.9.mlp.down_proj.weight': (3584, 18944),
-        'latent_pos_embed.pos_embed': (4096, 3584), 'vit_pos_embed.pos_embed': (4900, 3584),
-        'vae2llm.weight': (3584, 64), 'llm2vae.weight': (64, 3584),
-        'time_embedder.mlp.0.weight': (3584, 256), 'connector.fc1.weight': (3584, 1152),
-        f'{tower}embeddings.patch_embedding.weight': (1152, 588),
-        f'{tower}encoder.layers.25.mlp.fc1.weight': (4304, 1152)}.items():
+      'language_model.model.embed_tokens.weight': (152064, 3584),
+      'language_model.model.layers.27.self_attn.k_proj_moe_gen.weight': (512, 3584),
+      'language_model.model.layers.0.mlp_moe_gen.gate_proj.weight': (18944, 3584),
+      'language_model.model.layers.9.mlp.down_proj.weight': (3584, 18944),
+      'latent_pos_embed.pos_embed': (4096, 3584),
+      'vit_pos_embed.pos_embed': (4900, 3584),
+      'vae2llm.weight': (3584, 64),
+      'llm2vae.weight': (64, 3584),
+      'time_embedder.mlp.0.weight': (3584, 256),
+      'connector.fc1.weight': (3584, 1152),
+      f'{tower}embeddings.patch_embedding.weight': (1152, 588),
+      f'{tower}encoder.layers.25.mlp.fc1.weight': (4304, 1152),
+    }.items():
       self.assertEqual(places[name].shape, shape, name)
     self.assertNotIn(f'{tower}encoder.layers.26.mlp.fc1.weight', places)
 
@@ -324,12 +370,11 @@ class ReleasedTest(parameterized.TestCase):
     H, I, V, K = config.width, config.ff_width, config.vocab, config.width // config.heads
     kv = config.kv_heads * K
     layer = 2 * H * H + 2 * H * kv + H + 2 * kv + 2 * K + 3 * H * I + 2 * H
-    vit, vit_I, P = 1152, 4304, 3 * 14 ** 2
+    vit, vit_I, P = 1152, 4304, 3 * 14**2
     tower = 26 * (4 * (vit * vit + vit) + 2 * vit * vit_I + vit_I + vit + 4 * vit)
-    tower += P * vit + vit + 70 ** 2 * vit + 2 * vit
+    tower += P * vit + vit + 70**2 * vit + 2 * vit
     rest = (vit * H + H) + (H * H + H) + (256 * H + H) + (H * H + H) + (64 * H + H) + (64 * H + 64)
-    self.assertEqual(count, 2 * 28 * layer + 2 * V * H + 2 * H + tower + rest
-                     + (64 ** 2 + 70 ** 2) * H)
+    self.assertEqual(count, 2 * 28 * layer + 2 * V * H + 2 * H + tower + rest + (64**2 + 70**2) * H)
     self.assertEqual(count, total or count)
 
   def test_shapes_of_the_autoencoder(self):
@@ -340,8 +385,10 @@ class ReleasedTest(parameterized.TestCase):
     self.assertEqual(places['decoder.conv_in.weight'].shape, (512, 16, 3, 3))
 
   def test_the_table_reads_both_ways(self):
-    for config, rules in ((bagel_config.model_config(self.config), bagel_params.MODEL_RULES),
-                          (bagel_config.autoencoder(self.config), bagel_params.AUTOENCODER_RULES)):
+    for config, rules in (
+      (bagel_config.model_config(self.config), bagel_params.MODEL_RULES),
+      (bagel_config.autoencoder(self.config), bagel_params.AUTOENCODER_RULES),
+    ):
       for tensor, place in bagel_params.places(config).items():
         self.assertEqual(bagel_params.parameter_path(tensor, rules), (place.path, place.layer))
     with self.assertRaisesRegex(ValueError, 'rotary.inv_freq'):
@@ -357,10 +404,11 @@ class ReleasedTest(parameterized.TestCase):
   def test_a_third_file_may_say_what_the_scripts_set(self):
     small = {**self.config['vae_config'], 'ch': 32, 'z_channels': 4}
     for said, key, value in (
-        ({'latent_patch_size': 4}, 'latent_patch_size', 4),
-        ({'vae_config': small}, 'vae_config', small),
-        ({'vae_config': {'z_channels': 4}}, 'vae_config', self.config['vae_config']),
-        ({'model_type': 'bagel'}, 'latent_patch_size', 2)):
+      ({'latent_patch_size': 4}, 'latent_patch_size', 4),
+      ({'vae_config': small}, 'vae_config', small),
+      ({'vae_config': {'z_channels': 4}}, 'vae_config', self.config['vae_config']),
+      ({'model_type': 'bagel'}, 'latent_patch_size', 2),
+    ):
       (self.folder / 'config.json').write_text(json.dumps(said))
       config = bagel_config.read_config(self.folder)
       self.assertEqual(config[key], value)
@@ -374,15 +422,16 @@ class ReleasedTest(parameterized.TestCase):
   def test_unsupported_values(self):
     llm, vit = self.config['llm_config'], self.config['vit_config']
     for changed, message in (
-        ({'llm_config': {**llm, 'qk_norm': False}}, 'llm_config.qk_norm is False'),
-        ({'vit_config': {**vit, 'rope': True}}, 'vit_config.rope is True'),
-        ({'interpolate_pos': True}, '^interpolate_pos is True'),
-        ({'vit_max_num_patch_per_side': 32}, 'is 32, but the vision tower has 70'),
-        ({'special_tokens': {}}, 'no special_tokens.start_of_image'),
-        ({'llm_config': {**llm, 'hidden_size': '16'}}, "llm_config.hidden_size is '16'; expected"),
-        ({'llm_config': {**llm, 'num_key_value_heads': 5}}, 'num_attention_heads 28 is no mult'),
-        ({'vit_config': {**vit, 'num_attention_heads': 7}}, 'hidden_size 1152 is no multiple'),
-        ({'vit_config': []}, 'no vit_config')):
+      ({'llm_config': {**llm, 'qk_norm': False}}, 'llm_config.qk_norm is False'),
+      ({'vit_config': {**vit, 'rope': True}}, 'vit_config.rope is True'),
+      ({'interpolate_pos': True}, '^interpolate_pos is True'),
+      ({'vit_max_num_patch_per_side': 32}, 'is 32, but the vision tower has 70'),
+      ({'special_tokens': {}}, 'no special_tokens.start_of_image'),
+      ({'llm_config': {**llm, 'hidden_size': '16'}}, "llm_config.hidden_size is '16'; expected"),
+      ({'llm_config': {**llm, 'num_key_value_heads': 5}}, 'num_attention_heads 28 is no mult'),
+      ({'vit_config': {**vit, 'num_attention_heads': 7}}, 'hidden_size 1152 is no multiple'),
+      ({'vit_config': []}, 'no vit_config'),
+    ):
       with self.assertRaisesRegex(ValueError, message):
         bagel_config.model_config({**self.config, **changed})
     with self.assertRaisesRegex(ValueError, 'downsample is 16; the levels give 8'):
@@ -394,10 +443,11 @@ class ReleasedTest(parameterized.TestCase):
 
   def test_files_that_hold_no_configuration(self):
     for name, content, message in (
-        ('vit_config.json', b'[1]', 'vit_config.json: it holds no JSON object'),
-        ('vit_config.json', b'{}', 'no vit_config.num_hidden_layers'),
-        ('llm_config.json', b'\xff\xfe', 'cannot read .*llm_config.json'),
-        ('config.json', b'[]', 'config.json: it holds no JSON object')):
+      ('vit_config.json', b'[1]', 'vit_config.json: it holds no JSON object'),
+      ('vit_config.json', b'{}', 'no vit_config.num_hidden_layers'),
+      ('llm_config.json', b'\xff\xfe', 'cannot read .*llm_config.json'),
+      ('config.json', b'[]', 'config.json: it holds no JSON object'),
+    ):
       path = self.folder / name
       before = path.read_bytes() if path.exists() else None
       path.write_bytes(content)

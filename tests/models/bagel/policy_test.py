@@ -28,29 +28,40 @@ def job():
 @functools.cache
 def parameters():
   """Parameters of the model and of the autoencoder, noise on every leaf."""
-  return noise.parameters(job(), .2)[:2]
+  return noise.parameters(job(), 0.2)[:2]
 
 
 @functools.cache
 def prompts(task, uniform, count=2, **changes):
   """Encoded alignment prompts; `changes` go to the examples."""
   template = job().encoder.template
-  encoder = encoding.Encoder(job().data.tokenizer, encoding.Template(
-      template.prompt_words, template.answer_words, template.vit_tokens, template.latent_tokens,
-      uniform, template.image_size))
+  encoder = encoding.Encoder(
+    job().data.tokenizer,
+    encoding.Template(
+      template.prompt_words,
+      template.answer_words,
+      template.vit_tokens,
+      template.latent_tokens,
+      uniform,
+      template.image_size,
+    ),
+  )
   examples = [job().data.prompt(task, i) for i in range(count)]
-  return encoder(task, [examples_lib.Example(**{**e.__dict__, **changes}) for e in examples]).prompts
+  return encoder(
+    task, [examples_lib.Example(**{**e.__dict__, **changes}) for e in examples]
+  ).prompts
 
 
 class PositionsTest(absltest.TestCase):
-
   def test_small_images_are_stretched_over_the_tables(self):
     policy = job().policy
     side = policy.config.latent_side
     np.testing.assert_array_equal(
-        policy.latent_position(2), [[0, side // 2, side ** 2 // 2, side * (side + 1) // 2]] * 2)
+      policy.latent_position(2), [[0, side // 2, side**2 // 2, side * (side + 1) // 2]] * 2
+    )
     released = dataclasses.replace(
-        policy, config=dataclasses.replace(policy.config, interpolate_pos=False))
+      policy, config=dataclasses.replace(policy.config, interpolate_pos=False)
+    )
     np.testing.assert_array_equal(released.latent_position(1), [[0, 1, side, side + 1]])
 
 
@@ -68,9 +79,11 @@ def outputs(params, cache, ids, x, time):
 def inputs(rows=2):
   rng = np.random.default_rng(5)
   N, C = job().policy.latent_shape
-  return (jnp.asarray(rng.integers(0, 100, (rows, 2, 4)), jnp.int32),
-          jnp.asarray(rng.normal(size=(rows, 2, N, C)), jnp.float32),
-          jnp.asarray(rng.uniform(size=(rows, 2)), jnp.float32))
+  return (
+    jnp.asarray(rng.integers(0, 100, (rows, 2, 4)), jnp.int32),
+    jnp.asarray(rng.normal(size=(rows, 2, N, C)), jnp.float32),
+    jnp.asarray(rng.uniform(size=(rows, 2)), jnp.float32),
+  )
 
 
 def answers(p, cache=None):
@@ -83,7 +96,6 @@ def close(got, want):
 
 
 class ContextTest(parameterized.TestCase):
-
   @parameterized.parameters(*tasks.TASKS)
   def test_uniform_rows_give_the_same_numbers(self, task):
     close(answers(prompts(task, True)), answers(prompts(task, False)))
@@ -114,7 +126,6 @@ class ContextTest(parameterized.TestCase):
 
 
 class SeveralTasksTest(absltest.TestCase):
-
   def test_one_pass_equals_separate_passes(self):
     policy = job().policy
     params, vae_params = parameters()
@@ -123,8 +134,8 @@ class SeveralTasksTest(absltest.TestCase):
     alone = {task: prefill(params, vae_params, p[task]) for task in p}
     close(together, alone)
     _, x, time = inputs()
-    xs = {'generate': x, 'edit': x + 1.}
-    times = {'generate': time, 'edit': 1. - time}
+    xs = {'generate': x, 'edit': x + 1.0}
+    times = {'generate': time, 'edit': 1.0 - time}
     caches = {task: alone[task] for task in xs}
     v = jax.jit(policy.velocity_all)(params, caches, xs, times)
     for task in xs:
@@ -135,7 +146,7 @@ class SeveralTasksTest(absltest.TestCase):
     ids, x, time = inputs()
     # Rows of unlike shapes, as a released model has them.
     p = {task: prompts(task, False) for task in tasks.TASKS}
-    xs, times = {'generate': x, 'edit': x + 1.}, {'generate': time, 'edit': 1. - time}
+    xs, times = {'generate': x, 'edit': x + 1.0}, {'generate': time, 'edit': 1.0 - time}
 
     def run(joint):
       policy = dataclasses.replace(job().policy, joint=joint)
@@ -143,14 +154,19 @@ class SeveralTasksTest(absltest.TestCase):
       def total(params):
         out = policy.follow(params, vae_params, p, xs, times, {'understand': ids})
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(out)), out
+
       (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
       return out, grads
+
     (want, want_grads), (got, got_grads) = run(False), run(True)
     self.assertEqual((set(got[0]), set(got[1])), ({'generate', 'edit'}, {'understand'}))
     close(got, want)
     size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want_grads))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size, rtol=1e-4),
-                 got_grads, want_grads)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size, rtol=1e-4),
+      got_grads,
+      want_grads,
+    )
 
   def test_alike(self):
     shapes = {'a': np.zeros((2, 3)), 'b': np.zeros((5, 4)), 'c': np.zeros((7, 3))}
@@ -159,18 +175,22 @@ class SeveralTasksTest(absltest.TestCase):
 
 
 class PixelsTest(absltest.TestCase):
-
   def test_the_vision_tower_sees_no_more_than_its_table_holds(self):
     policy = job().policy
     vit = dataclasses.replace(policy.config.vit, patch=14, side=70)
-    at = lambda size: dataclasses.replace(
-        policy, image_size=size, config=dataclasses.replace(
-            policy.config, interpolate_pos=False, vit=vit)).vit_size
+    at = lambda size: (
+      dataclasses.replace(
+        policy,
+        image_size=size,
+        config=dataclasses.replace(policy.config, interpolate_pos=False, vit=vit),
+      ).vit_size
+    )
     self.assertEqual([at(size) for size in (8, 512, 980, 1024)], [14, 37 * 14, 980, 980])
 
   def test_to_unit(self):
-    np.testing.assert_allclose(policy_lib.to_unit(np.array([0, 255, 51], np.uint8)),
-                               [-1., 1., -0.6], atol=1e-6)
+    np.testing.assert_allclose(
+      policy_lib.to_unit(np.array([0, 255, 51], np.uint8)), [-1.0, 1.0, -0.6], atol=1e-6
+    )
 
   def test_decode_truncates_and_clips(self):
     policy, vae_params = job().policy, parameters()[1]
@@ -190,10 +210,11 @@ class PixelsTest(absltest.TestCase):
     policy = job().policy
     side, patch = policy.image_size, policy.config.vit.patch
     image = np.zeros((1, side, side, 3), np.uint8)
-    image[0, :patch, patch:2 * patch] = 255  # The second patch of the first row.
+    image[0, :patch, patch : 2 * patch] = 255  # The second patch of the first row.
     patches, position = policy.patches(image)
-    np.testing.assert_array_equal(np.asarray(patches).mean(-1)[0],
-                                  [1. if n == 1 else -1. for n in range(policy.vit_tokens)])
+    np.testing.assert_array_equal(
+      np.asarray(patches).mean(-1)[0], [1.0 if n == 1 else -1.0 for n in range(policy.vit_tokens)]
+    )
     grid, table = side // patch, policy.config.vit.side
     np.testing.assert_array_equal(position, layers.spread_positions(grid, grid, table))
 

@@ -18,7 +18,6 @@ from tests.helpers import judge_fixtures as fixtures
 
 
 class CacheTest(fixtures.JudgeTestCase):
-
   def test_no_request_for_what_is_known(self):
     web = self.real()
     judge = self.judge(web.url)
@@ -28,8 +27,12 @@ class CacheTest(fixtures.JudgeTestCase):
     self.assertEqual((second.stats['asked'], second.stats['cached']), (0, 6))
 
   @parameterized.parameters(
-      dict(prompt='other'), dict(spec={'a': 1}), dict(kind='k'), dict(answer='x'),
-      dict(source=np.zeros((2, 2, 3), np.uint8)))
+    dict(prompt='other'),
+    dict(spec={'a': 1}),
+    dict(kind='k'),
+    dict(answer='x'),
+    dict(source=np.zeros((2, 2, 3), np.uint8)),
+  )
   def test_key_covers_the_question(self, **change):
     web = self.real()
     judge = self.judge(web.url)
@@ -44,10 +47,24 @@ class CacheTest(fixtures.JudgeTestCase):
   def test_key_covers_the_judge(self):
     base = remote_client.Endpoint('http://x', model='a')
     samples, _ = remote_protocols.samples_of('generate', fixtures.prompts(1), fixtures.images(1, 1))
-    keys = {next(remote_protocols.keys_of(e, 'generate', samples)) for e in (
-        base, *(remote_client.Endpoint(**{'url': 'http://x', 'model': 'a', **change}) for change in (
-            dict(url='http://y'), dict(protocol='chat'), dict(model='b'), dict(template='t'),
-            dict(body={'top_p': 1}), dict(timeout_s=3.), dict(cache='file'))))}
+    keys = {
+      next(remote_protocols.keys_of(e, 'generate', samples))
+      for e in (
+        base,
+        *(
+          remote_client.Endpoint(**{'url': 'http://x', 'model': 'a', **change})
+          for change in (
+            dict(url='http://y'),
+            dict(protocol='chat'),
+            dict(model='b'),
+            dict(template='t'),
+            dict(body={'top_p': 1}),
+            dict(timeout_s=3.0),
+            dict(cache='file'),
+          )
+        ),
+      )
+    }
     self.assertLen(keys, 6)  # Neither the timeout nor the file changes a value.
     other_shape = fixtures.images(1, 1).reshape(1, 1, 5, 4, 3)
     samples, _ = remote_protocols.samples_of('generate', fixtures.prompts(1), other_shape)
@@ -71,11 +88,13 @@ class CacheTest(fixtures.JudgeTestCase):
 
   def test_bad_lines_are_passed_over(self):
     path = self.folder / 'cache.jsonl'
-    path.write_bytes(b'\xff\n[]\n1\n{"key": "a"}\n{"key": "b", "value": NaN}\n'
-                     b'{"key": "c", "value": true}\n{"key": "d", "value": 0.5}\n')
+    path.write_bytes(
+      b'\xff\n[]\n1\n{"key": "a"}\n{"key": "b", "value": NaN}\n'
+      b'{"key": "c", "value": true}\n{"key": "d", "value": 0.5}\n'
+    )
     cache = remote_cache.Cache(str(path))
     self.addCleanup(cache.close)
-    self.assertEqual([cache.get(key) for key in 'abcd'], [None, None, None, .5])
+    self.assertEqual([cache.get(key) for key in 'abcd'], [None, None, None, 0.5])
 
   def test_a_file_is_of_one_judge(self):
     path = str(self.folder / 'cache.jsonl')
@@ -87,10 +106,16 @@ class CacheTest(fixtures.JudgeTestCase):
 
   def test_a_killed_process_leaves_no_lock(self):
     path = str(self.folder / 'cache.jsonl')
-    program = ('import sys; from lvrpo_jax.rewards.remote import cache; '
-               'kept = cache.Cache(sys.argv[1]); print("open", flush=True); input()')
-    with subprocess.Popen([sys.executable, '-c', program, path], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, cwd=fixtures.ROOT) as process:
+    program = (
+      'import sys; from lvrpo_jax.rewards.remote import cache; '
+      'kept = cache.Cache(sys.argv[1]); print("open", flush=True); input()'
+    )
+    with subprocess.Popen(
+      [sys.executable, '-c', program, path],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      cwd=fixtures.ROOT,
+    ) as process:
       self.assertEqual(process.stdout.readline(), b'open\n')
       with self.assertRaises(BlockingIOError):
         remote_cache.Cache(path)
@@ -112,13 +137,13 @@ class CacheTest(fixtures.JudgeTestCase):
     with mock.patch.object(remote_cache, 'MOST', 2):
       cache = remote_cache.Cache('')
       for key in 'ab':
-        cache.put(key, 1.)
+        cache.put(key, 1.0)
       cache.get('a')
-      cache.put('c', 1.)
-      self.assertEqual([cache.get(key) for key in 'abc'], [1., None, 1.])
+      cache.put('c', 1.0)
+      self.assertEqual([cache.get(key) for key in 'abc'], [1.0, None, 1.0])
 
   def test_failures_are_not_kept(self):
-    web = self.script(lambda n, body, h: (200, fixtures.scores(body, 0.5 if n else 2.)))
+    web = self.script(lambda n, body, h: (200, fixtures.scores(body, 0.5 if n else 2.0)))
     judge = self.judge(web.url, batch=6)
     self.assertFalse(self.score(judge).valid_BG.any())
     self.assertTrue(self.score(judge).valid_BG.all())
@@ -135,8 +160,11 @@ class CacheTest(fixtures.JudgeTestCase):
   def test_a_kept_yes_is_not_that_of_another_range(self):
     web = self.script(lambda n, body, h: (200, fixtures.words('yes' if n % 2 else 'no')))
     path = str(self.folder / 'cache.jsonl')
-    for asked, wide in ((2, dict(low=0., high=1)), (2, dict(low=-1., high=2.)),
-                        (0, dict(low=0, high=1.))):
+    for asked, wide in (
+      (2, dict(low=0.0, high=1)),
+      (2, dict(low=-1.0, high=2.0)),
+      (0, dict(low=0, high=1.0)),
+    ):
       judge = self.judge(web.url, protocol='chat', cache=path, **wide)
       scored = self.score(judge, outputs=fixtures.images(1, 2))
       judge.close()

@@ -13,12 +13,12 @@ from lvrpo_jax.rewards.remote import pending
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.runtime import preemption
 
-SCORED = remote_client.Scored(np.ones((1, 1), np.float32), np.ones((1, 1), bool),
-                       {'asked': 1., 'failed': 0.})
+SCORED = remote_client.Scored(
+  np.ones((1, 1), np.float32), np.ones((1, 1), bool), {'asked': 1.0, 'failed': 0.0}
+)
 
 
 class ReadyTest(absltest.TestCase):
-
   def samples(self, looks):
     """Ready at the last of so many looks."""
     array = mock.Mock()
@@ -34,6 +34,7 @@ class ReadyTest(absltest.TestCase):
   def test_a_stop_does_not_wait_for_them(self):
     def stop():
       raise preemption.Preempted('asked to stop')
+
     array = self.samples(100)
     with self.assertRaises(preemption.Preempted):
       pending.PendingRewards({}, stop).until_ready(array)
@@ -47,7 +48,6 @@ class ReadyTest(absltest.TestCase):
 
 
 class AskedTest(absltest.TestCase):
-
   def future(self, delay, **outcome):
     """Done after so many seconds, with a `result` or an `exception`."""
     future, (name, value) = futures.Future(), next(iter(outcome.items()))
@@ -57,31 +57,34 @@ class AskedTest(absltest.TestCase):
     return future
 
   def test_scores_and_counts(self):
-    asked = pending.PendingRewards({'edit': self.future(.1, result=SCORED)}, self.fail)
+    asked = pending.PendingRewards({'edit': self.future(0.1, result=SCORED)}, self.fail)
     self.assertIn('edit', asked)
     self.assertNotIn('generate', asked)
     self.assertIs(asked.result('edit'), SCORED)
-    self.assertEqual(asked.metrics(), {'judge/edit/asked': 1., 'judge/edit/failed': 0.})
+    self.assertEqual(asked.metrics(), {'judge/edit/asked': 1.0, 'judge/edit/failed': 0.0})
 
   def test_a_wait_asks_whether_to_stop(self):
     checks = []
-    asked = pending.PendingRewards({'edit': self.future(2.3, result=SCORED)}, lambda: checks.append(1))
+    asked = pending.PendingRewards(
+      {'edit': self.future(2.3, result=SCORED)}, lambda: checks.append(1)
+    )
     asked.result('edit')
     self.assertLen(checks, 2)
 
   def test_a_stop_leaves_the_wait(self):
     def stop():
       raise preemption.Preempted('asked to stop')
-    asked = pending.PendingRewards({'edit': self.future(4., result=SCORED)}, stop)
+
+    asked = pending.PendingRewards({'edit': self.future(4.0, result=SCORED)}, stop)
     start = time.monotonic()
     with self.assertRaises(preemption.Preempted):
       asked.result('edit')
-    self.assertLess(time.monotonic() - start, 3.)
+    self.assertLess(time.monotonic() - start, 3.0)
 
   def test_a_judge_that_is_away_and_other_errors(self):
     away, other = remote_client.JudgeUnavailable('no server'), KeyError('score')
     for error in (away, other):
-      asked = pending.PendingRewards({'edit': self.future(0., exception=error)}, self.fail)
+      asked = pending.PendingRewards({'edit': self.future(0.0, exception=error)}, self.fail)
       with self.assertRaises(RuntimeError) as caught:
         asked.result('edit')
       self.assertIs(caught.exception if error is away else caught.exception.__cause__, error)
@@ -89,24 +92,32 @@ class AskedTest(absltest.TestCase):
   def test_processes_agree_on_what_has_failed(self):
     """What all processes raise, by what each of them has met."""
     away, other = remote_client.JudgeUnavailable('no server'), KeyError('score')
-    for errors, kind in (((None, away), remote_client.JudgeUnavailable), ((None, other), RuntimeError),
-                         ((away, other), RuntimeError), ((away, away), remote_client.JudgeUnavailable)):
+    for errors, kind in (
+      ((None, away), remote_client.JudgeUnavailable),
+      ((None, other), RuntimeError),
+      ((away, other), RuntimeError),
+      ((away, away), remote_client.JudgeUnavailable),
+    ):
       raised = []
+
       def of_all(mine, errors=errors):
         # Asked in turn: whether anyone waits, has another error, has no judge.
         questions.append(mine)
         is_other = lambda e: e is not None and e is not away
         return (False, any(map(is_other, errors)), away in errors)[len(questions) - 1]
+
       for error in errors:
         questions = []
         outcome = dict(result=SCORED) if error is None else dict(exception=error)
-        asked = pending.PendingRewards({'edit': self.future(0., **outcome)}, self.fail)
-        with (mock.patch.object(multihost, 'any_process', of_all),
-              self.assertRaises(RuntimeError) as caught):
-          time.sleep(.05)
+        asked = pending.PendingRewards({'edit': self.future(0.0, **outcome)}, self.fail)
+        with (
+          mock.patch.object(multihost, 'any_process', of_all),
+          self.assertRaises(RuntimeError) as caught,
+        ):
+          time.sleep(0.05)
           asked.result('edit')
         raised.append(type(caught.exception))
-        self.assertEqual(questions, [False, error is other, error is away][:len(questions)])
+        self.assertEqual(questions, [False, error is other, error is away][: len(questions)])
       self.assertEqual(raised, [kind, kind], errors)
 
 

@@ -26,7 +26,6 @@ def texts(web):
 
 
 class QuestionsTest(fixtures.JudgeTestCase):
-
   def chat(self, reply='yes', **kwargs):
     web = self.script(lambda n, body, h: (200, fixtures.words(reply)))
     return web, self.judge(web.url, protocol='chat', concurrency=1, **kwargs)
@@ -38,21 +37,28 @@ class QuestionsTest(fixtures.JudgeTestCase):
   def test_batch_sends_all_questions(self):
     web = self.real(score=lambda sample: len(sample['questions']) / 2)
     examples = [examples_lib.Example(i, 'p', questions=QUESTIONS[:i]) for i in range(3)]
-    np.testing.assert_array_equal(self.ask(self.judge(web.url), examples).value_BG,
-                                  [[0], [.5], [1]])
+    np.testing.assert_array_equal(
+      self.ask(self.judge(web.url), examples).value_BG, [[0], [0.5], [1]]
+    )
     web = self.script(lambda n, body, h: (200, fixtures.scores(body)))
     self.ask(self.judge(web.url), examples[2:])
-    self.assertEqual(web.bodies[0]['samples'][0]['questions'], [
-        {'question': question, 'answer': answer} for question, answer in QUESTIONS])
+    self.assertEqual(
+      web.bodies[0]['samples'][0]['questions'],
+      [{'question': question, 'answer': answer} for question, answer in QUESTIONS],
+    )
 
   def test_chat_asks_one_question_an_iteration(self):
     web, judge = self.chat(template=KNOWLEDGE)
     example = examples_lib.Example(0, 'p', questions=QUESTIONS, kind='secret')
     asked = [self.ask(judge, [example], iteration).stats['asked'] for iteration in range(3)]
     self.assertEqual(asked, [1, 1, 0])  # The third asks the first question again.
-    self.assertEqual(texts(web), [
+    self.assertEqual(
+      texts(web),
+      [
         'Question: is there a {kind} fox ? Is the answer yes? yes or no',
-        'Question: how many foxes are there ? Is the answer two? yes or no'])
+        'Question: how many foxes are there ? Is the answer two? yes or no',
+      ],
+    )
 
   def test_iterations_share_what_names_no_question(self):
     web, judge = self.chat(template='Rate: {prompt}')
@@ -74,8 +80,9 @@ class QuestionsTest(fixtures.JudgeTestCase):
 
   def test_understand_asks_its_prompt(self):
     web, judge = self.chat(template='{question} {expected} {answer}')
-    self.ask(judge, [examples_lib.Example(0, 'what colour ?', answer='red')], 0, 'understand',
-             [['blue']])
+    self.ask(
+      judge, [examples_lib.Example(0, 'what colour ?', answer='red')], 0, 'understand', [['blue']]
+    )
     self.assertEqual(texts(web), ['what colour ? red blue'])
 
   def test_templates_by_task(self):
@@ -87,21 +94,24 @@ class QuestionsTest(fixtures.JudgeTestCase):
   def test_a_template_of_images_spares_the_others(self):
     web, judge = self.chat(templates={'generate': KNOWLEDGE})
     self.ask(judge, fixtures.prompts(1), 0, 'understand', [['a']])
-    self.assertEqual(texts(web), [remote_protocols.TEMPLATES['understand'].format(
-        prompt='prompt 0', answer='a')])
+    self.assertEqual(
+      texts(web), [remote_protocols.TEMPLATES['understand'].format(prompt='prompt 0', answer='a')]
+    )
 
   @parameterized.parameters(
-      (dict(template='{prompt} {promt}'),
-       r'taste\.template names the field \{promt\}; allowed: .*\{question\}, \{expected\}$'),
-      (dict(templates={'edit': '{source}'}), r'taste\.templates\.edit names the field \{source\}'),
-      (dict(templates={'draw': 'x'}), r"taste\.templates holds \['draw'\]; allowed: .*'edit'"))
+    (
+      dict(template='{prompt} {promt}'),
+      r'taste\.template names the field \{promt\}; allowed: .*\{question\}, \{expected\}$',
+    ),
+    (dict(templates={'edit': '{source}'}), r'taste\.templates\.edit names the field \{source\}'),
+    (dict(templates={'draw': 'x'}), r"taste\.templates holds \['draw'\]; allowed: .*'edit'"),
+  )
   def test_unknown_fields_and_tasks(self, wrong, message):
     with self.assertRaisesRegex(ValueError, message):
       remote_client.Judge(remote_client.Endpoint('http://x', **wrong), fixtures.KEY)
 
 
 class ConfigTest(parameterized.TestCase):
-
   def test_the_config_holds_every_setting(self):
     settings = base.get_config().align.remote.to_dict()
     endpoint = remote_client.Endpoint(**{**settings, 'url': 'http://x'})
@@ -109,11 +119,12 @@ class ConfigTest(parameterized.TestCase):
     remote_protocols.check(endpoint, 'config.align.remote')
 
   @parameterized.parameters(
-      ('template', 'template'), ('templates.understand', r'templates\.understand'))
+    ('template', 'template'), ('templates.understand', r'templates\.understand')
+  )
   def test_answers_have_to_be_shown(self, key, named):
     config = base.get_config()
     config.align.remote.update(url='http://x', protocol='chat', model='m')
-    config.align.rewards.understand.remote = 1.
+    config.align.rewards.understand.remote = 1.0
     validate.validate(config)
     config.align.remote.update_from_flattened_dict({key: KNOWLEDGE})
     with self.assertRaisesRegex(ValueError, rf'remote\.{named} is .*\{{answer\}}'):
@@ -138,8 +149,9 @@ class ConfigTest(parameterized.TestCase):
     with mock.patch.object(pending, 'until_ready') as waited:
       experience.Collector.ask(collector, tasks, {}, {'generate': pixels}, 7)
     self.assertIs(waited.call_args.args[0], pixels)
-    collector.remote.submit.assert_called_once_with('generate', tasks.examples['generate'], pixels,
-                                                    7)
+    collector.remote.submit.assert_called_once_with(
+      'generate', tasks.examples['generate'], pixels, 7
+    )
 
 
 if __name__ == '__main__':

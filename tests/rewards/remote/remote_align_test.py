@@ -30,10 +30,19 @@ FLOOR = 0.05
 def make_config(url):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(steps=STEPS, group=GROUP, generate=ROWS, understand=0, edit=0, window=1,
-                      steps_per_image=3, save_every=STEPS, floor=FLOOR)
-  config.align.rewards.generate.update(rules=0., semantic=0., knowledge=0., remote=1.)
-  config.align.remote.update(url=url, batch=1, retries=0, timeout_s=.6, deadline_s=20.)
+  config.align.update(
+    steps=STEPS,
+    group=GROUP,
+    generate=ROWS,
+    understand=0,
+    edit=0,
+    window=1,
+    steps_per_image=3,
+    save_every=STEPS,
+    floor=FLOOR,
+  )
+  config.align.rewards.generate.update(rules=0.0, semantic=0.0, knowledge=0.0, remote=1.0)
+  config.align.remote.update(url=url, batch=1, retries=0, timeout_s=0.6, deadline_s=20.0)
   validate.validate(config)
   return config
 
@@ -53,7 +62,7 @@ def fault(image):
 def script(number, body, handler):
   """Gives the brightness of one picture, unless its fault comes first."""
   del number, handler
-  sample, = body['samples']
+  (sample,) = body['samples']
   image = judge_server.decode(sample['image'])
   kind = fault(image)
   if kind == 'status':
@@ -62,11 +71,10 @@ def script(number, body, handler):
     time.sleep(1.5)
   if kind == 'garbage':
     return 200, b'<html>busy</html>'
-  return 200, {'scores': [{'id': sample['id'], 'value': float(image.mean() / 255.)}]}
+  return 200, {'scores': [{'id': sample['id'], 'value': float(image.mean() / 255.0)}]}
 
 
 class RemoteAlignTest(judge_fixtures.JudgeTestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -74,8 +82,10 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
     cls.addClassCleanup(folder.cleanup)
     # The cache is opened once a process, and this folder does not outlive the test.
     cls.addClassCleanup(compilation_cache.reset_cache)
-    for name, value in (('jax_compilation_cache_dir', folder.name),
-                        ('jax_persistent_cache_min_compile_time_secs', 0.)):
+    for name, value in (
+      ('jax_compilation_cache_dir', folder.name),
+      ('jax_persistent_cache_min_compile_time_secs', 0.0),
+    ):
       cls.addClassCleanup(jax.config.update, name, getattr(jax.config, name))
       jax.config.update(name, value)
 
@@ -92,6 +102,7 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
       out = collect(aligner, *args)
       seen.append(jax.tree.map(np.asarray, (out[0], out[2])))
       return out
+
     try:
       with mock.patch.object(learner.Learner, 'collect', spy):
         params = align.run(job, *parameters(), writer)
@@ -108,7 +119,7 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
       valid = np.array([[fault(image) is None for image in row] for row in images])
       np.testing.assert_array_equal(b.valid_BG, valid)
       failed += np.sum(~valid)
-      x = np.where(valid, images.mean(axis=(2, 3, 4)) / 255., np.nan)
+      x = np.where(valid, images.mean(axis=(2, 3, 4)) / 255.0, np.nan)
       centred = x - np.nanmean(x, axis=1, keepdims=True)
       centred /= np.maximum(np.nanstd(x, axis=1, keepdims=True), FLOOR)
       want = np.nan_to_num(centred / max(np.nanstd(centred), FLOOR))
@@ -121,10 +132,11 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
         handler.wfile.close()
         return None
       return script(number, body, handler)
+
     start = time.monotonic()
     with self.assertRaisesRegex(remote_client.JudgeUnavailable, 'config.align.remote'):
       self.run_job(self.script(dying).url, 'stopped')
-    self.assertLess(time.monotonic() - start, 60.)
+    self.assertLess(time.monotonic() - start, 60.0)
     again, rest = self.run_job(self.script(script).url, 'stopped')
     self.assertLen(rest, STEPS - 1)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -136,12 +148,13 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
       del number, handler
       first.set()
       if not second.is_set():  # Only sampling the other task can end this.
-        waited.append(second.wait(20.))
+        waited.append(second.wait(20.0))
       return 200, judge_fixtures.scores(body)
+
     config = make_config(self.script(script).url)
     config.align.update(edit=ROWS, steps=1)
-    config.align.rewards.edit.update(rules=0., semantic=0., knowledge=0., remote=1.)
-    config.align.remote.update(timeout_s=30., deadline_s=30.)
+    config.align.rewards.edit.update(rules=0.0, semantic=0.0, knowledge=0.0, remote=1.0)
+    config.align.remote.update(timeout_s=30.0, deadline_s=30.0)
     job = experiment_lib.build(config, self.folder)
     aligner = learner.Learner(job, *parameters())
     self.addCleanup(aligner.collector.close)
@@ -150,9 +163,10 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
     def spy(judge, task, *args):
       tasks.append(task)
       if len(tasks) == 2:
-        first.wait(20.)
+        first.wait(20.0)
         second.set()  # It has been sampled: its pictures are at hand.
       return submit(judge, task, *args)
+
     data = align.prompt_batches(job)
     with mock.patch.object(remote_client.Judge, 'submit', spy):
       batch, _, _ = aligner.collect(align.draw(job, data, data), 1)
