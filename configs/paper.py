@@ -12,18 +12,23 @@ paper leaves open, are those of the default job.
 
 from configs import base
 
+
+def _rewards(*names):
+  """Rewards of weight 1; rules pay all or nothing."""
+  weights = {name: dict(weight=float(name in names)) for name in ('rules', 'semantic', 'knowledge')}
+  weights['rules']['graded'] = False
+  return weights
+
+
 CHANGES = dict(
   align=dict(
-    advantage='sum',
-    floor=1e-6,
-    graded=False,
-    objective='sde',
-    text_objective='grpo',
-    text_high=0.2,
+    advantage=dict(method='sum_then_normalize', floor=1e-6),
+    image=dict(objective='flow_grpo'),
+    text=dict(objective='grpo', clip_high=0.2),
     rewards=dict(
-      generate=dict(rules=1.0, semantic=1.0, knowledge=1.0),
-      understand=dict(rules=1.0, semantic=0.0, knowledge=1.0),
-      edit=dict(rules=1.0, semantic=1.0, knowledge=1.0),
+      generate=_rewards('rules', 'semantic', 'knowledge'),
+      understand=_rewards('rules', 'knowledge'),
+      edit=_rewards('rules', 'semantic', 'knowledge'),
     ),
   )
 )

@@ -1,9 +1,9 @@
 """The study: which part of the method helps, at equal compute, over three seeds.
 
     python -m lvrpo_jax.main --config=configs/study.py                       # about 3 hours
-    python -m lvrpo_jax.main --config=configs/study.py --config.study=quick  # about 20 minutes
+    python -m lvrpo_jax.main --config=configs/study.py --config.study.name=quick  # about 20 minutes
 
-Two CPU cores, a run on each (`workers`). Every variant starts from the pretrained model of its seed
+Two CPU cores, a run on each (`config.study.workers`). Every variant starts from the pretrained model of its seed
 and is measured on the same held-out prompts and noise. What was done is kept: the same command goes
 on.
 
@@ -23,26 +23,27 @@ TASKS = ('generate', 'understand', 'edit')
 COMPONENTS = ('rules', 'semantic', 'knowledge', 'mutual')
 
 
-def only(*names, **settings):
-  """Rewards of the components named, with weight 1, for every task; and settings of alignment."""
-  return dict(
-    align=dict(
-      settings,
-      rewards={task: {name: float(name in names) for name in COMPONENTS} for task in TASKS},
-    )
-  )
+def only(*names, questions=1):
+  """The rewards named, with weight 1, for every task.
+
+  Args:
+    questions: of a prompt that 'mutual' asks in an iteration.
+  """
+  rewards = {name: dict(weight=float(name in names)) for name in COMPONENTS}
+  rewards['mutual']['questions'] = questions
+  return dict(align=dict(rewards=dict.fromkeys(TASKS, rewards)))
 
 
 def rows(generate, understand, edit):
   """Prompts of every task an iteration."""
-  return dict(align=dict(generate=generate, understand=understand, edit=edit))
+  return dict(align=dict(prompts=dict(generate=generate, understand=understand, edit=edit)))
 
 
 VARIANTS = {
   'default': {},
   'paper': paper.CHANGES,
-  'sum': dict(align=dict(advantage='sum')),
-  'low_floor': dict(align=dict(floor=0.005)),
+  'sum': dict(align=dict(advantage=dict(method='sum_then_normalize'))),
+  'low_floor': dict(align=dict(advantage=dict(floor=0.005))),
   'control': dict(program='control', control=dict(steps=2333)),
   'repa': dict(program='control', control=dict(steps=2333, repa=0.5)),
   'rules': only('rules'),
@@ -53,19 +54,15 @@ VARIANTS = {
   'generation': rows(24, 0, 0),
   'understanding': rows(0, 96, 0),
   'both': rows(24, 32, 0),
-  'objectives': dict(
-    align={
-      name: paper.CHANGES['align'][name] for name in ('objective', 'text_objective', 'text_high')
-    }
-  ),
+  'objectives': dict(align={part: paper.CHANGES['align'][part] for part in ('image', 'text')}),
 }
 """Changes to the default job; 'default' is what the others are compared with."""
 
 QUICK = dict(
   pretrain=dict(steps=400),
-  align=dict(steps=20),
+  align=dict(iterations=20),
   control=dict(steps=150),
-  evaluate=dict(generate=30, unseen=30, understand=30, edit=30),
+  evaluate=dict(prompts=dict(generate=30, unseen=30, understand=30, edit=30)),
 )
 
 
@@ -74,10 +71,10 @@ def get_config():
   config = base.get_config()
   config.program = 'study'
   config.report = False
-  config.workers = 2
-  config.evaluate.guided = 0
-  config.variants = config_dict.ConfigDict(VARIANTS)
-  config.studies = config_dict.ConfigDict(
+  config.study.workers = 2
+  config.evaluate.guided_prompts = 0
+  config.study.variants = config_dict.ConfigDict(VARIANTS)
+  config.study.plans = config_dict.ConfigDict(
     {
       'full': dict(
         seeds=(0, 1, 2), variants=tuple(VARIANTS), changes=dict(pretrain=dict(steps=3200))

@@ -14,7 +14,7 @@ from configs import base
 def get_config():
   """Returns the configuration."""
   config = base.get_config()
-  config.pretrain.update(generate=24, think_generate=24)
-  config.align.update(generate=0, edit=0, think_generate=16)
-  config.evaluate.think_generate = 60
+  config.pretrain.update(rows=dict(generate=24, think_generate=24))
+  config.align.update(prompts=dict(generate=0, edit=0, think_generate=16))
+  config.evaluate.prompts.think_generate = 60
   return config

@@ -21,21 +21,25 @@ def get_config():
     vit_ff_width=8,
   )
   config.vae.update(channels=4, images=200)
-  config.judge.update(width=8, depth=1, heads=2, ff_width=8, steps=4, batch=8)
-  config.pretrain.update(steps=4, generate=4, understand=4, edit=4, draws=1, save_every=2)
-  config.align.update(
-    steps=4,
-    group=2,
-    generate=2,
-    understand=2,
-    edit=2,
-    updates=1,
-    draws=1,
-    steps_per_image=4,
-    save_every=2,
-    gold_every=2,
-    gold=1,
+  config.dual_encoder.update(width=8, depth=1, heads=2, ff_width=8, steps=4, batch=8)
+  config.pretrain.update(
+    steps=4, rows=dict(generate=4, understand=4, edit=4), draws=1, save_every=2
   )
-  config.evaluate.update(generate=2, unseen=2, understand=2, edit=2, images=2, batch=2, guided=2)
-  config.sampling.update(steps=2, guidance=(2.0,))
+  config.align.update(
+    iterations=4,
+    rollout=dict(group_size=2, steps=4),
+    prompts=dict(generate=2, understand=2, edit=2),
+    updates_per_rollout=1,
+    image=dict(draws=1),
+    checkpoints=dict(every=2),
+    evaluate=dict(every=2, prompts=1),
+  )
+  config.evaluate.update(
+    prompts=dict(generate=2, unseen=2, understand=2, edit=2),
+    samples=2,
+    batch=2,
+    guided_prompts=2,
+    steps=2,
+    guided_scales=(2.0,),
+  )
   return config

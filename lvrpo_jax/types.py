@@ -23,6 +23,13 @@ import jax
 
 Array = jax.Array
 Params = Any
+"""A tree of parameters: nested dicts of arrays."""
+Tree = Any
+"""Any tree that `jax.tree` maps over."""
+Config = Any
+"""A `ConfigDict` or a section of one; attributes are the keys of `configs/base.py`."""
+Json = Any
+"""What `json.loads` returns."""
 
 CAUSAL, FULL, NOISE = 0, 1, 2
 """Attention modes of a split: text; clean latents and ViT tokens; noised latents."""
@@ -31,8 +38,7 @@ PADDING = -1
 """`Layout.sample` of a place that holds nothing."""
 
 
-@struct.dataclass
-class Layout:
+class Layout(struct.PyTreeNode):
   """Where tokens stand in the logical sequence, whatever their place in memory.
 
   Attributes:
@@ -50,8 +56,7 @@ class Layout:
   position_BL: Array
 
 
-@struct.dataclass
-class Sequence:
+class Sequence(struct.PyTreeNode):
   """Text, ViT and latent tokens of a row, as three static segments in memory.
 
   Text and ViT tokens form the understanding segment, latent tokens the generation segment.
@@ -84,8 +89,7 @@ class Sequence:
   next_position_B: Array
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
   """Keys and values of a context, shared by all rows of its prompt.
 
   Attributes:
@@ -100,8 +104,7 @@ class Cache:
   next_position_B: Array
 
 
-@struct.dataclass
-class TextTrajectory:
+class TextTrajectory(struct.PyTreeNode):
   """Sampled answers. `logp_BGT` is the log-probability under the sampling distribution.
 
   `tokens_BGT` holds the answer and its end token; `mask_BGT` is True on both. The temperature
@@ -116,8 +119,7 @@ class TextTrajectory:
   drift: Array
 
 
-@struct.dataclass
-class ImageTrajectory:
+class ImageTrajectory(struct.PyTreeNode):
   """Trajectories of the flow.
 
   Attributes:
@@ -139,16 +141,14 @@ class ImageTrajectory:
   guidance: Array | None = None
 
 
-@struct.dataclass
-class Rewards:
+class Rewards(struct.PyTreeNode):
   """One component: a value and whether it is valid, for every sample of every group."""
 
   value_BG: Array
   valid_BG: Array
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """All that an optimizer step changes, and the frozen copies that it reads.
 
   Attributes:
@@ -168,8 +168,7 @@ class TrainState:
   reference: Params = None
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
   """Contexts of one task before any encoder has run: token ids, layouts and source images.
 
   Attributes:
@@ -188,8 +187,7 @@ class Prompts:
   index_B: Array
 
 
-@struct.dataclass
-class SupervisedBatch:
+class SupervisedBatch(struct.PyTreeNode):
   """Prompts with what should follow them, for supervised training.
 
   Attributes:
@@ -204,8 +202,7 @@ class SupervisedBatch:
   answer_mask_BL: Array
 
 
-@struct.dataclass
-class TextTrainBatch:
+class TextTrainBatch(struct.PyTreeNode):
   """Answers with their advantages, as the update reads them.
 
   `reference_BGT` holds the log-probabilities of the tokens under the reference.
@@ -221,8 +218,7 @@ class TextTrainBatch:
   valid_BG: Array
 
 
-@struct.dataclass
-class Transitions:
+class Transitions(struct.PyTreeNode):
   """Some steps of the trajectories of a group; row m = k * G + g is step k of sample g.
 
   The sampled latents `next_BMNC`, which the rollout went on from, are `mean + std * noise`.
@@ -239,8 +235,7 @@ class Transitions:
   std_BM: Array
 
 
-@struct.dataclass
-class ImageTrainBatch:
+class ImageTrainBatch(struct.PyTreeNode):
   """Images with their advantages, as the update reads them.
 
   Attributes:

@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from lvrpo_jax import flow
 
 MEAN, DEVIATION = 1.5, 0.5
-"""Of the one-dimensional data whose velocity is known."""
+"""Mean and deviation of one-dimensional Gaussian data, whose velocity is known."""
 
 
 def exact_moments(t):
@@ -72,7 +72,7 @@ class StepTest(parameterized.TestCase):
     x0, noise = random(6), random(6, seed=1)
     x = jnp.float32(noise)
     grid = flow.time_grid(8, 3.0)
-    for t, t_next in zip(grid[:-1], grid[1:]):
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
       x = flow.ode_step(x, jnp.float32(noise - x0), t, t_next)
     np.testing.assert_allclose(x, x0, rtol=1e-5, atol=1e-5)
 
@@ -114,7 +114,7 @@ class StepTest(parameterized.TestCase):
     grid = flow.time_grid(11, 3.0)
     std = [
       float(flow.sde_step(jnp.zeros(()), jnp.zeros(()), *pair, grid[1], 0.7).std)
-      for pair in zip(grid[:-1], grid[1:])
+      for pair in zip(grid[:-1], grid[1:], strict=True)
     ]
     np.testing.assert_allclose([std[0], std[1], std[-1]], [0.70, 0.74, 0.20], atol=0.006)
 
@@ -131,7 +131,7 @@ class StepTest(parameterized.TestCase):
       ), x.mean()
 
     key = jax.random.key(0)
-    # Antithetic rows: the mean carries no sampling error of the start.
+    # With antithetic rows, the mean has no sampling error of the start.
     half = jax.random.normal(key, (8_000,))
     walk = jax.jit(lambda x: jax.lax.scan(step, (x, key), (grid[:-1], grid[1:]))[0][0])
     x = np.asarray(walk(jnp.concatenate([half, -half])))
@@ -150,7 +150,7 @@ class StepTest(parameterized.TestCase):
     def walk(steps):
       times = np.linspace(0.8, 0.05, steps + 1)
       mean, variance = exact_moments(times[0])
-      for t, t_next in zip(times[:-1], times[1:]):
+      for t, t_next in zip(times[:-1], times[1:], strict=True):
         (low, high), std = jax.device_get(step(t, t_next))
         mean, variance = low + (high - low) * mean, (high - low) ** 2 * variance + std**2
       wanted = exact_moments(times[-1])
@@ -214,7 +214,10 @@ class LogRatioTest(parameterized.TestCase):
     noise, new, old, std = map(jnp.asarray, case)
     wide = std[:, None, None]
     x = old + wide * noise
-    density = lambda mean: jnp.mean(-jnp.square((x - mean) / wide) / 2 - jnp.log(wide), (1, 2))
+
+    def density(mean):
+      return jnp.mean(-jnp.square((x - mean) / wide) / 2 - jnp.log(wide), (1, 2))
+
     textbook = np.abs(np.asarray(density(new) - density(old)) - expected).max()
     self.assertLess(error, 1e-8)
     self.assertGreater(textbook, 10 * error)
@@ -238,11 +241,10 @@ class GuideTest(parameterized.TestCase):
   def oracle(self, v, v_text, v_image, text, image, renorm, floor):
     if text <= 1:
       return v
-    norm = (
-      (lambda y: np.sqrt((y**2).sum()))
-      if renorm == 'global'
-      else (lambda y: np.sqrt((y**2).sum(-1, keepdims=True)))
-    )
+
+    def norm(y):
+      return np.sqrt((y**2).sum() if renorm == 'global' else (y**2).sum(-1, keepdims=True))
+
     y = v_text + text * (v - v_text)
     if renorm == 'text_channel':
       y = y * np.clip(norm(v) / (norm(y) + 1e-8), floor, 1)
@@ -292,8 +294,8 @@ class GuideTest(parameterized.TestCase):
     # Guidance that lengthens it is scaled down to its length.
     longer = flow.guide(v, jnp.float32(random(6, 4, seed=5)), v, 8.0, 1.0, renorm, 0.0)
     axes = (0, 1) if renorm == 'global' else (1,)
-    size = lambda y: np.sqrt(np.square(np.asarray(y)).sum(axes))
-    self.assertTrue(np.all(size(longer) <= size(v) * (1 + 1e-5)))
+    size, limit = (np.sqrt(np.square(np.asarray(y)).sum(axes)) for y in (longer, v))
+    self.assertTrue(np.all(size <= limit * (1 + 1e-5)))
 
   def test_unknown_renorm(self):
     v = jnp.ones((2, 2))

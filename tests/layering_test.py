@@ -12,7 +12,7 @@ PACKAGE = 'lvrpo_jax'
 ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
 LAYERS = (
-  ('types', 'ops', 'flow'),
+  ('types', 'ops', 'flow', 'symbols'),
   ('parallel',),
   ('data', 'models'),
   ('objectives', 'runtime'),

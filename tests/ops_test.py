@@ -40,8 +40,8 @@ class MaskedTest(parameterized.TestCase):
 
   def test_sums_add_up_over_parts_where_means_do_not(self):
     x, mask = jnp.arange(6.0), jnp.array([1, 1, 1, 1, 0, 1])
-    parts = [ops.masked_sum(x[s], mask[s]) for s in (slice(4), slice(4, 6))]
-    whole = ops.divide(sum(p[0] for p in parts), sum(p[1] for p in parts))
+    parts = [ops.masked_sum(x[part], mask[part]) for part in (slice(4), slice(4, 6))]
+    whole = ops.divide(sum(total for total, _ in parts), sum(weight for _, weight in parts))
     self.assertAlmostEqual(float(whole), (0 + 1 + 2 + 3 + 5) / 5, places=6)
 
 
@@ -84,26 +84,22 @@ class TokenTest(parameterized.TestCase):
 class DrawTest(absltest.TestCase):
   def test_a_row_depends_on_its_own_key_alone(self):
     key_BG = ops.fold_rows(jax.random.key(0), (3, 4))
-    for draw in (ops.normal_rows, ops.uniform_rows):
-      draw = jax.jit(functools.partial(draw, shape=(5,)))
-      whole = np.asarray(draw(key_BG))
-      self.assertEqual(whole.shape, (3, 4, 5))
-      np.testing.assert_array_equal(whole[1:2, 2:], draw(key_BG[1:2, 2:]))
-      np.testing.assert_array_equal(whole[2, 3], draw(key_BG[2, 3]))
-      self.assertLen(np.unique(whole), 60)
+    draw = jax.jit(functools.partial(ops.normal_rows, shape=(5,)))
+    whole = np.asarray(draw(key_BG))
+    self.assertEqual(whole.shape, (3, 4, 5))
+    np.testing.assert_array_equal(whole[1:2, 2:], draw(key_BG[1:2, 2:]))
+    np.testing.assert_array_equal(whole[2, 3], draw(key_BG[2, 3]))
+    self.assertLen(np.unique(whole), 60)
 
   def test_moments(self):
     key_R = ops.fold_rows(jax.random.key(1), (200,))
-    normal, uniform = ops.normal_rows(key_R, (50,)), ops.uniform_rows(key_R, (50,))
+    normal = ops.normal_rows(key_R, (50,))
     np.testing.assert_allclose([normal.mean(), normal.std()], [0.0, 1.0], atol=0.03)
-    np.testing.assert_allclose([uniform.mean(), uniform.std()], [0.5, 12**-0.5], atol=0.01)
-    self.assertBetween(float(uniform.min()), 0.0, 0.01)
-    self.assertLess(float(uniform.max()), 1.0)
 
-  def test_a_folded_key_depends_on_its_number_alone(self):
+  def test_a_folded_key_depends_on_its_index_alone(self):
     data = jax.random.key_data
     key = jax.random.key(3)
-    small, flat, large = (ops.fold_rows(key, s) for s in ((2, 3), (6,), (9,)))
+    small, flat, large = (ops.fold_rows(key, shape) for shape in ((2, 3), (6,), (9,)))
     np.testing.assert_array_equal(data(small).reshape(6, -1), data(flat))
     np.testing.assert_array_equal(data(large)[:6], data(flat))
     np.testing.assert_array_equal(data(flat)[4], data(jax.random.fold_in(key, 4)))

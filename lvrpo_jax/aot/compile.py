@@ -1,45 +1,34 @@
 """Compiles the programs of alignment for TPUs that need not be there, and says what they take.
 
     python -m lvrpo_jax.main --config=configs/bagel_7b.py --config.program=compile \
-        --config.topology=v5p:4x4x4
+        --config.compile.topology=v5p:4x4x4
 
 Everything is abstract: no parameter is ever made. libtpu must be installed (`pip install libtpu`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 import jax
-from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-import ml_collections
 import numpy as np
 
 from lvrpo_jax import types
 from lvrpo_jax.aot import flops as flops_lib
 from lvrpo_jax.aot import hlo
-from lvrpo_jax.data import examples
-from lvrpo_jax.data import tasks as tasks_lib
-from lvrpo_jax.objectives import flow as flow_objectives
+from lvrpo_jax.aot import programs as programs_lib
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.parallel import placement
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import weights
-from lvrpo_jax.training import experience
-from lvrpo_jax.training import learner
-from lvrpo_jax.training import losses
-from lvrpo_jax.training import pretrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,44 +72,6 @@ class Exceeded(Exception):
   """A program takes more than it should; the message says which and of what."""
 
 
-class Traced(NamedTuple):
-  """A program with its abstract arguments: all that is needed to compile it.
-
-  Attributes:
-    held: parameters and states among the arguments, by name.
-    resident: bytes on a chip that stay while the program runs, though it does not read them.
-    loop: passes of a loop whose number the program does not tell.
-  """
-
-  function: Any
-  arguments: tuple[Any, ...]
-  mesh: Mesh
-  held: dict[str, Any]
-  resident: float
-  loop: int
-
-
-def abstract(tree: Any, where: Any, dtype: Callable[[str, Any], Any] = lambda name, d: d) -> Any:
-  """Shapes with shardings in place of arrays; `where` is a sharding or a tree of them."""
-  where = (
-    where if not isinstance(where, jax.sharding.Sharding) else jax.tree.map(lambda _: where, tree)
-  )
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x, s: jax.ShapeDtypeStruct(
-      x.shape, dtype(placement.parameter_name(path), x.dtype), sharding=s
-    ),
-    tree,
-    where,
-  )
-
-
-def bytes_of(tree: Any) -> float:
-  """Bytes of a tree on one device, from its shardings."""
-  return float(
-    sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-  )
-
-
 def devices(topology: str) -> list[Any]:
   """The devices of a topology such as 'v5p:4x4x4', one a chip.
 
@@ -144,138 +95,29 @@ def devices(topology: str) -> list[Any]:
     found = list(topologies.get_topology_desc(topology, platform='tpu', **options).devices)
   except Exception as error:  # The plugin raises whatever it likes.
     raise ValueError(
-      f'config.topology is {topology!r}, which cannot be described ({error}); '
+      f'config.compile.topology is {topology!r}, which cannot be described ({error}); '
       "expected a name such as 'v5p:4x4x4', and libtpu installed"
     ) from error
   if len(found) != chips:
     raise ValueError(
-      f'config.topology is {topology!r}, which libtpu describes as {len(found)} '
+      f'config.compile.topology is {topology!r}, which libtpu describes as {len(found)} '
       f'devices; expected one for each of its {chips} chips'
     )
   return found
 
 
-def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> experiment_lib.Experiment:
-  """The job on the devices of the topology, with `auto` attention being that of a TPU."""
+def build(config: types.Config, workdir: pathlib.Path) -> experiment_lib.Experiment:
+  """The experiment on the devices of the topology, with `auto` attention being that of a TPU."""
   if config.model.attention == 'auto':
     config = config.copy_and_resolve_references()
     config.model.attention = 'splash'
-  return experiment_lib.build(config, workdir, devices(config.topology), config.compile.image_size)
-
-
-def prompts(
-  job: experiment_lib.Experiment, tasks: dict[str, int], where: Any
-) -> dict[str, types.Prompts]:
-  """Abstract prompts by task."""
-  side = job.policy.image_size
-  blank = np.zeros((side, side, 3), np.uint8)
-  out = {}
-  for task, rows in tasks.items():
-    encoded = job.encoder(task, [examples.Example(0, '', source=blank, target=blank, answer='')])
-    out[task] = abstract(
-      jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), encoded.prompts),
-      where,
-    )
-  return out
-
-
-def batch(job: experiment_lib.Experiment, where: Any) -> dict[str, Any]:
-  """What an update reads, abstract."""
-  a, (N, C) = job.config.align, job.policy.latent_shape
-  T = job.config.data.answer_words + 1
-  sizes = pretrain.sizes(a)
-  if tasks_lib.THINK_GENERATE in sizes:
-    raise ValueError(
-      f'config.align.think_generate is {sizes[tasks_lib.THINK_GENERATE]}; allowed with '
-      "config.program 'compile': 0"
-    )
-  asked = prompts(job, sizes, where)
-  guided = a.guidance != 1 and a.objective in flow_objectives.COUPLED
-
-  def floats(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-  out = {}
-  for task, B in sizes.items():
-    G = a.group
-    advantage = floats(B, G), floats(B, G, dtype=bool)
-    if task == tasks_lib.UNDERSTAND:
-      out[task] = types.TextTrainBatch(
-        asked[task],
-        floats(B, G, T, dtype=jnp.int32),
-        floats(B, G, T),
-        floats(B, G, T, dtype=bool),
-        floats(B),
-        floats(B, G, T),
-        *advantage,
-      )
-      continue
-    K = experience.Collector(job).window * G
-    M = a.draws * G if a.objective in flow_objectives.DECOUPLED else K
-    x, time_BM = floats(B, K, N, C), floats(B, K)
-    steps = types.Transitions(x, x, time_BM, time_BM, time_BM, time_BM, x, x, time_BM)
-    points = floats(B, M, N, C)
-    out[task] = types.ImageTrainBatch(
-      asked[task],
-      floats(B, G, N, C),
-      steps,
-      points,
-      floats(B, M),
-      points,
-      points,
-      *advantage,
-      floats(B, M) if guided else None,
-    )
-  return out
-
-
-def programs(job: experiment_lib.Experiment) -> dict[str, Callable[[], Traced]]:
-  """The programs by name: text and image rollouts, and the update."""
-  sizes = pretrain.sizes(job.config.align)
-  params = weights.template(job, weights.BASE)
-  optimizer, update = learner.build_update(job)
-  state = jax.eval_shape(lambda p: learner.initial_state(job, p, optimizer), params)
-  state = abstract(state, placement.tree_shardings(state, job.mesh))
-  vae = lambda mesh: abstract(
-    weights.template(job, weights.VAE),
-    placement.tree_shardings(weights.template(job, weights.VAE), mesh),
+  return experiment_lib.build(
+    config, workdir, devices(config.compile.topology), config.compile.image_size
   )
-
-  def rollout(tasks: tuple[str, ...]) -> Traced:
-    mesh = job.rollout_mesh
-    collector = experience.Collector(job)
-    rows = placement.rows_sharding(mesh)
-    mine = abstract(params, placement.tree_shardings(params, mesh), job.rollout_dtype)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    asked = prompts(job, {t: n for t, n in sizes.items() if t in tasks}, rows)
-    scales = abstract(collector.eta_T, NamedSharding(mesh, P()))
-    held = {weights.BASE: mine, weights.VAE: vae(mesh)}
-    arguments = (mine,), held[weights.VAE], asked, step, scales
-    # The copy of the other rollout, of texts or of images, is made before this one has ended.
-    resident = bytes_of(state) + (bytes_of(mine) if job.copies_weights else 0.0)
-    return Traced(
-      jax.jit(collector.sample), arguments, mesh, held, resident, job.config.data.answer_words + 1
-    )
-
-  def train() -> Traced:
-    factors = {
-      name: jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(job.mesh, P()))
-      for name in losses.FACTORS
-    }
-    frozen = {'vae': vae(job.mesh), 'factors': factors}
-    arguments = state, frozen, batch(job, placement.rows_sharding(job.mesh))
-    held = {'state': state, weights.VAE: frozen['vae']}
-    return Traced(mesh_lib.traceable(update), arguments, job.mesh, held, 0.0, 1)
-
-  return {
-    'text': lambda: rollout((tasks_lib.UNDERSTAND,)),
-    'image': lambda: rollout((tasks_lib.GENERATE, tasks_lib.EDIT)),
-    'step': train,
-  }
 
 
 def measure(
-  name: str, program: Traced, chip: Chip, keep: pathlib.Path | None = None
+  name: str, program: programs_lib.Traced, chip: Chip, keep: pathlib.Path | None = None
 ) -> dict[str, Any]:
   """Compiles a program and counts what it takes, on one chip unless said otherwise.
 
@@ -326,28 +168,31 @@ def measure(
   }
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: types.Config, workdir: pathlib.Path) -> None:
   """Prints a JSON line for every program of `config.compile.programs`; writes `compile.jsonl`.
 
   Raises:
     ValueError: the topology is unknown, or sizes do not divide over it.
     Exceeded: after all programs, that one is above a limit.
   """
-  kind = config.topology.split(':')[0]
+  kind = config.compile.topology.split(':')[0]
   if kind not in CHIPS:
     raise ValueError(
-      f'config.topology is {config.topology!r}; allowed: {sorted(CHIPS)} with a '
+      f'config.compile.topology is {config.compile.topology!r}; allowed: {sorted(CHIPS)} with a '
       "shape, such as 'v5p:4x4x4'"
     )
-  job = build(config, workdir)
-  made, faults = programs(job), []
+  experiment = build(config, workdir)
+  made, faults = programs_lib.programs(experiment), []
   workdir.mkdir(parents=True, exist_ok=True)
   for name in config.compile.programs:
-    logging.info('compiling %s for %d chips', name, job.mesh.size)
-    out = {'topology': config.topology, **measure(name, made[name](), CHIPS[kind], workdir / 'hlo')}
+    logging.info('compiling %s for %d chips', name, experiment.mesh.size)
+    out = {
+      'topology': config.compile.topology,
+      **measure(name, made[name](), CHIPS[kind], workdir / 'hlo'),
+    }
     if name == 'step':
-      out['collective_ratio'] = round(passes(job, out), 3)
-      out['objective'] = job.config.align.objective
+      out['collective_ratio'] = round(passes(experiment, out), 3)
+      out['objective'] = experiment.config.align.image.objective
     faults += exceeded(out)
     print(json.dumps(out), flush=True)
     with (workdir / 'compile.jsonl').open('a') as file:
@@ -377,11 +222,11 @@ def exceeded(measured: dict[str, Any]) -> list[str]:
   return out
 
 
-def passes(job: experiment_lib.Experiment, measured: dict[str, Any]) -> float:
+def passes(experiment: experiment_lib.Experiment, measured: dict[str, Any]) -> float:
   """Bytes moved in a micro-batch, in units of three passes over the parameters in 16 bits."""
-  parallel = job.config.parallel
-  count = sum(np.prod(x.shape) for x in jax.tree.leaves(weights.template(job, weights.BASE)))
-  turns = parallel.micro_batches * job.group_parts
+  parallel = experiment.config.parallel
+  count = sum(np.prod(x.shape) for x in jax.tree.leaves(weights.template(experiment, weights.BASE)))
+  turns = parallel.micro_batches * experiment.group_parts
   return sum(measured['collective_bytes'].values()) / turns / (3 * 2 * float(count))
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic of a traced program: multiplications and additions of its products, loops unrolled.
+"""Counts the arithmetic of a traced program: multiplications and additions, loops unrolled.
 
 XLA's cost analysis counts the body of a loop once and sees nothing inside a Pallas kernel.
 """
@@ -6,29 +6,32 @@ XLA's cost analysis counts the body of a loop once and sees nothing inside a Pal
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
+from jax import core as jax_core
 from jax.extend import core
 
 
 def count(jaxpr: core.Jaxpr, unknown: int = 1) -> float:
-  """Multiplications and additions of all products and convolutions, over all devices.
+  """Counts multiplications and additions of all products and convolutions, over all devices.
 
   Args:
-    unknown: passes of a `while` loop, whose number no program tells.
+    jaxpr: the traced program.
+    unknown: passes assumed for a `while` loop, whose number a traced program does not hold.
   """
   return sum(_equation(eqn, unknown) for eqn in jaxpr.eqns)
 
 
-def _equation(eqn: Any, unknown: int) -> float:
+def _equation(eqn: core.JaxprEqn, unknown: int) -> float:
+  """Counts one equation, with the programs inside it."""
   name, params = eqn.primitive.name, eqn.params
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
-    inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * inner
+    inner = math.prod(_shape(eqn.invars[0])[axis] for axis in contracted)
+    return 2.0 * math.prod(_shape(eqn.outvars[0])) * inner
   if name == 'conv_general_dilated':
-    kernel, spec = eqn.invars[1].aval.shape, params['dimension_numbers'].rhs_spec
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[spec[0]]
+    kernel, spec = _shape(eqn.invars[1]), params['dimension_numbers'].rhs_spec
+    return 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) / kernel[spec[0]]
   inner = [count(sub, unknown) for sub in _inside(params)]
   if not inner:
     return 0.0
@@ -45,8 +48,12 @@ def _equation(eqn: Any, unknown: int) -> float:
   return sum(inner)
 
 
+def _shape(value: core.Var | core.Literal) -> tuple[int, ...]:
+  return cast(jax_core.ShapedArray, value.aval).shape
+
+
 def _inside(params: dict[str, Any]) -> list[core.Jaxpr]:
-  """The programs inside an equation."""
+  """Returns the programs inside an equation, by the equation's parameters."""
   out = []
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):

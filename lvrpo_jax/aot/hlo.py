@@ -1,45 +1,20 @@
-"""What a compiled program does, read from its text: bytes through memory and through the network.
+"""Reads from the text of a compiled program the bytes it moves through memory and the network.
 
-Loops count as often as they run: XLA's own cost analysis counts their bodies once.
+A loop's body counts as often as it runs; XLA's own cost analysis counts it once.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-import dataclasses
 import math
 import re
 from typing import NamedTuple
 
-WIDTHS = {
-  'pred': 1,
-  's4': 0.5,
-  'u4': 0.5,
-  's8': 1,
-  'u8': 1,
-  'f8e4m3fn': 1,
-  'f8e5m2': 1,
-  's16': 2,
-  'u16': 2,
-  'f16': 2,
-  'bf16': 2,
-  's32': 4,
-  'u32': 4,
-  'f32': 4,
-  's64': 8,
-  'u64': 8,
-  'f64': 8,
-}
-"""Bytes of an element."""
+from lvrpo_jax.aot import hlo_text
 
 COLLECTIVES = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 
-_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$')
-_OPCODE = re.compile(r'^((?:\((?:[^()]|\([^()]*\))*\)|\S+)) ([\w\-]+)\(')
-_SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
-_CALLED = re.compile(r'(?:calls|body|condition|to_apply)=%?([\w.\-]+)')
-_LISTED = re.compile(r'(?:branch_computations|called_computations|calls)=\{([^}]*)\}')
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(r'replica_groups=\{\{([\d,]+)\}')
 _IOTA = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
@@ -48,156 +23,120 @@ _INTEGER = re.compile(r'[su]\d+\[\]')
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 
 
-@dataclasses.dataclass
-class Instruction:
-  """One line of a program: name, opcode, text of its result's shape, and the whole line."""
-
-  name: str
-  opcode: str
-  shape: str
-  line: str
-
-
-Program = dict[str, list[Instruction]]
-"""Instructions of every computation."""
-
-
 class Affine(NamedTuple):
-  """An integer: an element of a loop's state (None: nothing) plus a constant."""
+  """An integer: an element of a loop's state plus a constant.
+
+  Attributes:
+    element: index into the state; None where the integer is the constant alone.
+    added: the constant.
+  """
 
   element: int | None
   added: int
 
 
 class Computation:
-  """A computation by the names of its instructions.
+  """A computation whose instructions are found by name.
 
   Attributes:
-    given: what is known of its parameters, by number; that of a loop is the state, a tuple.
+    body: instructions by name.
+    root: the instruction whose result the computation returns, if it has one.
+    program: the program around it.
+    given: integer parameters that are known, by index. The parameter of a loop is its state, a
+      tuple.
   """
 
-  def __init__(self, body: list[Instruction], program: Program, given: dict[int, Affine | None]):
-    self.body = {i.name: i for i in body}
-    self.root = next((i for i in body if i.line.lstrip().startswith('ROOT ')), None)
+  def __init__(
+    self,
+    body: list[hlo_text.Instruction],
+    program: hlo_text.Program,
+    given: dict[int, Affine | None],
+  ):
+    """Indexes the instructions of a body."""
+    self.body = {op.name: op for op in body}
+    self.root = next((op for op in body if op.line.lstrip().startswith('ROOT ')), None)
     self.program = program
     self.given = given
 
 
-def size(shape: str) -> float:
-  """Bytes of a shape, tuples added up; control values such as tokens have none."""
-  total = 0.0
-  for kind, dims in _SHAPE.findall(shape):
-    count = 1
-    for dim in dims.split(','):
-      count *= int(dim) if dim else 1
-    total += WIDTHS.get(kind, 0) * count
-  return total
-
-
-def computations(text: str) -> tuple[str, Program]:
-  """Name of the entry, and the instructions of every computation."""
-  out: Program = {}
-  current, entry = None, ''
-  for line in text.splitlines():
-    if line.rstrip().endswith('{') and ' = ' not in line.split('{')[0].split('(')[0]:
-      name = line.split('(')[0].replace('ENTRY', '').strip().lstrip('%')
-      name = name.split(' ')[0]
-      if name and not line.startswith('HloModule'):
-        current = out.setdefault(name, [])
-        entry = name if line.startswith('ENTRY') else entry
-      continue
-    found = _INSTRUCTION.match(line)
-    if current is None or not found:
-      continue
-    opcode = _OPCODE.match(found[2])
-    if opcode:
-      current.append(Instruction(found[1], opcode[2], opcode[1], line))
-  return entry, out
-
-
-def _arguments(i: Instruction) -> str:
-  return i.line.split(f' {i.opcode}(', 1)[1].split('), ')[0]
-
-
-def _names(i: Instruction) -> list[str]:
-  """Names of the operands."""
-  return re.findall(r'%([\w.\-]+)', _arguments(i))
-
-
-def calls(i: Instruction) -> list[str]:
-  """Names of the computations that an instruction runs."""
-  lists = ''.join(found + ',' for found in _LISTED.findall(i.line))
-  return _CALLED.findall(i.line) + re.findall(r'[\w.\-]+', lists)
-
-
 def _scalar(name: str, within: Computation) -> Affine | None:
-  """An integer of a computation as an element of the loop's state plus a constant, if it is one."""
-  i = within.body.get(name)
-  if i is None or not _INTEGER.match(i.shape):
+  """Returns the integer of this name, None where it is no element of the state plus a constant."""
+  op = within.body.get(name)
+  if op is None or not _INTEGER.match(op.shape):
     return None
-  if i.opcode == 'constant':
-    return Affine(None, int(re.search(r'constant\((-?\d+)\)', i.line)[1]))
-  if i.opcode == 'parameter':
-    return within.given.get(int(re.search(r'parameter\((\d+)\)', i.line)[1]))
-  if i.opcode == 'get-tuple-element':
-    source = within.body.get(_names(i)[0])
-    state = source is not None and source.opcode == 'parameter'
-    return Affine(int(re.search(r'\), index=(\d+)', i.line)[1]), 0) if state else None
-  if i.opcode == 'fusion':
-    inside = _inside(i, within)
-    return _scalar(inside.root.name, inside)
-  if i.opcode in ('copy', 'bitcast', 'convert'):
-    return _scalar(_names(i)[0], within)
-  if i.opcode not in ('add', 'subtract'):
+  if op.opcode == 'constant':
+    return Affine(element=None, added=int(hlo_text.first_group(r'constant\((-?\d+)\)', op.line)))
+  if op.opcode == 'parameter':
+    return within.given.get(int(hlo_text.first_group(r'parameter\((\d+)\)', op.line)))
+  if op.opcode == 'get-tuple-element':
+    source = within.body.get(hlo_text.operand_names(op)[0])
+    if source is None or source.opcode != 'parameter':
+      return None
+    return Affine(element=int(hlo_text.first_group(r'\), index=(\d+)', op.line)), added=0)
+  if op.opcode == 'fusion':
+    inside = _inside(op, within)
+    return _scalar(inside.root.name, inside) if inside.root else None
+  if op.opcode in ('copy', 'bitcast', 'convert'):
+    return _scalar(hlo_text.operand_names(op)[0], within)
+  if op.opcode not in ('add', 'subtract'):
     return None
-  one, two = (_scalar(operand, within) for operand in _names(i))
+  one, two = (_scalar(operand, within) for operand in hlo_text.operand_names(op))
   if one is None or two is None:
     return None
-  if i.opcode == 'subtract':
+  if op.opcode == 'subtract':
     return Affine(one.element, one.added - two.added) if two.element is None else None
   if None not in (one.element, two.element):
     return None
   return Affine(one.element if two.element is None else two.element, one.added + two.added)
 
 
-def _inside(i: Instruction, within: Computation) -> Computation:
-  """What a fusion of a computation runs."""
-  values = enumerate(_scalar(operand, within) for operand in _names(i))
-  return Computation(within.program.get(calls(i)[0], []), within.program, dict(values))
+def _inside(op: hlo_text.Instruction, within: Computation) -> Computation:
+  """Returns the computation that a fusion runs, with the integers it is given."""
+  values = enumerate(_scalar(operand, within) for operand in hlo_text.operand_names(op))
+  return Computation(within.program.get(hlo_text.calls(op)[0], []), within.program, dict(values))
 
 
 def _bounds(within: Computation) -> Iterator[tuple[int, int, str]]:
-  """Elements of the state that a condition compares with a constant: element, constant, how."""
-  for i in within.body.values():
-    if i.opcode == 'fusion':
-      yield from _bounds(_inside(i, within))
-    if i.opcode != 'compare':
+  """Yields (element, constant, direction) where a condition compares the state with a constant."""
+  for op in within.body.values():
+    if op.opcode == 'fusion':
+      yield from _bounds(_inside(op, within))
+    if op.opcode != 'compare':
       continue
-    one, two = (_scalar(operand, within) for operand in _names(i))
-    direction = re.search(r'direction=(\w+)', i.line)[1]
+    one, two = (_scalar(operand, within) for operand in hlo_text.operand_names(op))
+    direction = hlo_text.first_group(r'direction=(\w+)', op.line)
     if one and two and one.element is None:
       one, two, direction = two, one, direction.translate(str.maketrans('LG', 'GL'))
     if one and two and one.element is not None and two.element is None:
       yield one.element, two.added - one.added, direction
 
 
-def passes(i: Instruction, outer: list[Instruction], program: Program) -> float | None:
-  """How often a loop runs, at most where it can end early; None where its text does not say.
+def passes(
+  op: hlo_text.Instruction, outer: list[hlo_text.Instruction], program: hlo_text.Program
+) -> float | None:
+  """Returns how often a loop's body runs, an upper bound where the loop can end early.
 
   Args:
-    outer: the computation that holds the loop.
+    op: the loop.
+    outer: the computation that holds it.
+    program: the program around it.
+
+  Returns:
+    The number, or None where the text does not determine it.
   """
-  known = _TRIPS.search(i.line)
+  known = _TRIPS.search(op.line)
   if known:
     return float(known[1])
-  # XLA:TPU does not say; a counted loop compares its counter with a constant. Where the text hides
-  # what a counter starts from or adds, that is 0 and 1.
+  # XLA:TPU writes no count; there a counted loop compares its counter with a constant. Where the
+  # text hides the start of a counter or its step, 0 and 1 are taken.
   condition, body = (
-    Computation(program.get(re.search(rf'{part}=%?([\w.\-]+)', i.line)[1], []), program, {})
+    Computation(
+      program.get(hlo_text.first_group(rf'{part}=%?([\w.\-]+)', op.line), []), program, {}
+    )
     for part in ('condition', 'body')
   )
   around = Computation(outer, program, {})
-  given, out = around.body.get(_names(i)[0]), []
+  given, out = around.body.get(hlo_text.operand_names(op)[0]), []
   for element, limit, direction in _bounds(condition):
     start = _element(given, element, around)
     after = _element(body.root, element, body) or Affine(element, 1)
@@ -210,59 +149,54 @@ def passes(i: Instruction, outer: list[Instruction], program: Program) -> float 
   return float(min(out)) if out else None
 
 
-def _element(made: Instruction | None, number: int, within: Computation) -> Affine | None:
-  """An element of a tuple that a computation makes."""
+def _element(made: hlo_text.Instruction | None, index: int, within: Computation) -> Affine | None:
+  """Returns an element of the tuple that an instruction makes."""
   if made is None or made.opcode != 'tuple':
     return None
-  return _scalar(_names(made)[number], within)
+  return _scalar(hlo_text.operand_names(made)[index], within)
 
 
 def unknown_loops(text: str) -> list[str]:
-  """Names of the loops whose number of passes a program does not tell."""
-  _, program = computations(text)
+  """Returns the names of the loops whose number of passes the text does not determine."""
+  _, program = hlo_text.computations(text)
   return [
-    i.name
+    op.name
     for body in program.values()
-    for i in body
-    if i.opcode == 'while' and passes(i, body, program) is None
+    for op in body
+    if op.opcode == 'while' and passes(op, body, program) is None
   ]
 
 
 def trips(text: str, unknown: int = 1) -> dict[str, float]:
-  """How often every computation runs.
+  """Counts how often every computation runs.
 
   Args:
-    unknown: passes of a loop whose number the program does not tell, see `unknown_loops`.
+    text: of the compiled program.
+    unknown: passes of a loop whose number the text does not determine, see `unknown_loops`.
   """
-  entry, program = computations(text)
+  entry, program = hlo_text.computations(text)
   out: dict[str, float] = collections.defaultdict(float)
 
-  def visit(name: str, count: float):
+  def visit(name: str, count: float) -> None:
     out[name] += count
     body = program.get(name, [])
-    for i in body:
+    for op in body:
       factor = 1.0
-      if i.opcode == 'while':
-        found = passes(i, body, program)
+      if op.opcode == 'while':
+        found = passes(op, body, program)
         factor = float(unknown) if found is None else found
-      for called in calls(i):
+      for called in hlo_text.calls(op):
         visit(called, count * factor)
 
   visit(entry, 1.0)
   return out
 
 
-def operands(i: Instruction, shapes: dict[str, str]) -> Iterator[str]:
-  """Shapes of the operands of an instruction, given those of its computation by name."""
-  for name in _names(i):
-    if name in shapes:
-      yield shapes[name]
-
-
 def moved(kind: str, given: float, made: float, group: int) -> float:
-  """Bytes that a chip receives in a collective, by the ring algorithm.
+  """Returns the bytes that a chip receives in a collective, by the ring algorithm.
 
   Args:
+    kind: one of `COLLECTIVES`.
     given, made: bytes of the chip's operands and results.
     group: chips that take part.
   """
@@ -277,7 +211,7 @@ def moved(kind: str, given: float, made: float, group: int) -> float:
 
 
 def group_size(line: str, chips: int) -> int:
-  """Chips of one group of a collective."""
+  """Returns the number of chips in one group of a collective."""
   listed, iota, mesh = _GROUPS.search(line), _IOTA.search(line), _MESH.search(line)
   if listed:
     return len(listed[1].split(','))
@@ -288,21 +222,21 @@ def group_size(line: str, chips: int) -> int:
 
 
 def collectives(text: str, chips: int, unknown: int = 1) -> dict[str, float]:
-  """Bytes that a chip receives in one run of a program, by kind of collective."""
-  _, program = computations(text)
-  out = dict.fromkeys(COLLECTIVES, 0.0)
+  """Returns the bytes that a chip receives in one run of a program, by kind of collective."""
+  _, program = hlo_text.computations(text)
+  out: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
   for name, count in trips(text, unknown).items():
-    # XLA:TPU fuses an all-reduce with the slice that each chip keeps: a reduce-scatter.
+    # XLA:TPU writes a reduce-scatter as an all-reduce fused with the slice that each chip keeps.
     scattered = 'all-reduce-scatter' in name
-    shapes = {i.name: i.shape for i in program.get(name, ())}
-    for i in program.get(name, ()):
-      kind = i.opcode.removesuffix('-start')
+    shapes = {op.name: op.shape for op in program.get(name, ())}
+    for op in program.get(name, ()):
+      kind = op.opcode.removesuffix('-start')
       if kind not in COLLECTIVES:
         continue
-      given = sum(map(size, operands(i, shapes)))
-      made = size(i.shape) - (given if i.opcode.endswith('-start') else 0)
+      given = sum(map(hlo_text.size, hlo_text.operands(op, shapes)))
+      made = hlo_text.size(op.shape) - (given if op.opcode.endswith('-start') else 0)
       kind = 'reduce-scatter' if scattered and kind == 'all-reduce' else kind
-      out[kind] += count * moved(kind, given, made, group_size(i.line, chips))
+      out[kind] += count * moved(kind, given, made, group_size(op.line, chips))
   return out
 
 
@@ -320,70 +254,75 @@ PASSIVE = (
   'replica-id',
 )
 """Opcodes that move nothing themselves."""
+
 SLICES = ('dynamic-slice', 'gather', 'slice')
+"""Opcodes that read a part of their first operand."""
 
 
 def memory_traffic(text: str, unknown: int = 1) -> float:
-  """Bytes read and written by a chip: operands and results of every fused instruction.
+  """Returns the bytes that a chip reads and writes: operands and results of every instruction.
 
-  Of an operand that is only sliced, and of a result that is only updated, the part counts. What
-  stays in fast memory between two instructions is counted too.
+  A fusion counts as one instruction. Of an operand that is only sliced, and of a result that is
+  only updated, the part counts. What stays in fast memory between two instructions counts too.
   """
-  _, program = computations(text)
+  _, program = hlo_text.computations(text)
   control = ('while', 'conditional', 'call', 'async-start')
   fused = {
     called
     for body in program.values()
-    for i in body
-    if i.opcode not in control
-    for called in calls(i)
+    for op in body
+    if op.opcode not in control
+    for called in hlo_text.calls(op)
   }
   total = 0.0
   for name, count in trips(text, unknown).items():
     if name in fused:
       continue
-    shapes = {i.name: i.shape for i in program.get(name, ())}
-    for i in program.get(name, ()):
-      if i.opcode not in PASSIVE and not i.opcode.endswith('-done'):
-        total += count * _traffic(i, program, shapes)
+    shapes = {op.name: op.shape for op in program.get(name, ())}
+    for op in program.get(name, ()):
+      if op.opcode not in PASSIVE and not op.opcode.endswith('-done'):
+        total += count * _traffic(op, program, shapes)
   return total
 
 
-def _traffic(i: Instruction, program: Program, shapes: dict[str, str]) -> float:
-  """Bytes of one instruction, among others of these shapes."""
-  inside = program.get(calls(i)[0], []) if i.opcode == 'fusion' else [i]
+def _traffic(op: hlo_text.Instruction, program: hlo_text.Program, shapes: dict[str, str]) -> float:
+  """Returns the bytes of one instruction; `shapes` are those of its computation by name."""
+  inside = program.get(hlo_text.calls(op)[0], []) if op.opcode == 'fusion' else [op]
   updates = [other for other in inside if other.opcode == 'dynamic-update-slice']
-  written, skipped = size(i.shape), 0.0
-  if updates and size(updates[-1].shape) == written:
-    target, part = [*operands(updates[-1], {**shapes, **{o.name: o.shape for o in inside}})][:2]
-    written, skipped = 2 * size(part), size(target)
-  if i.opcode in SLICES:
+  written, skipped = hlo_text.size(op.shape), 0.0
+  if updates and hlo_text.size(updates[-1].shape) == written:
+    known = {**shapes, **{other.name: other.shape for other in inside}}
+    target, part = [*hlo_text.operands(updates[-1], known)][:2]
+    written, skipped = 2 * hlo_text.size(part), hlo_text.size(target)
+  if op.opcode in SLICES:
     return 2 * written
   read = 0.0
-  for number, shape in enumerate(operands(i, shapes)):
-    whole = size(shape)
+  for index, shape in enumerate(hlo_text.operands(op, shapes)):
+    whole = hlo_text.size(shape)
     if skipped and whole == skipped:
       skipped = 0.0
     else:
-      read += _read(calls(i)[0], number, program) if i.opcode == 'fusion' else whole
+      read += _read(hlo_text.calls(op)[0], index, program) if op.opcode == 'fusion' else whole
   return written + read
 
 
-def _read(name: str, number: int, program: Program) -> float:
-  """Bytes that a fused computation reads of its parameter of this number."""
+def _read(name: str, index: int, program: hlo_text.Program) -> float:
+  """Returns the bytes that a fused computation reads from its parameter of this index."""
   inside = program.get(name, [])
   source = next(
-    (i for i in inside if i.opcode == 'parameter' and f' parameter({number})' in i.line), None
+    (op for op in inside if op.opcode == 'parameter' and f' parameter({index})' in op.line), None
   )
   if source is None:
     return 0.0
-  whole, total = size(source.shape), 0.0
+  whole, total = hlo_text.size(source.shape), 0.0
   for user in inside:
-    for place in (n for n, found in enumerate(_names(user)) if found == source.name):
+    for place, found in enumerate(hlo_text.operand_names(user)):
+      if found != source.name:
+        continue
       if user.opcode in SLICES and place == 0:
-        total += size(user.shape)
+        total += hlo_text.size(user.shape)
       elif user.opcode == 'fusion':
-        total += _read(calls(user)[0], place, program)
+        total += _read(hlo_text.calls(user)[0], place, program)
       else:
         return whole
   return min(total, whole)

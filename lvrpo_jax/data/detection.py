@@ -1,19 +1,36 @@
-"""What both detectors share: the record they return, the palette and smoothing."""
+"""Detections, the protocol of detectors, and the table of named detectors."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Protocol
 
 import numpy as np
-from scipy import ndimage
-
-from lvrpo_jax.data.shapes import render
 
 UNKNOWN = 'unknown'
+"""Label of an object that belongs to no known class."""
+
+TABLE = {
+  'components': 'lvrpo_jax.data.shapes.detect_moments:detect_components',
+  'rendering': 'lvrpo_jax.data.shapes.detect_rendering:detect_by_rendering',
+}
+"""Import paths of detectors by name.
+
+Both detectors are of the shapes world, and they are built differently.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """A found object: `box` (x0, y0, x1, y1) in pixels, `score` in [0, 1]; UNKNOWN is a label."""
+  """A found object.
+
+  Attributes:
+    label: class of the object, or `UNKNOWN`.
+    color: name of its colour.
+    box: (x0, y0, x1, y1) in pixels.
+    score: confidence in [0, 1].
+  """
 
   label: str
   color: str
@@ -22,36 +39,14 @@ class Detection:
 
   @property
   def centre(self) -> tuple[float, float]:
-    """(x, y) of the box's centre."""
+    """Centre (x, y) of the box."""
     x0, y0, x1, y1 = self.box
     return (x0 + x1) / 2, (y0 + y1) / 2
 
 
-COLOR_NAMES = tuple(render.COLORS)
-_SHADE_KC = np.asarray(tuple(render.COLORS.values()), np.float32) - np.asarray(
-  render.BACKGROUND, np.float32
-)
-NORM_K = np.linalg.norm(_SHADE_KC, axis=-1)
-UNIT_KC = _SHADE_KC / NORM_K[:, None]
+class Detector(Protocol):
+  """Finds objects from pixels alone; it never reads the prompt of an image."""
 
-
-def difference_to_background(images_RYXC: np.ndarray) -> np.ndarray:
-  """Float32 difference to the background.
-
-  Raises:
-    ValueError: if the array is not R, Y, X, 3.
-  """
-  if images_RYXC.ndim != 4 or images_RYXC.shape[-1] != 3:
-    raise ValueError(f'images must have axes RYXC with three channels, not {images_RYXC.shape}')
-  return images_RYXC.astype(np.float32) - np.asarray(render.BACKGROUND, np.float32)
-
-
-def smooth(array_RYXC: np.ndarray, kernel: Sequence[float]) -> np.ndarray:
-  """Separable smoothing along Y and X with edge pixels repeated."""
-  for axis in (1, 2):
-    array_RYXC = ndimage.convolve1d(array_RYXC, kernel, axis=axis, mode='nearest')
-  return array_RYXC
-
-
-PLANAR = np.zeros((3, 3, 3), bool)  # connects the four neighbours within a plane
-PLANAR[1] = ((0, 1, 0), (1, 1, 1), (0, 1, 0))
+  def __call__(self, images_RYXC: np.ndarray) -> Sequence[Sequence[Detection]]:
+    """Returns the detections of every uint8 image, as one sequence an image."""
+    ...

@@ -82,7 +82,7 @@ class Encoder:
       ids = t.encode(text)
       if len(ids) > words:
         raise ValueError(
-          f'{text!r} has {len(ids)} tokens; data.prompt_words or data.answer_words allows {words}'
+          f'{text!r} has {len(ids)} tokens; data.prompt_tokens or data.answer_tokens allows {words}'
         )
       out[row, 0] = t.bos
       out[row, 1 : 1 + len(ids)] = ids

@@ -1,7 +1,9 @@
-"""Images between files, bytes and the numbers that the model reads.
+"""Conversions between image files, byte images and the pixel images that the model reads.
 
-A byte image is `image_YXC`, uint8, RGB; a pixel image is float32 in [-1, 1] of the same layout.
+A byte image is `image_YXC`, uint8, RGB. A pixel image has the same layout, float32 in [-1, 1].
 """
+
+from __future__ import annotations
 
 import io
 import os
@@ -11,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
+"""Default largest area of all images of a sample together, pixels."""
 
 
 class ResizeRule(NamedTuple):
-  """The arguments of `resize_rule` after the size, in its order."""
+  """Arguments of `resize_rule` after the size, in its order."""
 
   max_side: int
   min_side: int
@@ -32,18 +35,19 @@ def resize_rule(
   max_pixels: int = MAX_PIXELS,
   img_num: int = 1,
 ) -> tuple[int, int]:
-  """Size to which the BAGEL release resizes an image, so that both sides are multiples of a stride.
+  """Computes the size to which the BAGEL release resizes an image.
 
-  The sides are brought between `min_side` and `max_side`, each rounded on its own to the stride. An
-  area above `max_pixels / img_num` shrinks the sides by the ratio of the areas, which is more than
-  needed, and `max_side` wins over `min_side`; both are the behaviour of the release.
+  Both sides are brought between `min_side` and `max_side`, and each is rounded on its own to a
+  multiple of `stride`. Two points are the behaviour of the release: an area above
+  `max_pixels / img_num` shrinks the sides by the ratio of the areas, which is more than needed, and
+  `max_side` takes precedence over `min_side`.
 
   Args:
     w: width in pixels.
     h: height in pixels.
     max_side: largest length of the longer side, pixels.
     min_side: smallest length of the shorter side, pixels.
-    stride: pixels of which both sides become multiples.
+    stride: both sides become multiples of it, pixels.
     max_pixels: largest area of all images of a sample together, pixels.
     img_num: number of images of the sample.
 
@@ -75,19 +79,25 @@ def load_image(source: str | os.PathLike | bytes) -> np.ndarray:
     Byte image, shape (Y, X, 3).
 
   Raises:
-    ValueError: the file is missing, cut short or no image; the message names it.
+    ValueError: the file is missing, truncated or not an image; the message names it.
   """
-  in_memory = isinstance(source, bytes)
-  name = f'{len(source)} bytes in memory' if in_memory else os.fspath(source)
+  if isinstance(source, bytes):
+    file, name = io.BytesIO(source), f'{len(source)} bytes in memory'
+  else:
+    file, name = source, os.fspath(source)
   try:
-    with Image.open(io.BytesIO(source) if in_memory else source) as image:
+    with Image.open(file) as image:
       return np.array(_to_rgb(image))
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise ValueError(f'cannot read image {name}: {error}') from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  # As the released code: transparency counts in RGBA and where a file marks a colour, not in LA.
+  """Converts to RGB on white.
+
+  As in the released code, transparency counts in RGBA images and in files that mark one colour as
+  transparent, but not in LA images.
+  """
   if image.mode != 'RGBA' and 'transparency' not in image.info:
     return image.convert('RGB')
   rgba = image.convert('RGBA')
@@ -97,7 +107,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-  """Resizes a byte image to the size that `rule` gives."""
+  """Resizes a byte image to the size given by `rule`."""
   return resize_to(image_YXC, resize_rule(image_YXC.shape[1], image_YXC.shape[0], *rule))
 
 
@@ -121,7 +131,7 @@ def transform(image_YXC: np.ndarray, rule: ResizeRule) -> np.ndarray:
 
 
 def to_bytes(image_YXC: np.ndarray) -> np.ndarray:
-  """Maps [-1, 1] to 0..255, clipped; fractions are cut off, as in the BAGEL release."""
+  """Maps [-1, 1] to 0..255, clipped; fractions are truncated, as in the BAGEL release."""
   unit_YXC = (np.asarray(image_YXC, np.float32) * np.float32(0.5) + np.float32(0.5)).clip(0, 1)
   return (unit_YXC * np.float32(255)).astype(np.uint8)
 
@@ -130,7 +140,7 @@ def save_png(path: str | os.PathLike, image_YXC: np.ndarray) -> None:
   """Writes a byte image (Y, X, 3) as a PNG file.
 
   Raises:
-    ValueError: the image is not uint8; `to_bytes` makes it so.
+    ValueError: the image is not uint8; `to_bytes` converts it.
   """
   if image_YXC.dtype != np.uint8:
     raise ValueError(f'a PNG takes uint8 values, not {image_YXC.dtype}')

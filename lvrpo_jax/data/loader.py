@@ -3,46 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import grain
 
+from lvrpo_jax import types
 
-class IndexedSource(grain.sources.RandomAccessDataSource):
-  """A procedural task as a random-access source: element i is `make(i)`.
+EPOCH_ROWS = 1 << 29
+"""Rows of a procedural source. No run reaches its end, and indices fit into int32."""
 
-  `length` bounds the epoch; indices beyond it are never asked for by grain.
+Element = TypeVar('Element')
+
+
+class IndexedSource(grain.sources.RandomAccessDataSource, Generic[Element]):
+  """A random-access source whose element i is `make(i)`.
+
+  `length` bounds the epoch; grain never asks for an index beyond it.
   """
 
-  def __init__(self, make: Callable[[int], Any], length: int):
+  def __init__(self, make: Callable[[int], Element], length: int):
     self._make, self._length = make, length
 
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: int) -> Any:
+  def __getitem__(self, index: int) -> Element:
     return self._make(int(index))
 
 
 def batches(
-  source: IndexedSource,
+  source: IndexedSource[Element],
   batch_size: int,
-  collate: Callable[[Sequence[Any]], Any],
+  collate: Callable[[Sequence[Element]], types.Tree],
   shard: tuple[int, int] = (0, 1),
   prefetch: int = 4,
 ) -> grain.DatasetIterator:
-  """Endless batches in source order, with a state of one integer.
+  """Returns endless batches in source order; the iterator's state is one integer.
 
   Args:
-    batch_size: rows of this shard's part.
-    shard: (index of this process, number of processes); rows are dealt out in turn.
-    prefetch: batches made ahead by background threads.
+    source: the elements.
+    batch_size: rows of a batch that belong to this shard.
+    collate: makes one batch of the elements of its rows.
+    shard: (index, count) of this process's shard; rows are dealt out in turn.
+    prefetch: batches that background threads make ahead.
   """
   index, count = shard
   data = grain.MapDataset.source(source).repeat(None)[index::count]
   data = data.batch(batch_size, batch_fn=collate)
   return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
-
-
-EPOCH_ROWS = 1 << 29
-"""Rows of a procedural source; no run reaches its end, and indices fit into int32."""

@@ -1,4 +1,4 @@
-"""Text tokenizers: Hugging Face `tokenizers` files, and the one of the shapes world."""
+"""Text tokenizers, read from Hugging Face `tokenizers` files or made from a list of words."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ import tokenizers
 from tokenizers import models as token_models
 from tokenizers import pre_tokenizers
 
+from lvrpo_jax import types
+
 SPECIAL = {
   'bos': '<|im_start|>',
   'eos': '<|im_end|>',
   'start_of_image': '<|vision_start|>',
   'end_of_image': '<|vision_end|>',
 }
-"""Special tokens by role, as Qwen2.5 names them."""
+"""Special tokens by role, with the names of Qwen2.5."""
 
 UNKNOWN = '[UNK]'
-"""What a word-level tokenizer says in place of a word it does not know."""
+"""Token by which a word-level tokenizer replaces a word outside its vocabulary."""
+
+QWEN_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+"""Qwen2's word split, needed where only the vocabulary and the merges are given."""
 
 
 class Tokenizer:
   """Encodes and decodes text; special tokens are looked up by name and appended if absent.
 
   Attributes:
+    backend: the Hugging Face tokenizer.
     bos, eos, start_of_image, end_of_image: ids of the special tokens.
-    added: number of special tokens that the file lacked; the embedding table must grow by it.
+    added: count of special tokens that the file lacked; the embedding table must grow by it.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):
@@ -35,17 +44,22 @@ class Tokenizer:
     missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
     self.added = backend.add_special_tokens(missing)
     self.bos, self.eos, self.start_of_image, self.end_of_image = (
-      backend.token_to_id(SPECIAL[role]) for role in SPECIAL
+      self._special_id(role) for role in SPECIAL
     )
+
+  def _special_id(self, role: str) -> int:
+    token_id = self.backend.token_to_id(SPECIAL[role])
+    assert token_id is not None, role  # Absent ones have just been added.
+    return token_id
 
   def __len__(self) -> int:
     return self.backend.get_vocab_size(with_added_tokens=True)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without frame tokens.
+    """Returns the ids of a text, without frame tokens.
 
     Raises:
-      ValueError: the text has a word that the vocabulary cannot express.
+      ValueError: the text has a word that the vocabulary cannot express; the message names it.
     """
     encoding = self.backend.encode(text, add_special_tokens=False)
     unknown = self.backend.token_to_id(UNKNOWN)
@@ -55,8 +69,8 @@ class Tokenizer:
     return encoding.ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text up to the first end token, without special tokens."""
-    ids = [int(i) for i in ids]
+    """Returns the text up to the first end token, without special tokens."""
+    ids = [int(token_id) for token_id in ids]
     if self.eos in ids:
       ids = ids[: ids.index(self.eos)]
     return self.backend.decode(ids, skip_special_tokens=True)
@@ -67,8 +81,8 @@ class Tokenizer:
 
 
 def from_words(words: Sequence[str]) -> Tokenizer:
-  """A word-level tokenizer: one token a word, split at white space."""
-  vocabulary = {word: i for i, word in enumerate((UNKNOWN, *words))}
+  """Makes a word-level tokenizer: one token a word, split at white space."""
+  vocabulary = {word: index for index, word in enumerate((UNKNOWN, *words))}
   backend = tokenizers.Tokenizer(token_models.WordLevel(vocabulary, unk_token=UNKNOWN))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   return Tokenizer(backend)
@@ -78,8 +92,8 @@ def from_path(path: str | os.PathLike[str]) -> Tokenizer:
   """Loads `tokenizer.json`, or a folder that holds it or `vocab.json` and `merges.txt`.
 
   Raises:
-    FileNotFoundError: none of these files is there.
-    ValueError: the file is no tokenizer.
+    FileNotFoundError: none of these files exists.
+    ValueError: a file is not of a tokenizer.
   """
   path = os.fspath(path)
   single = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
@@ -90,18 +104,7 @@ def from_path(path: str | os.PathLike[str]) -> Tokenizer:
     except Exception as error:  # The Rust binding raises bare Exception for any bad file.
       raise ValueError(f'{single} is no tokenizer file: {error}') from error
   if os.path.isfile(vocab) and os.path.isfile(merges):
-    try:
-      backend = tokenizers.Tokenizer(token_models.BPE.from_file(vocab, merges))
-    except Exception as error:  # As above.
-      raise ValueError(f'{vocab} and {merges} are no tokenizer: {error}') from error
-    backend.normalizer = tokenizers.normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-      ]
-    )
-    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend = _byte_level_backend(vocab, merges)
     _add_tokens(backend, path)
     return Tokenizer(backend)
   raise FileNotFoundError(
@@ -109,23 +112,50 @@ def from_path(path: str | os.PathLike[str]) -> Tokenizer:
   )
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
-  """Adds the tokens that stand in files beside the vocabulary, at the ids that those give.
+def _byte_level_backend(vocab: str, merges: str) -> tokenizers.Tokenizer:
+  """Makes a byte-level BPE tokenizer with Qwen2's normalisation and word split.
 
   Raises:
-    ValueError: a file cannot be read, or its ids do not follow on the vocabulary's.
+    ValueError: the files are not of a tokenizer.
+  """
+  try:
+    backend = tokenizers.Tokenizer(token_models.BPE.from_file(vocab, merges))
+  except Exception as error:  # The Rust binding raises bare Exception for any bad file.
+    raise ValueError(f'{vocab} and {merges} are no tokenizer: {error}') from error
+  backend.normalizer = tokenizers.normalizers.NFC()
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  return backend
+
+
+def _read_added_tokens(content: types.Json) -> dict[str, int]:
+  """Ids by token of `added_tokens.json`."""
+  return content
+
+
+def _read_tokenizer_config(content: types.Json) -> dict[str, int]:
+  """Ids by token of `tokenizer_config.json`."""
+  entries = content.get('added_tokens_decoder', {})
+  return {entry['content']: int(token_id) for token_id, entry in entries.items()}
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
+  """Adds the tokens listed in files beside the vocabulary, at the ids given there.
+
+  Raises:
+    ValueError: a file cannot be read, or its ids do not continue those of the vocabulary.
   """
   wanted: dict[str, int] = {}
-  for name, read in (
-    ('added_tokens.json', lambda found: found),
-    (
-      'tokenizer_config.json',
-      lambda found: {
-        entry['content']: int(number)
-        for number, entry in found.get('added_tokens_decoder', {}).items()
-      },
-    ),
-  ):
+  readers = {
+    'added_tokens.json': _read_added_tokens,
+    'tokenizer_config.json': _read_tokenizer_config,
+  }
+  for name, read in readers.items():
     path = os.path.join(folder, name)
     if os.path.isfile(path):
       try:
@@ -133,18 +163,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: str) -> None:
           wanted.update(read(json.load(file)))
       except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'cannot read {path}: {error!r}') from error
-  for token, number in sorted(wanted.items(), key=lambda item: item[1]):
+  for token, token_id in sorted(wanted.items(), key=lambda item: item[1]):
     if backend.token_to_id(token) is None:
       backend.add_special_tokens([token])
-    if backend.token_to_id(token) != number:
+    if backend.token_to_id(token) != token_id:
       raise ValueError(
-        f'{folder}: token {token!r} should have id {number}, but would have '
+        f'{folder}: token {token!r} should have id {token_id}, but would have '
         f'{backend.token_to_id(token)}'
       )
-
-
-QWEN_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-"""Qwen2's word split, needed where only the vocabulary and the merges are given."""

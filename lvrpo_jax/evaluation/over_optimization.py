@@ -118,8 +118,8 @@ DRIFTS = {
 is a fraction, the others are relative. Edges vanish from flat pictures and abound in textures."""
 
 
-HELD_OUT = {'gold': 0.05, 'diversity': 0.25}
-"""Held-out scores of `Watch.gold`, and falls that raise an alarm while the training reward
+HELD_OUT = {'reward': 0.05, 'diversity': 0.25}
+"""Held-out scores of `Monitor.held_out`, and falls that raise an alarm while the training reward
 rises."""
 
 
@@ -148,23 +148,22 @@ def scene_diversity(found_BG: list[list[list[detection.Detection]]]) -> float:
 
 
 class Monitor:
-  """Compares what a run draws with what it drew at first.
+  """Compares the images of rollouts with the first ones of a run.
 
   `state` is JSON and belongs to a checkpoint.
   """
 
   def __init__(self, state: dict[str, Any] | None = None):
-    self.state = state or {'first': [], 'recent': [], 'raised': []}
+    self.state = _current(state or {'first': [], 'recent': [], 'raised': []})
 
-  def gold(self, training: float, now: dict[str, float]) -> list[str]:
-    """Takes the training reward and held-out scores ('gold', 'diversity') by another detector, at
-    some iterations; returns new alarms as sentences.
+  def held_out(self, training: float, now: dict[str, float]) -> list[str]:
+    """Takes the training reward and held-out scores by another detector; returns new alarms.
 
     A reward that rises while what it stands for falls is Goodhart's law at work (arXiv 2210.10760).
     """
     s = self.state
     now = {'training': training, **now}
-    first = s.setdefault('gold', now)
+    first = s.setdefault('held_out', now)
     rose = training - first['training']
     fell = {name: first[name] - now[name] for name in HELD_OUT}
     raised = []
@@ -195,6 +194,15 @@ class Monitor:
           f'from {before:.3g} to {after:.3g}'
         )
     return raised
+
+
+def _current(state: dict[str, Any]) -> dict[str, Any]:
+  """A state that a former version may have written."""
+  if 'gold' in state:
+    first = dict(state.pop('gold'))
+    state['held_out'] = {'reward': first.pop('gold'), **first}
+  state['raised'] = ['reward' if name == 'gold' else name for name in state['raised']]
+  return state
 
 
 def _cell(found: detection.Detection) -> str:

@@ -1,4 +1,4 @@
-"""From prediction records to scores, intervals and paired tests. Reads files, draws nothing."""
+"""Turns prediction records into scores, intervals and paired tests; runs no model."""
 
 from __future__ import annotations
 
@@ -10,26 +10,45 @@ import numpy as np
 from lvrpo_jax.evaluation import stats
 
 Records = list[dict[str, Any]]
+"""Lines of `predictions.jsonl`."""
 Groups = dict[str, tuple[list[float], list[str]]]
+"""Kind of prompt: (a value for every prompt, the prompts' meanings as clusters)."""
 REASONING = ('compare', 'reason')
 """Kinds of questions that take two steps."""
 
 
 def groups(
-  records: Records, task: str, split: str, key: str, kinds: Callable[[str], bool] = lambda _: True
+  records: Records,
+  task: str,
+  split: str,
+  key: str,
+  kinds: Callable[[str], bool] | None = None,
 ) -> Groups:
-  """Per kind: the mean of `key` for every prompt, and the prompt's meaning as its cluster."""
+  """Groups the means of a field by kind of prompt.
+
+  Args:
+    records: prediction records.
+    task, split: of the records that count.
+    key: the field, a value or a list of values for every prompt.
+    kinds: whether a kind counts; None takes all.
+  """
   out: Groups = {}
-  for r in records:
-    if r['task'] == task and r['split'] == split and kinds(r['kind']):
-      values, clusters = out.setdefault(r['kind'], ([], []))
-      values.append(float(np.mean(r[key])))
-      clusters.append(r['meaning'])
+  for record in records:
+    if record['task'] != task or record['split'] != split:
+      continue
+    if kinds is None or kinds(record['kind']):
+      values, clusters = out.setdefault(record['kind'], ([], []))
+      values.append(float(np.mean(record[key])))
+      clusters.append(record['meaning'])
   return out
 
 
 def headlines(records: Records) -> dict[str, Groups]:
-  """All scores by name, as groups by kind: 'generation/overall', 'generation/position', ..."""
+  """Returns all scores by name, as groups by kind.
+
+  Names are such as 'generation/overall' and 'generation/position'. A score without prompts is left
+  out.
+  """
   generate = groups(records, 'generate', 'eval', 'correct')
   edit = groups(records, 'edit', 'eval', 'correct')
   think = groups(records, 'think_generate', 'eval', 'correct')
@@ -40,7 +59,9 @@ def headlines(records: Records) -> dict[str, Groups]:
     'understanding/accuracy': answers,
     'understanding/greedy': groups(records, 'understand', 'eval', 'greedy_correct'),
     'understanding/format': groups(records, 'understand', 'eval', 'format'),
-    'understanding/reasoning': {k: v for k, v in answers.items() if k in REASONING},
+    'understanding/reasoning': {
+      kind: group for kind, group in answers.items() if kind in REASONING
+    },
     'editing/overall': edit,
     'thinking/overall': think,
   }
@@ -55,7 +76,12 @@ def headlines(records: Records) -> dict[str, Groups]:
 
 
 def table(records: Records, seed: int) -> dict[str, dict[str, Any]]:
-  """{'generation': {'overall': {'value', 'ci95', 'n'}, ...}, ...}; `n` counts prompts."""
+  """Returns {'generation': {'overall': {'value', 'ci95', 'n'}, ...}, ...}.
+
+  Args:
+    records: prediction records.
+    seed: of the bootstrap.
+  """
   out: dict[str, dict[str, Any]] = {}
   for name, group in headlines(records).items():
     family, key = name.split('/')
@@ -64,13 +90,14 @@ def table(records: Records, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def summary(group: Groups, seed: int) -> dict[str, Any]:
-  """Mean over kinds with its bootstrap interval over meanings."""
+  """Returns the mean over kinds with its bootstrap interval over meanings; 'n' counts prompts."""
   value, low, high = stats.macro_average(group, seed)
-  return {'value': value, 'ci95': [low, high], 'n': sum(len(v) for v, _ in group.values())}
+  count = sum(len(values) for values, _ in group.values())
+  return {'value': value, 'ci95': [low, high], 'n': count}
 
 
 def paired(before: Records, after: Records) -> dict[str, dict[str, float]]:
-  """Paired differences of every score over the same prompts."""
+  """Tests the paired differences of every score over the same prompts."""
   old, new = headlines(before), headlines(after)
   return {
     name: stats.macro_paired_test(

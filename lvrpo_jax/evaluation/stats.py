@@ -1,4 +1,4 @@
-"""Intervals and tests for scores whose items come in clusters (prompts that share a meaning)."""
+"""Intervals and tests for scores of clustered items, such as prompts that share a meaning."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Clusters = Sequence[Hashable] | np.ndarray
 def bootstrap_ci(
   values: Values, clusters: Clusters, seed: int, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:
-  """Mean of `values` and its percentile interval from a cluster bootstrap.
+  """Returns the mean of `values` and its percentile interval from a cluster bootstrap.
 
-  Whole clusters are drawn with replacement, so items that share a meaning stand or fall
+  Whole clusters are drawn with replacement, so items that share a meaning enter a resample
   together (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
 
   Args:
     values: scores, any unit, [items].
-    clusters: a label for each item, [items]; all different means independent items.
+    clusters: a label for each item, [items]; labels that all differ mean independent items.
     seed: of the draws; the same seed gives the same interval.
-    draws: bootstrap resamples.
-    level: coverage aimed at, in (0, 1).
+    draws: number of bootstrap resamples.
+    level: nominal coverage, in (0, 1).
 
   Returns:
     (mean, low, high) in the unit of `values`.
@@ -40,25 +40,25 @@ def bootstrap_ci(
 def macro_average(
   groups: Mapping[str, tuple[Values, Clusters]], seed: int, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:
-  """Mean of the category means, with an interval that resamples within each category.
+  """Returns the mean of the category means, with an interval that resamples within categories.
 
   Args:
     groups: category -> (values, clusters), as in `bootstrap_ci`.
     seed: of the draws; each category draws from its own stream, in the order of its name.
-    draws: bootstrap resamples.
-    level: coverage aimed at, in (0, 1).
+    draws: number of bootstrap resamples.
+    level: nominal coverage, in (0, 1).
 
   Returns:
     (mean, low, high) in the unit of the values.
 
   Raises:
-    ValueError: no category, or a category `bootstrap_ci` would refuse.
+    ValueError: no category, or a category that `bootstrap_ci` refuses.
   """
   if not groups:
     raise ValueError('a macro average needs at least one category')
   names = sorted(groups)
   means, drawn = [], np.zeros(draws)
-  for name, stream in zip(names, np.random.SeedSequence(seed).spawn(len(names))):
+  for name, stream in zip(names, np.random.SeedSequence(seed).spawn(len(names)), strict=True):
     values, clusters = groups[name]
     total_K, size_K = _cluster_sums(_checked(values, clusters), clusters)
     means.append(total_K.sum() / size_K.sum())
@@ -67,13 +67,13 @@ def macro_average(
 
 
 def paired_test(before: Values, after: Values, clusters: Clusters) -> dict[str, float]:
-  """Two-sided test of a mean paired difference, robust to clusters.
+  """Tests a mean paired difference, two-sided and robust to clusters.
 
   With d = after - before, K clusters and n items, the variance of mean(d) is
   K / (K - 1) * sum_k (sum_{i in k} (d_i - mean(d)))^2 / n^2 (Liang and Zeger 1986; Miller 2024,
-  arXiv 2411.00640), and p = erfc(|z| / sqrt(2)). A normal p is far too small when
-  a few clusters happen to agree, so p is never below 2^(1 - K), the least that a sign-flip test
-  over K clusters can return; one cluster gives an infinite error and p = 1.
+  arXiv 2411.00640), and p = erfc(|z| / sqrt(2)). A normal p is far too small when a few clusters
+  have similar differences, so p is never below 2^(1 - K), the least that a sign-flip test over K
+  clusters can return. One cluster gives an infinite error and p = 1.
 
   Args:
     before: scores before, [items].
@@ -91,7 +91,7 @@ def paired_test(before: Values, after: Values, clusters: Clusters) -> dict[str, 
 
 
 def macro_paired_test(groups: Mapping[str, tuple[Values, Values, Clusters]]) -> dict[str, float]:
-  """`paired_test` for a macro average: categories weigh the same and are independent.
+  """Runs `paired_test` for a macro average: categories weigh the same and are independent.
 
   The variance is the sum of the categories' cluster variances over the square of their number.
 
@@ -102,19 +102,21 @@ def macro_paired_test(groups: Mapping[str, tuple[Values, Values, Clusters]]) -> 
     {'difference', 'se', 'p', 'n'}, n items of all categories.
 
   Raises:
-    ValueError: no category, or a category `paired_test` would refuse.
+    ValueError: no category, or a category that `paired_test` refuses.
   """
   if not groups:
     raise ValueError('a macro average needs at least one category')
   moments = [_paired_moments(*groups[name]) for name in sorted(groups)]
-  differences, variances, cluster_counts, items = zip(*moments)
+  differences, variances, cluster_counts, items = zip(*moments, strict=True)
   return _normal_test(
     float(np.mean(differences)), sum(variances) / len(groups) ** 2, sum(cluster_counts), sum(items)
   )
 
 
 def entropy(counts: Values | Mapping[Hashable, float]) -> float:
-  """Entropy in nats of counts or shares, which need not sum to one; 0 when nothing was counted.
+  """Returns the entropy in nats of counts or weights, which need not sum to one.
+
+  It is 0 when all are 0.
 
   Raises:
     ValueError: a count is negative or not finite.
@@ -127,21 +129,21 @@ def entropy(counts: Values | Mapping[Hashable, float]) -> float:
 
 
 def information_terms(logits_GKK: np.ndarray) -> np.ndarray:
-  """Per image, what its text says about it in nats; their mean bounds I(T;V) from below.
+  """Returns terms in nats, one an image, whose mean bounds I(T;V) from below.
 
   term[g, k] = log K + logits[g, k, k] - log sum_j exp(logits[g, k, j]) (InfoNCE, arXiv 1807.03748;
-  arXiv 1905.06922, eq. 10). The bound holds for any critic that did not see these pairs, and no
-  term exceeds log K.
+  arXiv 1905.06922, eq. 10). The bound holds for any critic that was not trained on these pairs, and
+  no term exceeds log K.
 
   Args:
-    logits_GKK: what a critic gives image (g, k) and text j; text k is the image's own. Every g is a
-      set of one image a text.
+    logits_GKK: a critic's logits of image (g, k) and text j; text k is the image's own. Every g is
+      a set with one image for each text.
 
   Returns:
     terms_GK.
 
   Raises:
-    ValueError: not finite, or as many texts as images there are not.
+    ValueError: logits are not finite, or the numbers of images and texts differ.
   """
   logits_GKK = np.asarray(logits_GKK, np.float64)
   if logits_GKK.ndim != 3 or logits_GKK.shape[1] != logits_GKK.shape[2]:
@@ -155,7 +157,11 @@ def information_terms(logits_GKK: np.ndarray) -> np.ndarray:
 
 
 def _checked(values: Values, clusters: Clusters) -> np.ndarray:
-  """The values as float64, refused if empty, not finite or not one a cluster label."""
+  """Returns the values as float64.
+
+  Raises:
+    ValueError: they are empty or not finite, or there is not one label a value.
+  """
   values_N = np.asarray(values, np.float64)
   if values_N.ndim != 1 or not values_N.size or len(clusters) != values_N.size:
     raise ValueError(
@@ -168,7 +174,7 @@ def _checked(values: Values, clusters: Clusters) -> np.ndarray:
 
 
 def _cluster_sums(values_N: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
-  """Sum and number of values in each cluster, in order of first appearance."""
+  """Returns sum and number of the values in each cluster, in order of first appearance."""
   index: dict[Hashable, int] = {}
   label_N = [index.setdefault(label, len(index)) for label in clusters]
   return (
@@ -180,13 +186,14 @@ def _cluster_sums(values_N: np.ndarray, clusters: Clusters) -> tuple[np.ndarray,
 def _resampled_means(
   rng: np.random.Generator, total_K: np.ndarray, size_K: np.ndarray, draws: int
 ) -> np.ndarray:
-  """Means of `draws` resamples of the K clusters with replacement."""
+  """Returns the means of `draws` resamples of the K clusters with replacement."""
   clusters = len(total_K)
   times_SK = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws)
   return (times_SK @ total_K) / (times_SK @ size_K)
 
 
 def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
+  """Returns the ends of the central interval of this coverage."""
   if not 0 < level < 1:
     raise ValueError(f'level must lie in (0, 1), got {level}')
   low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -196,7 +203,10 @@ def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
 def _paired_moments(
   before: Values, after: Values, clusters: Clusters
 ) -> tuple[float, float, int, int]:
-  """Mean difference, its cluster variance (infinite for one cluster), clusters and items."""
+  """Returns the mean difference, its cluster variance, and the numbers of clusters and items.
+
+  The variance is infinite for one cluster.
+  """
   difference_N = _checked(after, clusters) - _checked(before, clusters)
   mean = float(difference_N.mean())
   residual_K, _ = _cluster_sums(difference_N - mean, clusters)
@@ -208,6 +218,7 @@ def _paired_moments(
 
 
 def _normal_test(difference: float, variance: float, clusters: int, items: int) -> dict[str, float]:
+  """Returns the test of a difference whose estimate is normal, see `paired_test`."""
   se = math.sqrt(variance)
   if difference == 0 or math.isinf(se):
     p = 1.0

@@ -1,4 +1,4 @@
-"""Layers that all towers share: linear maps, RMS norm, sin-cos tables, time features."""
+"""Layers shared by all towers: linear maps, norms, position tables, time features."""
 
 from __future__ import annotations
 
@@ -9,34 +9,52 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from lvrpo_jax import types
+
+Array = types.Array
 
 
 def remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
-  """A scanned layer that is computed again in the backward pass.
+  """Wraps a scanned layer so that the backward pass recomputes it.
 
   Args:
-    policy: 'none', 'full' (nothing is kept), or a name in `jax.checkpoint_policies`.
+    policy: 'none' (every activation is saved), 'full' (none is), or a name in
+      `jax.checkpoint_policies`.
   """
   if policy == 'none':
     return layer
-  kept = None if policy == 'full' else jax.checkpoint_policies.__dict__[policy]
-  return nn.remat(layer, policy=kept, prevent_cse=False)
+  saved = None if policy == 'full' else jax.checkpoint_policies.__dict__[policy]
+  return nn.remat(layer, policy=saved, prevent_cse=False)
 
 
-def traced_once(module: nn.Module) -> dict[str, bool]:
-  """The option of `nn.scan` that spares a second trace of every layer.
+def scan(
+  layer: type[nn.Module], parent: nn.Module, *, in_axes: types.Tree, length: int, unroll: int
+) -> type[nn.Module]:
+  """Turns a layer into `length` layers of `parent` that run as one `jax.lax.scan`.
 
-  That trace only checks what is constant over layers. It also draws from the random streams, so
-  parameters start as they do with it.
+  Parameters and outputs have a leading layer axis. Only initialisation checks what is constant over
+  layers, because the check traces every layer a second time; that second trace also draws from the
+  random streams, and initial parameters depend on those draws.
+
+  Args:
+    in_axes: for every argument but the carry, 0 (split over layers) or `nn.broadcast`.
+    unroll: layers unrolled per scan step.
   """
-  return {'check_constancy_invariants': module.is_initializing()}
+  return nn.scan(
+    layer,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=in_axes,
+    length=length,
+    unroll=unroll,
+    check_constancy_invariants=parent.is_initializing(),
+  )
 
 
 def normal(stddev: float) -> nn.initializers.Initializer:
-  """Normal numbers, the same bits whether initialisation is compiled or not.
+  """Builds an initialiser of normal numbers whose bits do not depend on compilation.
 
-  Without the barrier a compiler joins `stddev` with the constants of the distribution.
+  Without the barrier, XLA folds `stddev` into the constants of the distribution.
   """
 
   def init(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
@@ -46,10 +64,10 @@ def normal(stddev: float) -> nn.initializers.Initializer:
 
 
 class Linear(nn.Module):
-  """`x @ kernel + bias` on the last axis.
+  """Linear map `x @ kernel + bias` on the last axis.
 
   All leading axes are folded into one before the product: XLA's CPU backend computes weight
-  gradients about twice as fast that way, and other backends do it anyway.
+  gradients about twice as fast that way. Other backends fold them themselves.
   """
 
   features: int
@@ -70,7 +88,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm in float32, rounded to the input's dtype, then scaled."""
+  """Root-mean-square norm, computed in float32, rounded to the input's dtype, then scaled."""
 
   eps: float
 
@@ -98,10 +116,11 @@ class LayerNorm(nn.Module):
 
 
 def sincos_table(side: int, width: int) -> np.ndarray:
-  """2-D sin-cos position table, (side * side, width) float32, made in float64.
+  """Computes a 2-D sin-cos position table in float64 and returns it as float32.
 
-  Row `r * side + c`: the first half of the features encodes the column, the second the row, each
-  as [sin, cos] of `position * 10000^(-k / (width / 4))`.
+  Returns:
+    (side * side, width). In row `r * side + c` the first half of the features encodes the column c,
+    the second half the row r, each as [sin, cos] of `position * 10000^(-k / (width / 4))`.
 
   Raises:
     ValueError: width is no multiple of 4.
@@ -117,29 +136,29 @@ def sincos_table(side: int, width: int) -> np.ndarray:
 
 
 def grid_positions(rows: int, columns: int, side: int) -> np.ndarray:
-  """Rows of a position table for an image at the top left: `r * side + c`, row-major."""
+  """Returns position-table rows of an image at the top left of the table.
+
+  The token in row r and column c has table row `r * side + c`; tokens are row-major.
+  """
   return (np.arange(rows)[:, None] * side + np.arange(columns)[None]).reshape(-1).astype(np.int32)
 
 
-def interpolated_positions(rows: int, columns: int, side: int) -> np.ndarray:
-  """The alternative rule: row and column stretched over the whole table and rounded down."""
-  boundaries = np.arange(1 / side, 1.0, 1 / side)
-  bucket = lambda n: np.searchsorted(boundaries, np.arange(0, 1 - 1e-6, 1 / n), side='right')
-  return (bucket(rows)[:, None] * side + bucket(columns)[None]).reshape(-1).astype(np.int32)
-
-
 def spread_positions(rows: int, columns: int, side: int) -> np.ndarray:
-  """Rows of a position table for an image that is stretched over all of it: `floor(i side / n)`.
+  """Returns position-table rows of an image that is stretched over the whole table.
 
-  Distinct for at most `side` rows and columns, which the rounding of `interpolated_positions` does
-  not grant (9 of 9 give 8).
+  Token i of n along an axis has table index `floor(i * side / n)`. Integer arithmetic keeps these
+  distinct for n <= side; BAGEL's `interpolate` rule compares floats and merges some (9 tokens on a
+  side of 9 share 8 indices).
   """
-  place = lambda n: np.arange(n) * side // n
-  return (place(rows)[:, None] * side + place(columns)[None]).reshape(-1).astype(np.int32)
+  row, column = np.arange(rows) * side // rows, np.arange(columns) * side // columns
+  return (row[:, None] * side + column[None]).reshape(-1).astype(np.int32)
 
 
 def time_features(t: Array, width: int = 256) -> Array:
-  """`[cos(t f_j), sin(t f_j)]`, `f_j = 10000^(-j / (width / 2))`; t in [0, 1] is not scaled."""
+  """Computes `[cos(t f_j), sin(t f_j)]` with `f_j = 10000^(-j / (width / 2))`, float32 (..., width).
+
+  The flow time t in [0, 1] is not scaled.
+  """
   half = width // 2
   frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
   angle = t.astype(jnp.float32)[..., None] * frequency
@@ -147,7 +166,7 @@ def time_features(t: Array, width: int = 256) -> Array:
 
 
 class TimeEmbedder(nn.Module):
-  """`Linear(silu(Linear(time_features(t))))`."""
+  """Two-layer embedding of the flow time: `Linear(silu(Linear(time_features(t))))`."""
 
   width: int
   dtype: jnp.dtype = jnp.float32

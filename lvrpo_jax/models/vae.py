@@ -1,27 +1,32 @@
-"""Autoencoders between images and latents, and the patch layout that all image tokens share.
+"""Autoencoders between images and latents, and the patch layout of all image tokens.
 
-`Autoencoder` is the convolutional autoencoder of FLUX with released weights, `PatchAutoencoder` a
-linear one for small models that is fitted in closed form. Both offer `moments`, `encode`,
-`encode_mean`, `decode` and `downsample`, so the rest of the program does not see which one runs.
+`Autoencoder` is the convolutional autoencoder of FLUX with released weights. `PatchAutoencoder` is
+linear, for small models, and is fitted in closed form. Both have `moments`, `encode`,
+`encode_mean`, `decode` and `downsample`, so callers need not know which one runs.
 
 Images are `image_BYXC` in [-1, 1], latents `latent_BYXC`, both float32 with channels last.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A variance below this share of the largest one cannot be told from rounding.
+from lvrpo_jax import types
+
+Array = types.Array
+_ArrayT = TypeVar('_ArrayT', jax.Array, np.ndarray)
+
 _VARIANCE_FLOOR = 1e-8
+"""Share of the largest variance below which a variance cannot be told from rounding."""
 
-Array = jax.Array | np.ndarray
 
-
-def patchify(image_BYXC: Array, patch: int) -> Array:
+def patchify(image_BYXC: _ArrayT, patch: int) -> _ArrayT:
   """Cuts images or latents into square patches.
 
   Args:
@@ -29,8 +34,8 @@ def patchify(image_BYXC: Array, patch: int) -> Array:
     patch: side of a patch in pixels of the input.
 
   Returns:
-    Shape (B, Y/patch * X/patch, patch * patch * C): tokens row by row, and in a token the order
-    (row in patch, column in patch, channel).
+    Shape (B, Y/patch * X/patch, patch * patch * C). Tokens are row-major; the values of a token are
+    in the order (row in patch, column in patch, channel).
 
   Raises:
     ValueError: a side is no multiple of `patch`.
@@ -42,12 +47,12 @@ def patchify(image_BYXC: Array, patch: int) -> Array:
   return blocks.reshape(b, (y // patch) * (x // patch), patch * patch * c)
 
 
-def unpatchify(tokens_BND: Array, grid_yx: tuple[int, int], patch: int) -> Array:
-  """Inverse of `patchify`.
+def unpatchify(tokens_BND: _ArrayT, grid_yx: tuple[int, int], patch: int) -> _ArrayT:
+  """Joins tokens into images or latents; the inverse of `patchify`.
 
   Args:
     tokens_BND: shape (B, rows * columns, patch * patch * C).
-    grid_yx: number of token rows and of token columns.
+    grid_yx: token rows and token columns.
     patch: side of a patch in pixels of the result.
 
   Returns:
@@ -66,7 +71,8 @@ def unpatchify(tokens_BND: Array, grid_yx: tuple[int, int], patch: int) -> Array
   return blocks.reshape(b, rows * patch, columns * patch, d // patch**2)
 
 
-def _check_sides(image_BYXC: jax.Array, downsample: int) -> None:
+def _check_sides(image_BYXC: Array, downsample: int) -> None:
+  """Raises ValueError unless both sides are multiples of `downsample`."""
   y, x = image_BYXC.shape[1:3]
   if y % downsample or x % downsample:
     raise ValueError(f'image sides {y} x {x} must be multiples of {downsample}')
@@ -81,12 +87,12 @@ def _conv(features: int, name: str, size: int = 3) -> nn.Conv:
 
 
 class ResBlock(nn.Module):
-  """x + conv(silu(norm(conv(silu(norm(x)))))), x passed through a 1x1 conv if widths differ."""
+  """Residual block `x + conv(silu(norm(conv(silu(norm(x))))))`; a 1x1 conv adapts the width of x."""
 
   features: int
 
   @nn.compact
-  def __call__(self, x_BYXC: jax.Array) -> jax.Array:
+  def __call__(self, x_BYXC: Array) -> Array:
     h_BYXC = _conv(self.features, 'conv1')(nn.silu(_group_norm('norm1')(x_BYXC)))
     h_BYXC = _conv(self.features, 'conv2')(nn.silu(_group_norm('norm2')(h_BYXC)))
     if x_BYXC.shape[-1] != self.features:
@@ -95,10 +101,10 @@ class ResBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-  """Residual single-head attention over all pixels; its scores take (Y * X)^2 numbers an image."""
+  """Residual single-head attention over all pixels; an image has (Y * X)^2 scores."""
 
   @nn.compact
-  def __call__(self, x_BYXC: jax.Array) -> jax.Array:
+  def __call__(self, x_BYXC: Array) -> Array:
     b, y, x, c = x_BYXC.shape
     h_BYXC = _group_norm('norm')(x_BYXC)
     q_BNC, k_BNC, v_BNC = (
@@ -110,10 +116,10 @@ class PixelAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Halves the sides. The zero row and column are added at the bottom and at the right only."""
+  """Strided convolution that halves the sides; zero padding at the bottom and the right only."""
 
   @nn.compact
-  def __call__(self, x_BYXC: jax.Array) -> jax.Array:
+  def __call__(self, x_BYXC: Array) -> Array:
     padding = ((0, 1), (0, 1))
     return nn.Conv(x_BYXC.shape[-1], (3, 3), strides=2, padding=padding, name='conv')(x_BYXC)
 
@@ -122,12 +128,12 @@ class Upsample(nn.Module):
   """Doubles the sides by repeating pixels, then a 3x3 conv."""
 
   @nn.compact
-  def __call__(self, x_BYXC: jax.Array) -> jax.Array:
+  def __call__(self, x_BYXC: Array) -> Array:
     return _conv(x_BYXC.shape[-1], 'conv')(x_BYXC.repeat(2, axis=1).repeat(2, axis=2))
 
 
-def _middle(x_BYXC: jax.Array) -> jax.Array:
-  """The blocks at the lowest resolution; called inside a compact method, which owns them."""
+def _middle(x_BYXC: Array) -> Array:
+  """Applies the blocks at the lowest resolution; their owner is the compact method that calls it."""
   features = x_BYXC.shape[-1]
   x_BYXC = ResBlock(features, name='mid_block_1')(x_BYXC)
   x_BYXC = PixelAttention(name='mid_attn_1')(x_BYXC)
@@ -135,7 +141,7 @@ def _middle(x_BYXC: jax.Array) -> jax.Array:
 
 
 class Encoder(nn.Module):
-  """Image to the mean and log-variance of the latent, stacked along the channels."""
+  """Maps images to the mean and log-variance of the latent, stacked along the channels."""
 
   ch: int
   ch_mult: Sequence[int]
@@ -143,7 +149,7 @@ class Encoder(nn.Module):
   z_channels: int
 
   @nn.compact
-  def __call__(self, image_BYXC: jax.Array) -> jax.Array:
+  def __call__(self, image_BYXC: Array) -> Array:
     h_BYXC = _conv(self.ch, 'conv_in')(image_BYXC)
     for level, mult in enumerate(self.ch_mult):
       for block in range(self.num_res_blocks):
@@ -155,7 +161,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Unscaled latent to image. Level 0 is the full resolution, so levels run downwards."""
+  """Maps unscaled latents to images; level 0 is the full resolution and comes last."""
 
   ch: int
   ch_mult: Sequence[int]
@@ -163,7 +169,7 @@ class Decoder(nn.Module):
   out_ch: int
 
   @nn.compact
-  def __call__(self, latent_BYXC: jax.Array) -> jax.Array:
+  def __call__(self, latent_BYXC: Array) -> Array:
     h_BYXC = _middle(_conv(self.ch * self.ch_mult[-1], 'conv_in')(latent_BYXC))
     for level in reversed(range(len(self.ch_mult))):
       for block in range(self.num_res_blocks + 1):
@@ -175,16 +181,16 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """The FLUX autoencoder, a descendant of VQGAN (Esser et al. 2021, arXiv 2012.09841).
+  """FLUX autoencoder, whose architecture is that of VQGAN (Esser et al. 2021, arXiv 2012.09841).
 
   Attributes:
     ch: channels at full resolution, a multiple of 32.
     ch_mult: factor on `ch` at every level; each level but the last halves the sides.
-    num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+    num_res_blocks: residual blocks in each level of the encoder; the decoder has one more.
     z_channels: latent channels.
     in_channels: channels of the images that `moments` takes.
     out_ch: channels of the images that `decode` returns.
-    scale_factor: factor that brings latents to about unit deviation.
+    scale_factor: factor that scales latents to about unit deviation.
     shift_factor: offset removed from latents before scaling.
   """
 
@@ -199,19 +205,19 @@ class Autoencoder(nn.Module):
 
   @property
   def downsample(self) -> int:
-    """Image pixels per latent pixel, along each side."""
+    """Image pixels per latent pixel along each side."""
     return 2 ** (len(self.ch_mult) - 1)
 
   def setup(self) -> None:
     self.encoder = Encoder(self.ch, self.ch_mult, self.num_res_blocks, self.z_channels)
     self.decoder = Decoder(self.ch, self.ch_mult, self.num_res_blocks, self.out_ch)
 
-  def __call__(self, image_BYXC: jax.Array) -> jax.Array:
-    """Reconstructs images from the means of their latents; touches every parameter."""
+  def __call__(self, image_BYXC: Array) -> Array:
+    """Reconstructs images from the means of their latents; reads every parameter."""
     return self.decode(self.encode_mean(image_BYXC))
 
-  def moments(self, image_BYXC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance of the unscaled latent, each (B, Y/downsample, X/downsample, C).
+  def moments(self, image_BYXC: Array) -> tuple[Array, Array]:
+    """Returns mean and log-variance of the unscaled latent, (B, Y/downsample, X/downsample, C) each.
 
     Raises:
       ValueError: a side is no multiple of `downsample`, or the channels are not `in_channels`.
@@ -222,30 +228,30 @@ class Autoencoder(nn.Module):
     mean_BYXC, logvar_BYXC = jnp.split(self.encoder(image_BYXC), 2, axis=-1)
     return mean_BYXC, logvar_BYXC
 
-  def encode(self, image_BYXC: jax.Array, eps_BYXC: jax.Array) -> jax.Array:
-    """Samples scaled latents with the standard normal draw `eps_BYXC` (shape of the latents)."""
+  def encode(self, image_BYXC: Array, eps_BYXC: Array) -> Array:
+    """Samples scaled latents from standard normal noise `eps_BYXC` of their shape."""
     mean_BYXC, logvar_BYXC = self.moments(image_BYXC)
     sample_BYXC = mean_BYXC + jnp.exp(logvar_BYXC / 2) * eps_BYXC
     return self.scale_factor * (sample_BYXC - self.shift_factor)
 
-  def encode_mean(self, image_BYXC: jax.Array) -> jax.Array:
-    """Scaled latents without sampling."""
+  def encode_mean(self, image_BYXC: Array) -> Array:
+    """Returns the scaled mean latents."""
     return self.scale_factor * (self.moments(image_BYXC)[0] - self.shift_factor)
 
-  def decode(self, latent_BYXC: jax.Array) -> jax.Array:
-    """Images, not clipped, of shape (B, Y * downsample, X * downsample, out_ch)."""
+  def decode(self, latent_BYXC: Array) -> Array:
+    """Decodes scaled latents to unclipped images (B, Y * downsample, X * downsample, out_ch)."""
     return self.decoder(latent_BYXC / self.scale_factor + self.shift_factor)
 
 
 class PatchAutoencoder(nn.Module):
-  """A linear variational autoencoder of non-overlapping patches, one latent pixel a patch.
+  """Linear variational autoencoder of non-overlapping patches; each patch is one latent pixel.
 
-  The log-variance is one number a channel. `fit_patch_autoencoder` sets all linear parameters.
+  The log-variance has one value per channel. `fit_patch_autoencoder` sets all linear parameters.
 
   Attributes:
     patch: side of a patch in pixels.
     z_channels: latent channels.
-    hidden: width of a two-layer MLP added to the decoder's linear output; 0 leaves it out. Its
+    hidden: width of a two-layer MLP that is added to the decoder's linear output; 0 omits it. Its
       last kernel starts at zero, so the decoder starts linear.
     in_channels: image channels.
   """
@@ -257,7 +263,7 @@ class PatchAutoencoder(nn.Module):
 
   @property
   def downsample(self) -> int:
-    """Image pixels per latent pixel, along each side."""
+    """Image pixels per latent pixel along each side."""
     return self.patch
 
   def setup(self) -> None:
@@ -271,12 +277,12 @@ class PatchAutoencoder(nn.Module):
     self.scale = self.param('scale', nn.initializers.ones, (self.z_channels,))
     self.shift = self.param('shift', nn.initializers.zeros, (self.z_channels,))
 
-  def __call__(self, image_BYXC: jax.Array) -> jax.Array:
-    """Reconstructs images from the means of their latents; touches every parameter."""
+  def __call__(self, image_BYXC: Array) -> Array:
+    """Reconstructs images from the means of their latents; reads every parameter."""
     return self.decode(self.encode_mean(image_BYXC))
 
-  def moments(self, image_BYXC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance of the unscaled latent, each (B, Y/patch, X/patch, C).
+  def moments(self, image_BYXC: Array) -> tuple[Array, Array]:
+    """Returns mean and log-variance of the unscaled latent, (B, Y/patch, X/patch, C) each.
 
     Raises:
       ValueError: a side is no multiple of `patch`.
@@ -287,17 +293,17 @@ class PatchAutoencoder(nn.Module):
     mean_BYXC = mean_BND.reshape(b, y // self.patch, x // self.patch, self.z_channels)
     return mean_BYXC, jnp.broadcast_to(self.logvar[None, None, None], mean_BYXC.shape)
 
-  def encode(self, image_BYXC: jax.Array, eps_BYXC: jax.Array) -> jax.Array:
-    """Samples scaled latents with the standard normal draw `eps_BYXC` (shape of the latents)."""
+  def encode(self, image_BYXC: Array, eps_BYXC: Array) -> Array:
+    """Samples scaled latents from standard normal noise `eps_BYXC` of their shape."""
     mean_BYXC, logvar_BYXC = self.moments(image_BYXC)
     return self._normalise(mean_BYXC + jnp.exp(logvar_BYXC / 2) * eps_BYXC)
 
-  def encode_mean(self, image_BYXC: jax.Array) -> jax.Array:
-    """Scaled latents without sampling."""
+  def encode_mean(self, image_BYXC: Array) -> Array:
+    """Returns the scaled mean latents."""
     return self._normalise(self.moments(image_BYXC)[0])
 
-  def decode(self, latent_BYXC: jax.Array) -> jax.Array:
-    """Images, not clipped, of shape (B, Y * patch, X * patch, in_channels)."""
+  def decode(self, latent_BYXC: Array) -> Array:
+    """Decodes scaled latents to unclipped images (B, Y * patch, X * patch, in_channels)."""
     b, y, x, c = latent_BYXC.shape
     latent_BND = latent_BYXC.reshape(b, y * x, c)
     latent_BND = latent_BND / self.scale[None, None] + self.shift[None, None]
@@ -306,33 +312,35 @@ class PatchAutoencoder(nn.Module):
       pixels_BND += self.decoder_out(nn.gelu(self.decoder_in(latent_BND)))
     return unpatchify(pixels_BND, (y, x), self.patch)
 
-  def _normalise(self, latent_BYXC: jax.Array) -> jax.Array:
+  def _normalise(self, latent_BYXC: Array) -> Array:
     return self.scale[None, None, None] * (latent_BYXC - self.shift[None, None, None])
 
 
 def fit_patch_autoencoder(
   model: PatchAutoencoder, image_BYXC: np.ndarray, seed: int = 0
-) -> dict[str, Any]:
-  """Parameters of `model` that are optimal for the given images, in closed form.
+) -> types.Params:
+  """Computes parameters of `model` that are optimal for the given images, in closed form.
 
   A linear variational autoencoder has its optimum at probabilistic PCA (Lucas et al. 2019, arXiv
-  1911.02469). With eigenvalues l_1 >= l_2 >= ... of the patch covariance, eigenvectors u_k and s,
-  the mean of the discarded eigenvalues, the posterior of channel k (Tipping and Bishop 1999,
-  sections 3.2 and 3.3) has mean sqrt(l_k - s) / l_k * u_k . (x - mean) and variance s / l_k. The
-  decoder is their least-squares reconstruction from posterior means, so `decode(encode_mean(x))`
-  is the PCA projection and its mean squared error per patch, summed over pixels and channels, is
-  the sum of the discarded eigenvalues. `scale` gives `encode_mean` zero mean and unit deviation in
-  every channel; a sampled latent has the slightly larger variance l_k / (l_k - s). Channels come
-  by falling variance, and the largest entry of each u_k is made positive. A hidden layer gets
-  fresh weights from `seed` and adds nothing until it is trained.
+  1911.02469). Let l_1 >= l_2 >= ... be the eigenvalues of the patch covariance, u_k the
+  eigenvectors, and s the mean of the discarded eigenvalues. The posterior of channel k has mean
+  sqrt(l_k - s) / l_k * u_k . (x - mean) and variance s / l_k (Tipping and Bishop 1999, sections 3.2
+  and 3.3). The decoder is the least-squares reconstruction from posterior means. Hence
+  `decode(encode_mean(x))` is the PCA projection; its mean squared error per patch, summed over
+  pixels and channels, is the sum of the discarded eigenvalues.
+
+  `scale` gives `encode_mean` zero mean and unit deviation in every channel; a sampled latent has
+  the slightly larger variance l_k / (l_k - s). Channels are ordered by falling variance, and the
+  largest entry of each u_k is made positive. A hidden layer gets fresh weights from `seed`; its
+  output is zero until it is trained.
 
   Args:
-    model: gives patch side, latent channels and hidden width.
+    model: its patch side, latent channels and hidden width are used.
     image_BYXC: images in [-1, 1], sides multiples of the patch side.
     seed: seeds the hidden layer.
 
   Returns:
-    The parameter tree, float32.
+    A parameter tree, float32.
 
   Raises:
     ValueError: the patches vary in fewer directions than there are latent channels.
@@ -367,5 +375,5 @@ def fit_patch_autoencoder(
   fitted = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fitted)
   if not model.hidden:
     return fitted
-  image_BYXC = jnp.zeros((1, model.patch, model.patch, model.in_channels))
-  return {**jax.jit(model.init)(jax.random.key(seed), image_BYXC)['params'], **fitted}
+  blank_BYXC = jnp.zeros((1, model.patch, model.patch, model.in_channels))
+  return {**jax.jit(model.init)(jax.random.key(seed), blank_BYXC)['params'], **fitted}

@@ -98,6 +98,15 @@ def normalise(
   return centred(x_BG, valid_BG) / divisor(x_BG, valid_BG, floor, ddof, scope, form)
 
 
+METHODS = {
+  'normalize_then_sum': 'normalize_then_sum',
+  'sum_then_normalize': 'sum_then_normalize',
+  'gdpo': 'normalize_then_sum',
+  'sum': 'sum_then_normalize',
+}
+"""Names of methods, those of the papers among them, and what each stands for."""
+
+
 def combine(
   rewards: Mapping[str, types.Rewards],
   weights: Mapping[str, float],
@@ -111,28 +120,29 @@ def combine(
   """Advantages of one task.
 
   Args:
-    weights: weight of every component.
-    method: 'sum' adds the weighted components and normalises the sum in its group (LVRPO);
-      'gdpo' normalises every component in its group, adds them with the weights, and whitens over
-      the batch (GDPO, as in arXiv 2601.05242).
-    floor, ddof, scope, form: see `divisor`; with scope 'none' 'gdpo' does not whiten either.
+    weights: weight of every reward.
+    method: 'sum_then_normalize', or 'sum', adds the weighted rewards and normalises the sum in its
+      group (LVRPO); 'normalize_then_sum', or 'gdpo', normalises every reward in its group, adds
+      them with the weights, and whitens over the batch (GDPO, as in arXiv 2601.05242).
+    floor, ddof, scope, form: see `divisor`; with scope 'none' nothing is whitened either.
     clip: bound on the absolute advantage.
 
   Raises:
     ValueError: unknown method.
   """
+  if method not in METHODS:
+    raise ValueError(f'advantage method is {method!r}; allowed: {", ".join(METHODS)}')
+  sums_first = METHODS[method] == 'sum_then_normalize'
   valid = jnp.stack([r.valid_BG for r in rewards.values()]).all(0)
   parts = {}
   for name, reward in rewards.items():
-    if method == 'gdpo':
-      part = normalise(reward.value_BG, valid, floor, ddof, scope, form)
-    elif method == 'sum':
+    if sums_first:
       part = centred(reward.value_BG, valid)
     else:
-      raise ValueError(f"advantage method is {method!r}; allowed: 'sum', 'gdpo'")
+      part = normalise(reward.value_BG, valid, floor, ddof, scope, form)
     parts[name] = weights[name] * part
   total = sum(parts.values())
-  if method == 'sum':
+  if sums_first:
     raw = sum(weights[name] * jnp.where(valid, r.value_BG, 0.0) for name, r in rewards.items())
     divide = divisor(raw, valid, floor, ddof, scope, form)
   else:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import flow
-from lvrpo_jax.objectives import text as text_objectives
+from lvrpo_jax import symbols
+from lvrpo_jax import types
+from lvrpo_jax.objectives import policy_gradient
 
 Array = jax.Array
 
@@ -28,7 +33,7 @@ def sde(
     (loss, log_ratio), both (...).
   """
   log_ratio = flow.log_ratio(noise, mean, old_mean, std, TOKENS)
-  return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
+  return policy_gradient.clipped_surrogate(log_ratio, advantage, clip, clip), log_ratio
 
 
 def cps(
@@ -44,7 +49,7 @@ def cps(
   """
   moved = mean - old_mean
   log_ratio = jnp.mean((2 * std[..., None, None] * noise - moved) * moved, TOKENS)
-  return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
+  return policy_gradient.clipped_surrogate(log_ratio, advantage, clip, clip), log_ratio
 
 
 def guard(
@@ -60,7 +65,7 @@ def guard(
     (loss, log_ratio), both (...).
   """
   log_ratio = jnp.mean(noise * (mean - old_mean), TOKENS)
-  loss = text_objectives.clipped(log_ratio, advantage, clip, clip)
+  loss = policy_gradient.clipped_surrogate(log_ratio, advantage, clip, clip)
   return loss if dt is None else loss / jnp.abs(dt), log_ratio
 
 
@@ -82,7 +87,7 @@ def awm(
   target = (x_t - x0) / jnp.maximum(t, 1e-3)[..., None, None]
   # A difference of squares as a product: equal velocities give exactly 0.
   log_ratio = jnp.mean((v_old - v) * (v_old + v - 2 * target), TOKENS)
-  return text_objectives.clipped(log_ratio, advantage, clip, clip), log_ratio
+  return policy_gradient.clipped_surrogate(log_ratio, advantage, clip, clip), log_ratio
 
 
 def nft(
@@ -101,7 +106,7 @@ def nft(
   regress the clean sample, weighted by the optimality probability `r` and `1 - r`. Each squared
   error is divided by its own mean absolute error, a constant for the gradient. The authors' code
   takes five times this and adds 1e-4 times `velocity_mse`; to Adam a common factor matters through
-  `align.clip_norm` alone, and `align.velocity_penalty = 2e-5` gives their ratio.
+  `align.optimizer.clip_norm` alone, and `align.image.kl_weight = 2e-5` gives their ratio.
 
   Args:
     v, v_old, x0, x_t: (..., N, C); `v_old` and `x0` carry no gradient.
@@ -145,9 +150,141 @@ def old_policy_decay(iteration: int, flat: int, rise: float, hold: float) -> flo
   return 0.0 if iteration < flat else min((iteration - flat) * rise, hold)
 
 
-DECOUPLED = ('nft', 'awm')
-"""Objectives on freshly noised final images."""
+class StepPoints(NamedTuple):
+  """Steps of trajectories under the policy and under the one that sampled, for coupled objectives.
+
+  Attributes:
+    mean, old_mean, noise: (..., N, C); the sampled next latents are old_mean + std * noise.
+    std: (...), deviation of the step.
+    dt: (...), length of the step, negative.
+    advantage: (...).
+  """
+
+  mean: Array
+  old_mean: Array
+  noise: Array
+  std: Array
+  dt: Array
+  advantage: Array
 
 
-COUPLED = ('sde', 'cps', 'guard', 'guard_plain')
-"""Objectives on steps of the rollout."""
+class NoisedPoints(NamedTuple):
+  """Freshly noised final latents, for decoupled objectives.
+
+  Attributes:
+    v, v_old: (..., N, C), velocities of the policy and of the old policy at `x_t`.
+    x0, x_t: (..., N, C), clean and noised latents.
+    t: (...), flow time of `x_t`.
+    advantage: (...).
+  """
+
+  v: Array
+  v_old: Array
+  x0: Array
+  x_t: Array
+  t: Array
+  advantage: Array
+
+
+Loss = tuple[Array, dict[str, Array]]
+"""A loss of every point, and metrics of every point by name."""
+
+
+def _clip_metrics(log_ratio: Array, settings: types.Config) -> dict[str, Array]:
+  return {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > settings.clip}
+
+
+def _diffusion_nft(points: NoisedPoints, settings: types.Config) -> Loss:
+  loss = nft(*points, beta=settings.nft_beta, scale=settings.nft_advantage_scale)
+  return loss, {'old_mse': velocity_mse(points.v, points.v_old)}
+
+
+def _awm(points: NoisedPoints, settings: types.Config) -> Loss:
+  loss, log_ratio = awm(*points, clip=settings.clip)
+  return loss, _clip_metrics(log_ratio, settings)
+
+
+def _flow_grpo(points: StepPoints, settings: types.Config) -> Loss:
+  loss, log_ratio = sde(
+    points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
+  )
+  return loss, _clip_metrics(log_ratio, settings)
+
+
+def _flow_cps(points: StepPoints, settings: types.Config) -> Loss:
+  loss, log_ratio = cps(
+    points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
+  )
+  return loss, _clip_metrics(log_ratio, settings)
+
+
+def _grpo_guard(points: StepPoints, settings: types.Config) -> Loss:
+  loss, log_ratio = guard(
+    points.mean, points.old_mean, points.noise, points.dt, points.advantage, settings.clip
+  )
+  return loss, _clip_metrics(log_ratio, settings)
+
+
+def _grpo_guard_plain(points: StepPoints, settings: types.Config) -> Loss:
+  loss, log_ratio = guard(
+    points.mean, points.old_mean, points.noise, None, points.advantage, settings.clip
+  )
+  return loss, _clip_metrics(log_ratio, settings)
+
+
+def _plain_copy(settings: types.Config, iteration: int) -> float:
+  """Importance ratios are to the policy that sampled: the old policy is a plain copy."""
+  del settings, iteration
+  return 0.0
+
+
+def _slow_copy(settings: types.Config, iteration: int) -> float:
+  """DiffusionNFT's schedule, see `old_policy_decay`."""
+  return old_policy_decay(
+    iteration,
+    settings.old_policy_flat,
+    settings.old_policy_rise,
+    settings.old_policy_max_decay,
+  )
+
+
+class FlowObjective(NamedTuple):
+  """How an image loss is made.
+
+  Attributes:
+    loss: `(points, settings) -> (loss, metrics)` of `StepPoints` or `NoisedPoints`; `settings` is
+      `config.align.image`.
+    coupled: whether it trains on steps of the trajectory, instead of on re-noised final latents.
+    sampler_policy: 'current' or 'old': the policy that samples the images. DiffusionNFT (arXiv
+      2509.16117, alg. 1) samples with the old policy, around which its positive and negative
+      velocities lie.
+    old_decay: `(settings, iteration) -> d` of `old <- d old + (1 - d) policy` after the updates of
+      an iteration, counted from 1; read where the objective is decoupled.
+  """
+
+  loss: Callable[..., Loss]
+  coupled: bool
+  sampler_policy: str = 'current'
+  old_decay: Callable[[types.Config, int], float] = _plain_copy
+
+
+OBJECTIVES = {
+  'diffusion_nft': FlowObjective(
+    _diffusion_nft, coupled=False, sampler_policy='old', old_decay=_slow_copy
+  ),
+  'awm': FlowObjective(_awm, coupled=False),
+  'flow_grpo': FlowObjective(_flow_grpo, coupled=True),
+  'flow_cps': FlowObjective(_flow_cps, coupled=True),
+  'grpo_guard': FlowObjective(_grpo_guard, coupled=True),
+  'grpo_guard_plain': FlowObjective(_grpo_guard_plain, coupled=True),
+}
+"""Image objectives by config name."""
+
+
+def find(name: str) -> FlowObjective:
+  """The objective that `config.align.image.objective` names, by name or import path.
+
+  Raises:
+    ValueError: there is none; the message names the key.
+  """
+  return symbols.find(name, 'config.align.image.objective', OBJECTIVES)

@@ -6,6 +6,7 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax.objectives import flow as flow_objectives
+from lvrpo_jax.objectives import policy_gradient
 from lvrpo_jax.objectives import text as text_objectives
 
 Array = jax.Array
@@ -25,9 +26,9 @@ def of_text(kind: str, logp: Array, reference_logp: Array, log_ratio: Array) -> 
     ValueError: unknown kind.
   """
   if kind == 'k3_ratio':
-    return text_objectives.ratio_of(log_ratio) * text_objectives.k3(logp, reference_logp)
+    return policy_gradient.ratio_of(log_ratio) * text_objectives.k3(logp, reference_logp)
   if kind not in text_objectives.KL:
-    raise ValueError(f'align.text_kl is {kind!r}; allowed: {TEXT}')
+    raise ValueError(f'align.text.kl is {kind!r}; allowed: {TEXT}')
   return text_objectives.KL[kind](logp, reference_logp)
 
 
@@ -47,7 +48,7 @@ def of_steps(kind: str, mean: Array, reference_mean: Array, std: Array, dt: Arra
     return exact
   if kind == 'gaussian_per_time':
     return exact * jnp.abs(dt)
-  raise ValueError(f'align.image_kl is {kind!r}; allowed: {IMAGE}')
+  raise ValueError(f'align.image.kl is {kind!r}; allowed: {IMAGE}')
 
 
 def adapted(factor: float, value: float, target: float, rate: float, bound: float = 100.0) -> float:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import types
+from lvrpo_jax.models import contexts
+from lvrpo_jax.models import family
 from lvrpo_jax.models import layers
-from lvrpo_jax.models.bagel import policy as policy_lib
 from lvrpo_jax.models.siglip import model as siglip
 
 Array = jax.Array
@@ -47,6 +49,12 @@ def misalignment(projected: Array, target: Array) -> Array:
   return -jnp.sum(unit(projected) * unit(target), axis=-1)
 
 
+class VisionEncoder(Protocol):
+  """What holds the encoder's network, such as `runtime.dual_encoder.DualEncoder`."""
+
+  module: siglip.Siglip
+
+
 @dataclasses.dataclass(frozen=True)
 class Repa:
   """What the loss needs besides the policy.
@@ -54,24 +62,24 @@ class Repa:
   Attributes:
     weight: of the loss beside flow matching; REPA's is 0.5.
     layer: number of layers after which states are aligned, from 1.
-    judge: the dual encoder whose vision tower is the target.
+    encoder: the dual encoder whose vision tower is the target.
   """
 
   weight: float
   layer: int
-  judge: siglip.Siglip
+  encoder: VisionEncoder
 
-  def init(self, policy: policy_lib.Policy, key: Array) -> types.Params:
+  def init(self, policy: family.Policy, key: Array) -> types.Params:
     """Fresh parameters of the projector."""
     return self._projector(policy).init(key, jnp.zeros((1, policy.config.width)))['params']
 
-  def _projector(self, policy: policy_lib.Policy) -> Projector:
-    return Projector(policy.config.width, self.judge.vision_config.hidden)
+  def _projector(self, policy: family.Policy) -> Projector:
+    return Projector(policy.config.width, self.encoder.module.vision_config.hidden)
 
-  def target(self, judge_params: types.Params, image_BYXC: Array, tokens: int) -> Array:
+  def target(self, encoder_params: types.Params, image_BYXC: Array, tokens: int) -> Array:
     """Features (B, N, D) of clean uint8 images, as many as the square grid of latent tokens has."""
-    _, found = self.judge.apply(
-      {'params': judge_params}, policy_lib.to_unit(image_BYXC), False, method='embed_image'
+    _, found = self.encoder.module.apply(
+      {'params': encoder_params}, contexts.to_unit(image_BYXC), False, method='embed_image'
     )
     B, P, D = found.shape
     side, wanted = math.isqrt(P), math.isqrt(tokens)
@@ -81,7 +89,7 @@ class Repa:
     return jax.lax.stop_gradient(found)
 
   def loss(
-    self, policy: policy_lib.Policy, params: types.Params, states_EBMND: Array, target_BND: Array
+    self, policy: family.Policy, params: types.Params, states_EBMND: Array, target_BND: Array
   ) -> tuple[Array, Array]:
     """(sum, weight) over tokens of `misalignment` after the layer."""
     projected = self._projector(policy).apply(

@@ -1,93 +1,100 @@
-"""Text objectives: policy ratios of tokens or answers, and penalties to the reference."""
+"""Text objectives: policy ratios of tokens or texts, and estimators of the KL to the reference."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import jax
 from jax import numpy as jnp
 
+from lvrpo_jax import symbols
+from lvrpo_jax.objectives import policy_gradient
+
 Array = jax.Array
 
 
-BOUND = 20.0
-"""Log-ratios beyond this have no gradient: e^89 overflows float32, and infinity times 0 is no
-number."""
+class TextPoints(NamedTuple):
+  """Tokens of sampled texts, as an objective reads them.
 
-
-def ratio_of(log_ratio: Array) -> Array:
-  """`e^x` with x kept in (-BOUND, BOUND)."""
-  return jnp.exp(jnp.clip(log_ratio, -BOUND, BOUND))
-
-
-def clipped(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:
-  """`-min(rho A, clip(rho, 1 - low, 1 + high) A)`, the PPO surrogate (arXiv 1707.06347, eq. 7).
-
-  `high > low` is DAPO's clip-higher (arXiv 2503.14476). Arguments broadcast.
+  Attributes:
+    log_ratio_BGT: of the policy to the one that sampled, 0 outside the texts.
+    logp_BGT: under the policy.
+    mask_BGT: True on the tokens of the texts.
+    advantage_BG: of every sample.
   """
-  ratio = ratio_of(log_ratio)
-  return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
+
+  log_ratio_BGT: Array
+  logp_BGT: Array
+  mask_BGT: Array
+  advantage_BG: Array
 
 
-def sequence_log_ratio(log_ratio_BGT: Array, mask_BGT: Array) -> Array:
-  """Mean log-ratio of an answer's tokens, (B, G, 1): that of GSPO (arXiv 2507.18071)."""
-  total = jnp.sum(jnp.where(mask_BGT, log_ratio_BGT, 0.0), axis=-1, keepdims=True)
-  return total / jnp.maximum(jnp.sum(mask_BGT, axis=-1, keepdims=True), 1)
+class TextSettings(Protocol):
+  """What an objective reads of `config.align.text`."""
+
+  clip_low: float
+  clip_high: float
 
 
-def cispo(log_ratio: Array, logp: Array, advantage: Array, cap: float) -> Array:
-  """`-sg(min(rho, cap)) A log p`: weights are cut, no token loses its gradient (MiniMax-M1,
-  arXiv 2506.13585)."""
-  weight = jax.lax.stop_gradient(jnp.minimum(ratio_of(log_ratio), cap))
-  return -weight * advantage * logp
+def token_ratios(points: TextPoints, settings: TextSettings) -> tuple[Array, Array]:
+  """A clipped ratio on every token: (loss, log-ratio that was clipped), per token."""
+  loss_BGT = policy_gradient.clipped_surrogate(
+    points.log_ratio_BGT,
+    points.advantage_BG[..., None],
+    settings.clip_low,
+    settings.clip_high,
+  )
+  return loss_BGT, points.log_ratio_BGT
 
 
-class Objective(NamedTuple):
+def sequence_ratios(points: TextPoints, settings: TextSettings) -> tuple[Array, Array]:
+  """One clipped ratio a text, which every token carries (GSPO, arXiv 2507.18071)."""
+  log_ratio_BG1 = policy_gradient.sequence_log_ratio(points.log_ratio_BGT, points.mask_BGT)
+  log_ratio_BGT = jnp.broadcast_to(log_ratio_BG1, points.log_ratio_BGT.shape)
+  return token_ratios(points._replace(log_ratio_BGT=log_ratio_BGT), settings)
+
+
+def cut_weights(points: TextPoints, settings: TextSettings) -> tuple[Array, Array]:
+  """Weights that are cut at 1 + `clip_high` (CISPO, arXiv 2506.13585)."""
+  loss_BGT = policy_gradient.cispo_surrogate(
+    points.log_ratio_BGT, points.logp_BGT, points.advantage_BG[..., None], 1 + settings.clip_high
+  )
+  return loss_BGT, points.log_ratio_BGT
+
+
+class TextObjective(NamedTuple):
   """How a text loss is made.
 
   Attributes:
+    loss: `(points, settings) -> (loss, log-ratio that was clipped)`, per token.
     aggregation: see `token_weights`.
-    sequence: one ratio an answer (GSPO) instead of one a token.
-    cut: weights are cut (CISPO) instead of the surrogate being clipped.
+    clips_low: whether ratios below 1 - clip_low are clipped.
   """
 
+  loss: Callable[[TextPoints, TextSettings], tuple[Array, Array]]
   aggregation: str
-  sequence: bool = False
-  cut: bool = False
+  clips_low: bool = True
 
 
 OBJECTIVES = {
-  'grpo': Objective('sequence'),  # arXiv 2402.03300
-  'dr_grpo': Objective('constant'),  # arXiv 2503.20783; with align.scope = 'none'
-  'dapo': Objective('token'),  # arXiv 2503.14476
-  'gspo': Objective('sequence', sequence=True),
-  'cispo': Objective('token', cut=True),
+  'grpo': TextObjective(token_ratios, 'sequence'),  # arXiv 2402.03300
+  # arXiv 2503.20783; with align.advantage.scope = 'none'
+  'dr_grpo': TextObjective(token_ratios, 'constant'),
+  'dapo': TextObjective(token_ratios, 'token'),  # arXiv 2503.14476
+  'gspo': TextObjective(sequence_ratios, 'sequence'),
+  'cispo': TextObjective(cut_weights, 'token', clips_low=False),
 }
 """Text objectives by config name."""
 
 
-def loss(
-  objective: Objective,
-  log_ratio_BGT: Array,
-  logp_BGT: Array,
-  mask_BGT: Array,
-  advantage_BG: Array,
-  low: float,
-  high: float,
-) -> tuple[Array, Array]:
-  """(loss, log-ratio that was clipped), per token; for GSPO every token carries its answer's.
+def find(name: str) -> TextObjective:
+  """The objective that `config.align.text.objective` names, by name or import path.
 
-  Args:
-    low, high: the ratio is kept in (1 - low, 1 + high); CISPO cuts it at 1 + high only.
+  Raises:
+    ValueError: there is none; the message names the key.
   """
-  advantage = advantage_BG[..., None]
-  if objective.cut:
-    return cispo(log_ratio_BGT, logp_BGT, advantage, 1 + high), log_ratio_BGT
-  if objective.sequence:
-    log_ratio_BGT = jnp.broadcast_to(
-      sequence_log_ratio(log_ratio_BGT, mask_BGT), log_ratio_BGT.shape
-    )
-  return clipped(log_ratio_BGT, advantage, low, high), log_ratio_BGT
+  return symbols.find(name, 'config.align.text.objective', OBJECTIVES)
 
 
 def k1(logp: Array, reference_logp: Array) -> Array:
@@ -100,7 +107,7 @@ def k2(logp: Array, reference_logp: Array) -> Array:
   return jnp.square(logp - reference_logp) / 2
 
 
-def k3(logp: Array, reference_logp: Array, bound: float = BOUND) -> Array:
+def k3(logp: Array, reference_logp: Array, bound: float = policy_gradient.BOUND) -> Array:
   """`e^d - d - 1` with `d = log p_ref - log p` (same source): unbiased and never negative.
 
   `d` is bounded from above: a token that the policy all but excludes and the reference does not
@@ -110,7 +117,7 @@ def k3(logp: Array, reference_logp: Array, bound: float = BOUND) -> Array:
   return jnp.exp(d) - d - 1
 
 
-KL = {'k1': k1, 'k2': k2, 'k3': k3}
+KL: dict[str, Callable[[Array, Array], Array]] = {'k1': k1, 'k2': k2, 'k3': k3}
 
 
 def token_weights(mask_BGT: Array, valid_BG: Array, aggregation: str) -> Array:

@@ -1,30 +1,33 @@
-"""How parameters lie on a mesh: the table from their names to partitions."""
+"""Layout of parameters on a mesh: a table from their names to partitions."""
 
 from __future__ import annotations
 
 import functools
 import math
 import re
-from typing import Any
 
 from absl import logging
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 AXES = ('data', 'fsdp', 'tensor')
+"""Axes of every mesh."""
+
 ROWS = ('data', 'fsdp')
 """Mesh axes that split rows of a batch."""
 
-JUDGE = re.compile(r'(^|/)(vision|text)/')
-"""Names of the judge's parameters. It is small beside the policy, and its sizes should not decide
-on which meshes the policy may lie: parameters of at most `SMALL` values are whole, and those above
-are split where that divides."""
+SIGLIP = re.compile(r'(^|/)(vision|text)/')
+"""Names of the parameters of SigLIP.
+
+It is small beside the policy, and its sizes should not limit the meshes of the policy. Parameters
+of at most `SMALL` values are whole on every device, and larger ones are split where they divide.
+"""
 
 SMALL = 2**18
-"""Values of an array that may be whole on every device: 1 MB in float32."""
+"""Count of values up to which an array may be whole on every device: 1 MB in float32."""
 
 TABLE = (
-  # The judge's kernels hold heads as an axis of their own.
+  # SigLIP's kernels hold heads as an axis of their own.
   (r'attention/(q|k|v)_proj/kernel$', ('fsdp', None, None)),
   (r'attention/out_proj/kernel$', (None, None, 'fsdp')),
   (r'(^|/)text/(tokens/embedding|positions|head/kernel)$', (None, 'fsdp')),
@@ -34,35 +37,47 @@ TABLE = (
   (r'embed_tokens$', ('tensor', 'fsdp')),
   (r'lm_head/kernel$', ('fsdp', 'tensor')),
   (r'(connector_fc\d|fc1|mlp_\d)/kernel$', ('fsdp', None)),
-  # The vision tower's inner width and patches divide by few sizes.
+  # The inner width and the patches of the vision tower divide by few sizes.
   (r'(fc2|patch_embedding)/kernel$', (None, 'fsdp')),
   (r'(latent_pos_embed|vit_pos_embed|position_embedding)$', (None, 'fsdp')),
   # The autoencoder, by output channel.
   (r'(conv[12]?|conv_in|nin_shortcut|mid_attn_1/(q|k|v|proj_out))/kernel$', (None, 'fsdp')),
 )
-"""Ordered: the first pattern found in a parameter's name gives the partition of its LAST axes
-(scanned layers add a leading axis, which is never split). Adapters follow their kernel: `rule`."""
+"""Patterns of names with the partition of the LAST axes.
+
+The first pattern found in a parameter's name applies. Scanned layers add a leading axis, which is
+never split. Adapters follow their kernel, see `rule`.
+"""
 
 REPLICATED = (
   r'(^|/)(bias|scale)$',
   r'(^|/)(vae2llm|llm2vae|(encoder|decoder)/conv_out)/kernel$',  # A few channels on one side.
   r'(^|/)(encoder|decoder)/kernel$',  # The autoencoder of one linear layer each way.
 )
-"""Names of parameters that every device holds whole, of any size. Others for which `TABLE` has no
-rule have at most `SMALL` values."""
+"""Patterns of parameters of any size that every device holds whole.
+
+All others without a rule in `TABLE` have at most `SMALL` values.
+"""
 
 ADAPTER = re.compile(r'/[ab]$')
-"""Names of the factors of low-rank adapters: those of their kernel, and one of these."""
+"""Suffixes that the factors of a low-rank adapter add to the name of their kernel."""
 
 RESTING = re.compile(r'\.(mu|nu|old|reference)/')
-"""Parts of a state that no pass over the layers needs at hand: Adam's moments, the old policy and
-the reference. They are split over data as well, where that divides (ZeRO, arXiv 1910.02054)."""
+"""Parts of a state that no pass over the layers reads.
+
+These are Adam's moments, the old policy and the reference. They are split over the mesh axis data
+as well, where that divides (ZeRO, arXiv 1910.02054).
+"""
+
+MeshAxes = str | tuple[str, ...] | None
+"""Entry of a partition: the mesh axes that split an axis of an array."""
 
 
 def rule(name: str) -> tuple[str | None, ...] | None:
-  """Mesh axes of the last axes of a parameter by `TABLE`, or None where no pattern is found.
+  """Returns the mesh axes of the last axes of a parameter by `TABLE`; None without a pattern.
 
-  Of an adapter A (..., in, rank) and B (..., rank, out) the long axis has that of its kernel.
+  The long axes of adapter factors A (..., in, rank) and B (..., rank, out) have the mesh axes of
+  their kernel.
   """
   kernel = ADAPTER.sub('', name)
   axes = next((axes for pattern, axes in TABLE if re.search(pattern, kernel)), None)
@@ -72,21 +87,26 @@ def rule(name: str) -> tuple[str | None, ...] | None:
 
 
 def _check_replicated(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
-  """Refuses a large parameter that no rule knows, where there are several devices."""
+  """Refuses a large parameter without a rule, where there are several devices.
+
+  Raises:
+    ValueError: the parameter has more than `SMALL` values and no rule.
+  """
   known = any(re.search(pattern, name) for pattern in REPLICATED)
   if math.prod(mesh.shape.values()) > 1 and math.prod(shape) > SMALL and not known:
     raise ValueError(
       f'{name} of shape {shape} has more than {SMALL} values, and no rule says how '
       f'it lies on parallel.mesh = {tuple(mesh.shape.values())}; add its name to '
-      'layout.TABLE, or to layout.WHOLE if every device should hold all of it'
+      'partition_rules.TABLE, or to partition_rules.REPLICATED if every device should hold all '
+      'of it'
     )
 
 
 @functools.cache
 def _warn_replicated(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-  """Once for each, for sizes of the judge are no reason to refuse a mesh."""
+  """Warns once for each parameter of SigLIP, whose sizes are no reason to refuse a mesh."""
   logging.warning(
-    '%s of shape %s, of the judge, does not divide over parallel.mesh = %s: every '
+    '%s of shape %s, of SigLIP, does not divide over parallel.mesh = %s: every '
     'device holds all of it',
     name,
     shape,
@@ -95,7 +115,7 @@ def _warn_replicated(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) 
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Partition of one parameter, or of a part of the state that is `RESTING`.
+  """Returns the partition of one parameter, or of a part of the state that is `RESTING`.
 
   Raises:
     ValueError: an axis does not divide by the mesh axes that should split it, or a large parameter
@@ -105,15 +125,15 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   if axes is None:
     _check_replicated(name, shape, mesh)
     axes = ()
-  spec = [None] * (len(shape) - len(axes)) + list(axes)
-  if JUDGE.search(name):
+  by_rule = [*[None] * (len(shape) - len(axes)), *axes]
+  if SIGLIP.search(name):
     fits = math.prod(shape) > SMALL and not any(
-      axis and size % mesh.shape[axis] for size, axis in zip(shape, spec)
+      axis and size % mesh.shape[axis] for size, axis in zip(shape, by_rule, strict=False)
     )
-    if math.prod(shape) > SMALL and not fits and any(spec):
+    if math.prod(shape) > SMALL and not fits and any(by_rule):
       _warn_replicated(name, shape, tuple(mesh.shape.values()))
-    return P(*spec) if fits else P()
-  for size, axis in zip(shape, spec):
+    return P(*by_rule) if fits else P()
+  for size, axis in zip(shape, by_rule, strict=False):
     if axis and size % mesh.shape[axis]:
       raise ValueError(
         f'{name} of shape {shape}: an axis of {size} does not divide by the '
@@ -121,23 +141,25 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         f'config.parallel.mesh: divisors of {size}'
       )
   if ADAPTER.search(name):
-    return P(*(_both(size, axis, mesh) for size, axis in zip(shape, spec)))
-  if 'fsdp' in spec and 'tensor' not in spec and mesh.shape['tensor'] > 1:
-    # A mesh without fsdp, on which rollouts run, would hold it whole otherwise.
-    place = spec.index('fsdp')
-    spec[place] = _both(shape[place], 'fsdp', mesh)
-    return P(*spec)
+    return P(*(_both(size, axis, mesh) for size, axis in zip(shape, by_rule, strict=False)))
+  if 'fsdp' not in by_rule:
+    return P(*by_rule)
+  place = by_rule.index('fsdp')
+  spec: list[MeshAxes] = [*by_rule]
   rows = mesh.shape['data'] * mesh.shape['fsdp']
-  if mesh.shape['data'] > 1 and 'fsdp' in spec and RESTING.search(name):
-    place = spec.index('fsdp')
+  if 'tensor' not in by_rule and mesh.shape['tensor'] > 1:
+    # Otherwise a mesh without fsdp, which rollouts may use, would hold it whole.
+    spec[place] = _both(shape[place], 'fsdp', mesh)
+  elif mesh.shape['data'] > 1 and RESTING.search(name):
     spec[place] = 'fsdp' if shape[place] % rows else ROWS
   return P(*spec)
 
 
-def _both(size: int, axis: str | None, mesh: Mesh) -> Any:
-  """An axis that is the only one to be split, split by the other mesh axis too where it divides:
-  alone, one of them would leave the array whole on a mesh of the other."""
-  other = {'fsdp': 'tensor', 'tensor': 'fsdp'}.get(axis)
-  if other is None or size % (mesh.shape['fsdp'] * mesh.shape['tensor']):
+def _both(size: int, axis: str | None, mesh: Mesh) -> MeshAxes:
+  """Splits the only axis that is split by both mesh axes, fsdp and tensor, where it divides.
+
+  One of them alone would leave the array whole on a mesh that has only the other.
+  """
+  if axis is None or size % (mesh.shape['fsdp'] * mesh.shape['tensor']):
     return axis
-  return axis, other
+  return axis, {'fsdp': 'tensor', 'tensor': 'fsdp'}[axis]

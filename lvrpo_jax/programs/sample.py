@@ -54,9 +54,9 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, str]:
   if s.task == 'edit' and not s.image:
     raise ValueError("config.sample.image is ''; allowed: the file of the image to edit")
   source = image_files.load_image(s.image) if s.image else None
-  job = experiment_lib.build(config, workdir)
-  params, vae_params = weights.load_newest(job)
-  model = generator.Model(job.policy, job.data.tokenizer, params, vae_params, s.buckets)
+  experiment = experiment_lib.build(config, workdir)
+  params, vae_params = weights.load_newest(experiment)
+  model = generator.Model(experiment.policy, experiment.data.tokenizer, params, vae_params, s.buckets)
   size = image_size(model, tuple(s.size))
   system = s.system[s.task] if s.think else ''
   draw_key, text_key, encode_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -75,12 +75,12 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, str]:
   guidance = guidance_lib.Guidance(
     g.text_scale, g.image_scale, g.low, g.high, g.renorm, g.renorm_min
   )
-  with metrics_lib.Progress('sample', s.points - 1, interval=config.log_every) as progress:
+  with metrics_lib.Progress('sample', s.steps, interval=config.log_every) as progress:
     image = model.draw(
       contexts,
       edited or size,
       guidance,
-      flow.time_grid(s.points, s.shift),
+      flow.time_grid(s.steps + 1, s.shift),
       draw_key,
       lambda step: progress.update(step, {}),
     )

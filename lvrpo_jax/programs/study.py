@@ -1,9 +1,9 @@
 """The study: many runs from shared pretraining, and what each change to the method is worth.
 
-    python -m lvrpo_jax.main --config=configs/study.py [--config.study=quick]
+    python -m lvrpo_jax.main --config=configs/study.py [--config.study.name=quick]
 
-Every variant of `config.variants` is the config with some values changed, run as a process of its
-own in `<workdir>/<study>/seed<n>/<variant>`, `config.workers` at once. Pretraining and the
+Every variant of `config.study.variants` is the config with some values changed, run as a process of its
+own in `<workdir>/<study>/seed<n>/<variant>`, `config.study.workers` at once. Pretraining and the
 measurement after it are done once a seed and copied. A run that is complete is never repeated, one
 that was interrupted goes on, and after every run `study.md` and `study.html` are written anew.
 """
@@ -86,20 +86,20 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
   Raises:
     ValueError: no such study or variant, or a variant that is no valid config.
   """
-  if config.study not in config.studies:
-    raise ValueError(f'config.study is {config.study!r}; allowed: {sorted(config.studies)}')
-  study = config.studies[config.study]
+  if config.study not in config.study.plans:
+    raise ValueError(f'config.study is {config.study!r}; allowed: {sorted(config.study.plans)}')
+  study = config.study.plans[config.study]
   for name in study.variants:
-    if name not in config.variants:
+    if name not in config.study.variants:
       raise ValueError(
-        f'config.studies.{config.study}.variants holds {name!r}; allowed: {sorted(config.variants)}'
+        f'config.study.plans.{config.study}.variants holds {name!r}; allowed: {sorted(config.study.variants)}'
       )
   base = changed(config, study.changes, {'program': 'run'})
   base.unlock()
   base.variants, base.studies, base.workers = {}, {}, 1
   out = []
   for seed in study.seeds:
-    names = {PRETRAINED: {'program': 'pretrain'}, **{n: config.variants[n] for n in study.variants}}
+    names = {PRETRAINED: {'program': 'pretrain'}, **{n: config.study.variants[n] for n in study.variants}}
     for number, (name, change) in enumerate(names.items()):
       # What makes a study smaller holds, whatever steps a variant wants.
       mine = changed(base, change, study.changes, {'seed': seed})
@@ -215,7 +215,7 @@ def shares(workers: int) -> list[set[int]]:
     return [set()] * workers
   cores = sorted(os.sched_getaffinity(0))
   if not 1 <= workers <= len(cores):
-    raise ValueError(f'config.workers is {workers}; allowed: 1 to {len(cores)}, the cores at hand')
+    raise ValueError(f'config.study.workers is {workers}; allowed: 1 to {len(cores)}, the cores at hand')
   return [set(cores[i::workers]) for i in range(workers)]
 
 
@@ -279,25 +279,25 @@ class Critic:
 
   def __init__(self, config: ml_collections.ConfigDict, folder: pathlib.Path):
     """Trains the critic, or reads it back from the folder."""
-    c = config.critic
+    c = config.study.critic
     mine = changed(config, c.changes, {'seed': c.seed, 'program': 'run'})
-    self._job = experiment_lib.build(mine, folder)
+    self._experiment = experiment_lib.build(mine, folder)
     writer = metrics_lib.MetricWriter(folder)
     self._params = weights.make_or_restore(
       folder,
       weights.JUDGE,
-      weights.template(self._job, weights.JUDGE),
-      lambda: fit.train_dual_encoder(self._job, writer),
+      weights.template(self._experiment, weights.JUDGE),
+      lambda: fit.train_dual_encoder(self._experiment, writer),
     )
     writer.close()
     self._image = jax.jit(
-      lambda p, x: self._job.judge.apply({'params': p}, policy.to_unit(x), method='embed_image')[0]
+      lambda p, x: self._experiment.judge.apply({'params': p}, policy.to_unit(x), method='embed_image')[0]
     )
     self._text = jax.jit(
-      lambda p, ids: self._job.judge.apply({'params': p}, ids, method='embed_text')[0]
+      lambda p, ids: self._experiment.judge.apply({'params': p}, ids, method='embed_text')[0]
     )
     pairs = [
-      self._job.data.pretraining(tasks.GENERATE, pretrain.CONTROL_OFFSET + i)
+      self._experiment.data.pretraining(tasks.GENERATE, pretrain.CONTROL_OFFSET + i)
       for i in range(c.pairs)
     ]
     similarity = self._similarity(
@@ -321,7 +321,7 @@ class Critic:
     K, G = images_KGYXC.shape[:2]
     images = self._embed(self._image, images_KGYXC.reshape(K * G, *images_KGYXC.shape[2:]))
     return np.einsum(
-      'KGD,JD->GKJ', images.reshape(K, G, -1), self._embed(self._text, self._job.captions(texts))
+      'KGD,JD->GKJ', images.reshape(K, G, -1), self._embed(self._text, self._experiment.captions(texts))
     )
 
   def terms(self, folder: pathlib.Path, records: list[dict[str, Any]]) -> list[float]:
@@ -365,7 +365,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   runs = plan(config, workdir)
   folder = workdir / config.study
   workdir_lib.check_config(folder, config)
-  workers = [Worker(cores, folder / 'compiled') for cores in shares(config.workers)]
+  workers = [Worker(cores, folder / 'compiled') for cores in shares(config.study.workers)]
   critic = Critic(runs[0].config, folder / 'critic')
   read = lambda: [measured(r, critic, folder / 'measured') for r in runs if complete(r)]
   for _ in execute(runs, workers):

@@ -1,4 +1,4 @@
-"""The whole run, stage by stage; a stage that is complete is read back, not repeated."""
+"""The programs 'train', 'pretrain' and 'control': all stages of a run, each done once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from absl import logging
 import jax
-import ml_collections
 
+from lvrpo_jax import types
 from lvrpo_jax.evaluation import evaluate
 from lvrpo_jax.evaluation import over_optimization
 from lvrpo_jax.evaluation import scores
@@ -49,80 +49,150 @@ class Clock:
     return out
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """Builds the world, pretrains, measures, aligns, measures again; returns the scores.
+class Stages:
+  """The stages of a run in order; each is done once, and read back after a restart."""
+
+  def __init__(self, config: types.Config, workdir: pathlib.Path):
+    """Builds and checks the experiment; writes the config into the workdir.
+
+    Raises:
+      ValueError: settings do not fit; the message names the key.
+    """
+    self.config, self.workdir = config, workdir
+    self.experiment = experiment_lib.build(config, workdir)
+    align.check(self.experiment)
+    pretrain.check(self.experiment)
+    workdir_lib.check_config(workdir, config)
+    if jax.process_index() == 0:
+      self.experiment.data.tokenizer.save(workdir / 'tokenizer.json')
+    self.writer = metrics_lib.MetricWriter(workdir, jax.process_index())
+    self.clock = Clock(workdir / 'seconds.json')
+
+  def _made(self, name: str, make: Callable[[], types.Params]) -> types.Params:
+    like = weights.template(self.experiment, name)
+    return weights.make_or_restore(self.workdir, name, like, make)
+
+  def autoencoder(self) -> types.Params:
+    """Parameters of the autoencoder: fitted, or those of the released model."""
+    if self.config.checkpoint:
+      return self.clock('vae', lambda: weights.base(self.experiment, weights.VAE))
+    return self.clock(
+      'vae',
+      lambda: self._made(weights.VAE, lambda: fit.fit_autoencoder(self.experiment)),
+    )
+
+  def dual_encoder(self) -> types.Params:
+    """Parameters of the dual encoder: trained, or those of `config.dual_encoder.path`."""
+    if self.config.dual_encoder.path:
+      return self.clock(fit.STAGE, lambda: weights.read_dual_encoder(self.experiment))
+    return self.clock(
+      fit.STAGE,
+      lambda: self._made(
+        weights.DUAL_ENCODER, lambda: fit.train_dual_encoder(self.experiment, self.writer)
+      ),
+    )
+
+  def policy(self, vae_params: types.Params) -> types.Params:
+    """Parameters of the policy before alignment: pretrained, or those of the released model."""
+    if self.config.checkpoint:
+      return self.clock('load', lambda: weights.base(self.experiment, weights.BASE))
+    plan = pretrain.pretraining_plan(self.experiment)
+    return self.clock(
+      plan.stage, lambda: pretrain.run(self.experiment, plan, vae_params, self.writer)
+    )
+
+  def continued(
+    self,
+    params: types.Params,
+    vae_params: types.Params,
+    dual_encoder_params: types.Params,
+  ) -> types.Params:
+    """Continued pretraining, the control of the alignment."""
+    plan = pretrain.control_plan(self.experiment)
+    return self.clock(
+      plan.stage,
+      lambda: pretrain.run(
+        self.experiment, plan, vae_params, self.writer, params, dual_encoder_params
+      ),
+    )
+
+  def aligned(
+    self,
+    params: types.Params,
+    vae_params: types.Params,
+    dual_encoder_params: types.Params,
+    evaluator: evaluate.Evaluator,
+  ) -> types.Params:
+    """The aligned policy."""
+    count = self.config.align.evaluate.prompts
+    params = self.clock(
+      'align',
+      lambda: align.run(
+        self.experiment,
+        params,
+        vae_params,
+        dual_encoder_params,
+        self.writer,
+        lambda policy: evaluator.held_out_reward(policy, count),
+      ),
+    )
+    return weights.make_or_restore(self.workdir, weights.ALIGNED, params, lambda: params)
+
+  def measure(
+    self, moment: str, evaluator: evaluate.Evaluator, params: types.Params
+  ) -> scores.Records:
+    """Predictions of a policy on held-out prompts, before or after."""
+    folder = self.workdir / 'eval' / moment
+    return self.clock(f'evaluate_{moment}', lambda: evaluator.run(params, folder))
+
+  def guided(self, evaluator: evaluate.Evaluator, params: types.Params) -> dict[str, Any]:
+    """Scores of the guided baseline."""
+    path = self.workdir / 'scores.json'  # Written after the guided baseline, so it holds all of it.
+    if multihost.path_exists(path):
+      return json.loads(path.read_text())['guidance']
+    return self.clock('evaluate_guided', lambda: evaluator.guided(params))
+
+
+def run(config: types.Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Pretrains, measures, aligns and measures again; returns the scores.
 
   The program 'pretrain' ends after the first measurement.
   """
-  job = experiment_lib.build(config, workdir)
-  align.check(job)
-  pretrain.check(job)
-  workdir_lib.check_config(workdir, config)
-  if jax.process_index() == 0:
-    job.data.tokenizer.save(workdir / 'tokenizer.json')
-  writer = metrics_lib.MetricWriter(workdir, jax.process_index())
-  clock = Clock(workdir / 'seconds.json')
-  siglip_params = lambda: clock(
-    'judge',
-    lambda: weights.make_or_restore(
-      workdir,
-      weights.JUDGE,
-      weights.template(job, weights.JUDGE),
-      lambda: fit.train_dual_encoder(job, writer),
-    ),
-  )
-  if config.checkpoint:
-    vae_params = clock('vae', lambda: weights.base(job, weights.VAE))
-    siglip_params = siglip_params()
-    params = clock('load', lambda: weights.base(job, weights.BASE))
-  else:
-    vae_params = clock(
-      'vae',
-      lambda: weights.make_or_restore(
-        workdir, weights.VAE, weights.template(job, weights.VAE), lambda: fit.fit_autoencoder(job)
-      ),
-    )
-    siglip_params = siglip_params()
-    params = clock('pretrain', lambda: pretrain.run(job, vae_params, writer))
-  tools = evaluate.samplers(job)
-  measure = lambda name, p: evaluate.run(job, p, vae_params, tools, workdir / 'eval' / name)
-  before = clock('evaluate_before', lambda: measure('before', params))
-  path = workdir / 'scores.json'  # Written after the guided baseline, so it holds all of that.
-  guided = (
-    json.loads(path.read_text())['guidance']
-    if multihost.path_exists(path)
-    else clock('evaluate_guided', lambda: evaluate.guided(job, params, vae_params, tools))
-  )
-  found = write_scores(workdir, config, clock, guided, before, None)
-  if config.program == 'pretrain':
-    writer.close()
-    return found
-  if config.program == 'control':
-    params = clock(
-      'control', lambda: pretrain.run(job, vae_params, writer, 'control', params, siglip_params)
-    )
-  else:
-    gold = lambda p: evaluate.held_out_reward(job, p, vae_params, tools, config.align.gold)
-    params = clock('align', lambda: align.run(job, params, vae_params, siglip_params, writer, gold))
-    weights.make_or_restore(workdir, weights.ALIGNED, params, lambda: params)
-  after = clock('evaluate_after', lambda: measure('after', params))
-  writer.close()
-  return write_scores(workdir, config, clock, guided, before, after)
+  stages = Stages(config, workdir)
+  vae_params = stages.autoencoder()
+  dual_encoder_params = stages.dual_encoder()
+  params = stages.policy(vae_params)
+  evaluator = evaluate.Evaluator(stages.experiment, vae_params)
+  before = stages.measure('before', evaluator, params)
+  guided = stages.guided(evaluator, params)
+  found = write_scores(workdir, config, stages.clock, guided, before, None)
+  if config.program != 'pretrain':
+    if config.program == 'control':
+      params = stages.continued(params, vae_params, dual_encoder_params)
+    else:
+      params = stages.aligned(params, vae_params, dual_encoder_params, evaluator)
+    after = stages.measure('after', evaluator, params)
+    found = write_scores(workdir, config, stages.clock, guided, before, after)
+  stages.writer.close()
+  return found
 
 
 def write_scores(
   workdir: pathlib.Path,
-  config: ml_collections.ConfigDict,
+  config: types.Config,
   clock: Clock,
   guided: dict[str, Any],
   before: scores.Records,
   after: scores.Records | None,
 ) -> dict[str, Any]:
   """Writes `scores.json`, also of a run that is not finished."""
-  split = lambda records: (
-    [r for r in records if r.get('task') != 'panel'],
-    next(r for r in records if r.get('task') == 'panel')['panel'],
-  )
+
+  def split(records):
+    return (
+      [r for r in records if r.get('task') != 'panel'],
+      next(r for r in records if r.get('task') == 'panel')['panel'],
+    )
+
   old, old_panel = split(before)
   out: dict[str, Any] = {
     'seed': config.seed,

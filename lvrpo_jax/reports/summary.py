@@ -1,11 +1,11 @@
-"""Several finished runs in one table, and before/after pictures of the first.
+"""Prints several finished runs in one table, and writes before/after images of the first.
 
     python -m lvrpo_jax.reports.summary runs/seed0 runs/seed1 runs/seed2 --picture before_after.png
 
 Prints Markdown: for every score its value before and after in each run, the mean of the paired
-differences over runs, and the largest p of them; then the guided baseline on its own prompts, and
-how often a relation holds where the two objects are right, which ignoring the relation gives a
-sixth of the time. A control run (`configs/base_control.py`) can be given like any other.
+differences over runs, and their largest p. Then prints the guided baseline on its own prompts, and
+how often a relation holds where the two objects are right; a policy that ignores the relation gets
+a sixth of them right. A control run (`configs/base_control.py`) can be given like any other.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import collections
 from collections.abc import Sequence
-import json
 import pathlib
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lvrpo_jax.data.shapes import detect_rendering
 from lvrpo_jax.data.shapes import world
+from lvrpo_jax.reports import files
 from lvrpo_jax.rewards import geneval
 
 ROWS = (
@@ -33,26 +32,27 @@ ROWS = (
   *((f'… {kind}, sampled', f'understanding/{kind}') for kind in world.QUESTION_KINDS),
   ('editing', 'editing/overall'),
 )
-SCALE = 3  # screen pixels a pixel
+SCALE = 3
+"""Screen pixels for a pixel of an image."""
 
 
-def load(workdir: pathlib.Path) -> dict[str, Any]:
-  """The scores of a finished run.
+def load(workdir: pathlib.Path) -> files.Json:
+  """Reads the scores of a finished run.
 
   Raises:
-    ValueError: there is none in the folder, or it has not been measured after alignment.
+    ValueError: the folder has none, or the run has not been measured after alignment.
   """
   path = workdir / 'scores.json'
   if not path.is_file():
     raise ValueError(f'{path} is missing; expected the workdir of a finished run')
-  scores = json.loads(path.read_text())
+  scores = files.read_json(path)
   if 'paired' not in scores:
     raise ValueError(f'{path} has no scores after alignment; the run is not finished')
   return scores
 
 
-def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
-  """A Markdown table of several runs."""
+def table(names: Sequence[str], runs: Sequence[files.Json]) -> str:
+  """Writes a Markdown table of several runs."""
   lines = [
     f'| held-out score | {" | ".join(names)} | mean difference | largest p |',
     '|---' * (len(runs) + 3) + '|',
@@ -85,16 +85,27 @@ def table(names: Sequence[str], runs: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def records(workdir: pathlib.Path, moment: str, **wanted: str) -> list[dict[str, Any]]:
-  """Prediction records of a moment whose fields have the wanted values."""
+def records(workdir: pathlib.Path, moment: str, **wanted: str) -> list[files.Json]:
+  """Reads the prediction records of a moment whose fields have the wanted values.
+
+  Raises:
+    FileNotFoundError: there are none of this moment.
+  """
   path = workdir / 'eval' / moment / 'predictions.jsonl'
-  lines = map(json.loads, path.read_text().splitlines())
-  return [r for r in lines if all(r.get(key) == value for key, value in wanted.items())]
+  if not path.is_file():
+    raise FileNotFoundError(f'{path} is missing; expected the workdir of a finished run')
+  return [
+    record
+    for record in files.read_lines(path)
+    if all(record.get(key) == value for key, value in wanted.items())
+  ]
 
 
 def on_guided_prompts(workdir: pathlib.Path, moment: str) -> float:
-  """Unguided generation score on the prompts that the guided baseline was measured on."""
-  count = json.loads((workdir / 'config.json').read_text())['evaluate']['guided']
+  """Returns the unguided generation score on the prompts of the guided baseline."""
+  evaluate = files.read_json(workdir / 'config.json')['evaluate']
+  # Workdirs that were written before have the second name.
+  count = evaluate['guided_prompts'] if 'guided_prompts' in evaluate else evaluate['guided']
   kinds = collections.defaultdict(list)
   for record in records(workdir, moment, task='generate', split='eval'):
     if int(record['id'].rpartition('/')[2]) < count:
@@ -103,7 +114,7 @@ def on_guided_prompts(workdir: pathlib.Path, moment: str) -> float:
 
 
 def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
-  """(pictures whose relation holds, pictures with just the two objects asked for) of 'position'."""
+  """Counts images of 'position': (whose relation holds, with just the two objects asked for)."""
   folder = workdir / 'eval' / moment
   held = total = 0
   for record in records(workdir, moment, task='generate', split='eval', kind='position'):
@@ -111,26 +122,37 @@ def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
     spec = record['spec']
     objects = {
       **spec,
-      'include': [{k: v for k, v in entry.items() if k != 'position'} for entry in spec['include']],
+      'include': [
+        {name: value for name, value in entry.items() if name != 'position'}
+        for entry in spec['include']
+      ],
     }
     size = images.shape[2], images.shape[1]
-    for found, correct in zip(detect_rendering.detect_by_rendering(images), record['correct']):
-      asked_for = geneval.evaluate(found, objects, strict=True, size=size).correct
-      if asked_for and not geneval.surplus(found, spec):
+    detections = detect_rendering.detect_by_rendering(images)
+    for found, correct in zip(detections, record['correct'], strict=True):
+      has_objects = geneval.evaluate(found, objects, strict=True, size=size).correct
+      if has_objects and not geneval.surplus(found, spec):
         total += 1
         held += correct
   return held, total
 
 
 def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
-  """uint8 (Y, X, 3): the first held-out prompts of every kind, before above after, same noise."""
+  """Lays out images of the first held-out prompts of every kind, before above after, same noise.
 
-  def row(moment):
+  Args:
+    columns: prompts of every kind.
+
+  Returns:
+    uint8 (Y, X, 3).
+  """
+
+  def row(moment: str) -> np.ndarray:
     folder = workdir / 'eval' / moment / 'generate' / 'eval'
     cells = []
     for kind in world.GENERATE_KINDS:
-      for number in range(columns):
-        image = np.asarray(Image.open(folder / kind / f'{number:03d}_0.png').convert('RGB'))
+      for index in range(columns):
+        image = np.asarray(Image.open(folder / kind / f'{index:03d}_0.png').convert('RGB'))
         cells.append(np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=255))
     return np.concatenate(cells, axis=1)
 
@@ -146,14 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
-  parser.add_argument('--picture', type=pathlib.Path, help='PNG of the first run to write')
+  parser.add_argument('--picture', type=pathlib.Path, help='PNG file to write, of the first run')
   args = parser.parse_args(argv)
   try:
     runs = [load(workdir) for workdir in args.workdirs]
   except ValueError as error:
     parser.exit(2, f'{error}\n')
   print(table([workdir.name for workdir in args.workdirs], runs))
-  for workdir, run in zip(args.workdirs, runs):
+  for workdir, run in zip(args.workdirs, runs, strict=True):
     parts = [
       f'{held} of {total} {moment}'
       for moment in ('before', 'after')

@@ -1,4 +1,4 @@
-"""What the reference is asked about images."""
+"""Questions to the frozen reference about the images of a task."""
 
 from __future__ import annotations
 
@@ -7,77 +7,159 @@ import dataclasses
 
 from flax import struct
 import jax
+from jax import numpy as jnp
 import numpy as np
 
 from lvrpo_jax import types
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
+from lvrpo_jax.rewards import base
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 Array = jax.Array
 
 
-@struct.dataclass
-class ReferenceQuestions:
-  """Up to Q questions about each of the images that were drawn for B prompts.
+class ReferenceQuestions(struct.PyTreeNode):
+  """Up to Q questions about each of the images that were sampled for B prompts.
 
   Attributes:
-    questions: the first, the second, ... of every prompt, without pictures.
-    blind: the same with the place of the image masked, or None.
-    answer_BQ: numbers of the right answers.
+    questions: the first, the second, ... of every prompt, without images.
+    blind: the same with the place of the image masked, or () where nothing reads them.
+    answer_BQ: indices of the right answers.
     asked_BQ: False where a prompt has fewer questions.
-    number_B: questions that a prompt has.
+    count_B: questions that a prompt has.
   """
 
   questions: tuple[types.Prompts, ...]
-  blind: tuple[types.Prompts, ...] | None
+  blind: tuple[types.Prompts, ...]
   answer_BQ: Array
   asked_BQ: Array
-  number_B: Array
+  count_B: Array
+
+
+def answer_ids(experiment: experiment_lib.Experiment, key: str) -> np.ndarray:
+  """First token of every possible answer, in the order of `data.answers`.
+
+  Args:
+    key: config key of the reward that asks, for the message.
+
+  Raises:
+    ValueError: two answers begin with the same token: the reference's first token would not tell
+      them apart.
+  """
+  encode, answers = experiment.data.tokenizer.encode, experiment.data.answers
+  ids = np.array([encode(answer)[0] for answer in answers], np.int32)
+  first: dict[int, str] = {}
+  for token, answer in zip(ids.tolist(), answers):
+    if token in first:
+      raise ValueError(
+        f'{key} reads the first token of an answer, and the answers {first[token]!r} and '
+        f'{answer!r} of config.data.source begin with the same one; set {key}.weight to 0, or '
+        'give answers that differ in their first token'
+      )
+    first[token] = answer
+  return ids
 
 
 def prompt_questions(
-  job: experiment_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   examples: Sequence[examples_lib.Example],
   iteration: int,
+  count: int,
   blind: bool,
 ) -> ReferenceQuestions:
-  """What prompts imply about their images: `align.questions` of each, see `Example.inquiry`."""
-  most = job.config.align.questions
-  asked = [e.inquiry(iteration, most) for e in examples]
-  asked_BQ = np.array([[q < len(pairs) for q in range(most)] for pairs in asked])
-  filled = [pairs + [('', '')] * (most - len(pairs)) for pairs in asked]
-  source = np.zeros((job.policy.image_size,) * 2 + (3,), np.uint8)
+  """What prompts imply about their images: `count` of each, see `Example.inquiry`.
+
+  Arrays are those of this process's prompts, not placed yet.
+  """
+  asked = [example.inquiry(iteration, count) for example in examples]
+  asked_BQ = np.array([[q < len(pairs) for q in range(count)] for pairs in asked])
+  filled = [pairs + [('', '')] * (count - len(pairs)) for pairs in asked]
+  source = np.zeros((experiment.policy.image_size,) * 2 + (3,), np.uint8)
   rows = [
     [
-      examples_lib.Example(e.index, pairs[q][0], source=source, answer='')
-      for e, pairs in zip(examples, filled)
+      examples_lib.Example(example.index, pairs[q][0], source=source, answer='')
+      for example, pairs in zip(examples, filled)
     ]
-    for q in range(most)
+    for q in range(count)
   ]
+  answers = experiment.data.answers
   answer_BQ = np.array(
-    [[job.data.answers.index(answer) if answer else 0 for _, answer in pairs] for pairs in filled],
-    np.int32,
-  )
-  # The blank pictures stay here: what is asked about takes their place.
-  bare = lambda row: job.place(
-    job.encoder(tasks.UNDERSTAND, row).prompts.replace(
-      source_BYXC=np.zeros((len(row), 0, 0, 3), np.uint8)
-    )
+    [[answers.index(answer) if answer else 0 for _, answer in pairs] for pairs in filled], np.int32
   )
   return ReferenceQuestions(
-    tuple(map(bare, rows)),
-    tuple(bare(_masked(row)) for row in rows) if blind else None,
-    *job.place((answer_BQ, asked_BQ, np.array([len(e.questions) for e in examples], np.float32))),
+    questions=tuple(_without_pixels(experiment, row) for row in rows),
+    blind=tuple(_without_pixels(experiment, _masked(row)) for row in rows) if blind else (),
+    answer_BQ=answer_BQ,
+    asked_BQ=asked_BQ,
+    count_B=np.array([len(example.questions) for example in examples], np.float32),
   )
 
 
 def mask_images(
-  job: experiment_lib.Experiment, examples: Sequence[examples_lib.Example]
+  experiment: experiment_lib.Experiment, examples: Sequence[examples_lib.Example]
 ) -> types.Prompts:
   """Questions whose images are masked."""
-  return job.place(job.encoder(tasks.UNDERSTAND, _masked(examples)).prompts)
+  return experiment.encoder(tasks.UNDERSTAND, _masked(examples)).prompts
+
+
+def _without_pixels(
+  experiment: experiment_lib.Experiment, row: Sequence[examples_lib.Example]
+) -> types.Prompts:
+  """Encoded questions whose blank images stay on the host: the sampled ones take their place."""
+  prompts = experiment.encoder(tasks.UNDERSTAND, row).prompts
+  return prompts.replace(source_BYXC=np.zeros((len(row), 0, 0, 3), np.uint8))
 
 
 def _masked(examples: Sequence[examples_lib.Example]) -> list[examples_lib.Example]:
-  return [dataclasses.replace(e, drop_vit=True) for e in examples]
+  return [dataclasses.replace(example, drop_vit=True) for example in examples]
+
+
+def first_token(
+  experiment: experiment_lib.Experiment, frozen: base.RewardParams, prompts: types.Prompts
+) -> Array:
+  """The reference's logits (B, V) of the first token of an answer."""
+  policy = experiment.policy
+  cache = policy.prefill(frozen.reference, frozen.vae, prompts)
+  start = jnp.full((prompts.ids_BL.shape[0], 1, 1), policy.bos)
+  return policy.text_logits(frozen.reference, cache, start)[:, 0, 0]
+
+
+def seen_logits(
+  experiment: experiment_lib.Experiment,
+  frozen: base.RewardParams,
+  images_BGYXC: Array,
+  questions: types.Prompts,
+) -> Array:
+  """Logits (B * G, V) of the first token of the answers to one question a prompt about its images."""
+  G = images_BGYXC.shape[1]
+  flat_RYXC = images_BGYXC.reshape(-1, *images_BGYXC.shape[2:])
+  spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
+  return first_token(experiment, frozen, spread.replace(source_BYXC=flat_RYXC))
+
+
+def blind_logits(
+  experiment: experiment_lib.Experiment,
+  frozen: base.RewardParams,
+  images_BGYXC: Array,
+  blind: types.Prompts,
+) -> Array:
+  """Logits (B, V) of the first token of the answers to one question a prompt without its images."""
+  blank = jnp.zeros((images_BGYXC.shape[0], *images_BGYXC.shape[2:]), images_BGYXC.dtype)
+  return first_token(experiment, frozen, blind.replace(source_BYXC=blank))
+
+
+def map_questions(function, asked: ReferenceQuestions):
+  """`function(questions, blind, answer_B)` of every question, stacked to (Q, ...).
+
+  `blind` is () where there are none. Questions are asked one after the other: they take the memory
+  of one.
+  """
+
+  def stack(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees) if trees else ()
+
+  inputs = stack(asked.questions), stack(asked.blind), asked.answer_BQ.T
+  if len(asked.questions) > 1:
+    return jax.lax.map(lambda one: function(*one), inputs)
+  return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], inputs)))

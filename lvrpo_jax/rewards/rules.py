@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from lvrpo_jax import symbols
+from lvrpo_jax import types
 from lvrpo_jax.data import detection
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
+from lvrpo_jax.rewards import base
 from lvrpo_jax.rewards import geneval
-
-
-class Detector(Protocol):
-  """Finds objects. It sees pixels alone, never what an image was drawn for."""
-
-  def __call__(self, images_RYXC: np.ndarray) -> Sequence[Sequence[detection.Detection]]:
-    """Detections (class, colour, box in pixels, score) of every uint8 image."""
-
+from lvrpo_jax.runtime import experiment as experiment_lib
 
 COUNTING_THRESHOLD = 0.6
 """Detection score above which an object counts in counting prompts. GenEval takes 0.9 for its own
@@ -76,7 +72,7 @@ def targets(task: str, examples: Sequence[examples_lib.Example], reader: str) ->
 
 
 def images(
-  detector: Detector,
+  detector: detection.Detector,
   images_BGYXC: np.ndarray,
   specs: Sequence[dict[str, Any]],
   strict: bool = False,
@@ -106,7 +102,7 @@ def images(
 
 
 def edits(
-  detector: Detector,
+  detector: detection.Detector,
   source_BYXC: np.ndarray,
   images_BGYXC: np.ndarray,
   specs: Sequence[dict[str, Any]],
@@ -153,3 +149,38 @@ def _arrays(verdicts: Sequence[geneval.Verdict], B: int, G: int) -> tuple[np.nda
     np.array([v.correct for v in verdicts], np.float32).reshape(B, G),
     np.array([v.parts for v in verdicts], np.float32).reshape(B, G),
   )
+
+
+class Rules:
+  """The rules of a task as a reward: images and edits by a detector, texts by their answer.
+
+  Facts are 'correct', whether everything asked for holds, and of texts also 'format'.
+  """
+
+  outputs = frozenset((tasks.TEXT, tasks.IMAGE))
+  runs_on = base.HOST
+
+  def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
+    key = f'config.align.rewards.{task}.rules'
+    self._task, self._graded, self._data = task, settings.graded, experiment.data
+    self._reader = f'{key}.weight is {settings.weight}'
+    self._detector = symbols.find(settings.detector, f'{key}.detector', detection.TABLE)
+
+  def __call__(self, samples: base.Samples) -> base.Scores:
+    """Scores samples by the records or answers of their examples."""
+    wanted = targets(self._task, samples.examples, self._reader)
+    if samples.are_texts:
+      correct, well_formed = answers(
+        samples.texts_BG, wanted, self._data.read_answer, self._data.well_formed
+      )
+      graded, facts = text_reward(correct, well_formed), dict(correct=correct, format=well_formed)
+    else:
+      images_BGYXC = samples.images_BGYXC
+      if self._task == tasks.EDIT:
+        source_BYXC = np.stack([example.source for example in samples.examples])
+        correct, graded = edits(self._detector, source_BYXC, images_BGYXC, wanted)
+      else:
+        correct, graded = images(self._detector, images_BGYXC, wanted)
+      facts = dict(correct=correct)
+    value = graded if self._graded else correct
+    return base.Scores(value, np.ones(samples.shape, bool), facts)

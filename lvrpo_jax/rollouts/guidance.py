@@ -15,14 +15,15 @@ from jax import numpy as jnp
 
 from lvrpo_jax import flow
 from lvrpo_jax import types
-from lvrpo_jax.models.bagel import policy as policy_lib
+from lvrpo_jax.models import contexts
+from lvrpo_jax.models import family
 from lvrpo_jax.rollouts import image as image_rollout
 
 Array = jax.Array
 
 
 def policy_velocity(
-  policy: policy_lib.Policy,
+  policy: family.Policy,
   params: types.Params,
   cache: types.Cache,
   bare: types.Cache | None,
@@ -36,7 +37,7 @@ def policy_velocity(
 
 
 def forward(
-  policy: policy_lib.Policy,
+  policy: family.Policy,
   params: types.Params,
   vae_params: types.Params,
   prompts: dict[str, types.Prompts],
@@ -48,8 +49,8 @@ def forward(
   """`Policy.follow` with guided velocities of the tasks that have scales (B, M)."""
   guided = {task: scale_BM for task, scale_BM in scales.items() if scale_BM is not None}
   bare = lambda tree: {f'{task}/bare': tree[task] for task in guided}
-  without = {name: policy_lib.without_prompt(p) for name, p in bare(prompts).items()}
-  v, logits = policy.follow(
+  without = {name: contexts.without_prompt(p) for name, p in bare(prompts).items()}
+  v, logits = policy.forward(
     params, vae_params, {**prompts, **without}, {**x, **bare(x)}, {**time, **bare(time)}, ids
   )
   for task, scale_BM in guided.items():
@@ -68,8 +69,7 @@ class Branches(NamedTuple):
   without_images: image_rollout.Velocity
 
 
-@struct.dataclass
-class Guidance:
+class Guidance(struct.PyTreeNode):
   """Strength of guidance.
 
   Attributes:

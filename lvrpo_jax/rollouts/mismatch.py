@@ -1,4 +1,4 @@
-"""Gaps between what a rollout recorded and what a replay finds, before any update.
+"""Rollout-training mismatch: what a rollout recorded against what a replay finds, before any update.
 
 Ratios of an update are to recorded densities. Where these are not the densities that samples were
 drawn with, be it by a temperature, a mask, a scale of guidance or a rounding that was lost on the
@@ -25,7 +25,10 @@ DETERMINISTIC_STD = 0.1
 """Deviation, about that of the other steps, against which the end of a step without noise is
 measured: latents that were rounded to 16 bits then show."""
 
-DECODE = 'gap/decode'
+PREFIX = 'mismatch'
+"""What the names of all these metrics begin with."""
+
+DECODE = f'{PREFIX}/decode'
 """Metric: largest |log-ratio| of a token between decoding and teacher forcing."""
 
 
@@ -78,23 +81,39 @@ def text_mismatch(logp_BGT: Array, b: types.TextTrainBatch) -> tuple[Array, Arra
   return jnp.max(gap_BGT), ops.masked_mean(gap_BGT, b.mask_BGT)
 
 
-def check(number: int, scalars: Mapping[str, float], limits: Mapping[str, float]) -> None:
-  """Refuses to go on where what is replayed is not what was drawn.
+LIMITS = {
+  'float32': dict(text_max=1e-5, text_mean=1e-5, decode_max=1e-3, image_max=1e-5),
+  # A logit of 16 in bfloat16 has steps of 0.125, so single tokens may be off by any ratio that is
+  # clipped, and their mean by far less. Of a step of 16-bit models others measured 2e-5, and 5e-4
+  # with guidance.
+  'bfloat16': dict(text_max=0.0, text_mean=0.02, decode_max=0.0, image_max=1e-3),
+}
+"""Largest mismatch by compute dtype, where the config does not say; 0 for any."""
+
+
+def limits(settings: types.Config, dtype: str) -> dict[str, float]:
+  """Largest mismatch by kind: `config.align.checks.mismatch`, where -1 stands for that of a dtype."""
+  return {
+    name: settings[name] if settings[name] >= 0 else value for name, value in LIMITS[dtype].items()
+  }
+
+
+def check(iteration: int, scalars: Mapping[str, float], bounds: Mapping[str, float]) -> None:
+  """Refuses to go on where what is replayed is not what was sampled.
 
   Args:
-    number: of the iteration.
-    limits: largest gaps of 'images', of 'texts', of 'texts_mean' and of 'decode'; 0 for any.
+    bounds: see `limits`.
 
   Raises:
-    ValueError: a gap is above its limit, or no number.
+    ValueError: a mismatch is above its limit, or NaN.
   """
-  for name, gap in scalars.items():
+  for name, found in scalars.items():
     kind = _limit_of(name)
-    if kind and limits[kind] and not gap <= limits[kind]:
+    if kind and bounds[kind] and not found <= bounds[kind]:
       raise ValueError(
-        f'iteration {number}: {name} is {gap:g}, config.align.gap_limit.{kind} is '
-        f'{limits[kind]:g}: before any update, the policy gives samples other densities than '
-        'those they were drawn with, so ratios mean nothing. Compute in float32 in another '
+        f'iteration {iteration}: {name} is {found:g}, config.align.checks.mismatch.{kind} is '
+        f'{bounds[kind]:g}: before any update, the policy gives samples other densities than '
+        'those they were sampled with, so ratios mean nothing. Compute in float32 in another '
         'workdir; or, where you know why, raise the limit: this run then goes on where it was '
         'saved last'
       )
@@ -103,10 +122,12 @@ def check(number: int, scalars: Mapping[str, float], limits: Mapping[str, float]
 def _limit_of(name: str) -> str:
   """Which limit a metric has; '' for none."""
   if name == DECODE:
-    return 'decode'
-  kind, _, task = name.partition('/')
-  if kind == 'gap' and task in tasks.TEXT_OUTPUTS:
-    return 'texts'
-  if kind == 'gap' and task.removesuffix('/mean') in tasks.TEXT_OUTPUTS:
-    return 'texts_mean'
-  return 'images' if kind == 'gap' and task in tasks.TASKS else ''
+    return 'decode_max'
+  prefix, _, task = name.partition('/')
+  if prefix != PREFIX:
+    return ''
+  if task in tasks.TEXT_OUTPUTS:
+    return 'text_max'
+  if task.removesuffix('/mean') in tasks.TEXT_OUTPUTS:
+    return 'text_mean'
+  return 'image_max' if task in tasks.TASKS else ''

@@ -35,7 +35,7 @@ def window_start(
     return int(np.random.default_rng((seed, 7, turn)).permutation(starts)[place])
   if schedule == 'sliding':
     return (iteration - 1) // every % starts
-  raise ValueError(f'align.window_schedule is {schedule!r}; allowed: {SCHEDULES}')
+  raise ValueError(f'align.rollout.window_schedule is {schedule!r}; allowed: {SCHEDULES}')
 
 
 def noise_levels(eta: float, steps: int, low: float, high: float, grid: Array) -> Array:

@@ -17,8 +17,8 @@ from jax import numpy as jnp
 from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.data import tasks
-from lvrpo_jax.models.bagel import model as bagel
-from lvrpo_jax.models.bagel import policy as policy_lib
+from lvrpo_jax.models import contexts
+from lvrpo_jax.models import family
 from lvrpo_jax.rollouts import text as text_rollout
 
 Array = jax.Array
@@ -28,7 +28,7 @@ IMAGE_SALT = 1 << 20
 
 
 def sample_text(
-  policy: policy_lib.Policy,
+  policy: family.Policy,
   params: types.Params,
   cache: types.Cache,
   key_BG: Array,
@@ -36,8 +36,11 @@ def sample_text(
   temperature: float,
 ) -> types.TextTrajectory:
   """Samples texts of at most `length` tokens after contexts; see `rollouts.text.rollout`."""
-  decode = lambda row, i, token: policy.apply(params, cache, row, i, token, method='decode')
-  row = bagel.empty_row(policy.config, key_BG.shape, length)
+
+  def decode(row, index, token):
+    return policy.decode_token(params, cache, row, index, token)
+
+  row = policy.empty_row(key_BG.shape, length)
   return text_rollout.sample(decode, row, key_BG, policy.bos, policy.eos, length, temperature)
 
 
@@ -48,7 +51,10 @@ def image_keys(key_BG: Array) -> Array:
 
 def regroup_images(rollout: types.ImageTrajectory, group: int) -> types.ImageTrajectory:
   """A rollout of B * G prompts with one image each as one of B prompts with G."""
-  wide = lambda x: x.reshape(*x.shape[:-4], -1, group, *x.shape[-2:])
+
+  def wide(x):
+    return x.reshape(*x.shape[:-4], -1, group, *x.shape[-2:])
+
   return rollout.replace(
     x_TBGNC=wide(rollout.x_TBGNC),
     noise_TBGNC=wide(rollout.noise_TBGNC),
@@ -57,8 +63,7 @@ def regroup_images(rollout: types.ImageTrajectory, group: int) -> types.ImageTra
   )
 
 
-@struct.dataclass
-class ThinkTrajectory:
+class ThinkTrajectory(struct.PyTreeNode):
   """Both halves of sampled trajectories, without advantages.
 
   Attributes:
@@ -92,7 +97,7 @@ def split_think(
     tasks.THINK_GENERATE: types.ImageTrainBatch(
       **{
         **arrays,
-        'prompts': policy_lib.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT, bos),
+        'prompts': contexts.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT, bos),
         'advantage_BG': alone(advantage_BG),
         'valid_BG': alone(valid_BG),
       }

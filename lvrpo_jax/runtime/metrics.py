@@ -1,4 +1,4 @@
-"""Where measurements go: a JSON line a step, TensorBoard events and a progress line."""
+"""Writes metrics: a JSON line a step, TensorBoard events and a progress line."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax import typing as jax_typing
 import numpy as np
 import tensorboardX
 import tqdm
 
-Scalars = Mapping[str, Any]
+Scalars = Mapping[str, jax_typing.ArrayLike]
+"""Name of a metric: a number or an array of one element, on the host or on a device."""
 
 
 class MetricWriter:
-  """Writes scalars and pictures under `workdir`, on process 0 only.
+  """Writes scalars and images under `workdir`, on process 0 only.
 
   `metrics.jsonl` holds one object a line: 'stage', 'step', 'seconds' (spent in the stage so far,
-  over all its runs) and the scalars. A value that is not finite is written as null and the line
+  over all its runs) and the scalars. A value that is not finite is written as null, and the line
   counts such values under 'nonfinite'. TensorBoard events lie in `tensorboard/<stage>`.
   """
 
@@ -33,7 +35,7 @@ class MetricWriter:
     process_index: int = 0,
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Opens nothing yet; `clock` returns seconds."""
+    """Prepares the writer; files are opened by `begin`. `clock` returns seconds."""
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / 'metrics.jsonl'
     self._active = process_index == 0
@@ -43,11 +45,11 @@ class MetricWriter:
     self._stage = ''
     self.nonfinite_count = 0
 
-  def begin(self, stage: str, restored_step: int = -1):
+  def begin(self, stage: str, restored_step: int = -1) -> None:
     """Opens a stage: drops its lines beyond `restored_step` and starts its clock there.
 
-    A resumed run then leaves the file that an undisturbed run would have left. Lines of other
-    stages stay. A last line cut short by a crash is dropped.
+    The file of a resumed run then equals that of an uninterrupted run. Lines of other stages stay.
+    A last line cut short by a crash is dropped.
 
     Args:
       stage: name of the stage.
@@ -61,7 +63,7 @@ class MetricWriter:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
     text = self._path.read_text() if self._path.exists() else ''
-    lines = _parsed_lines(text, self._path)
+    lines = _parse_lines(text, self._path)
     kept = [line for line in lines if line['stage'] != stage or line['step'] <= restored_step]
     kept_text = ''.join(json.dumps(line) + '\n' for line in kept)
     if kept_text != text:
@@ -72,24 +74,24 @@ class MetricWriter:
     self._started[stage] = self._clock() - spent
     if stage in self._events:
       self._events.pop(stage).close()
-    # Event files are named by the second: without a suffix a quick restart would overwrite one.
+    # Event files are named by the second; the suffix keeps a quick restart from overwriting one.
     self._events[stage] = tensorboardX.SummaryWriter(
       str(self._workdir / 'tensorboard' / stage),
       purge_step=restored_step + 1,
       filename_suffix=f'.from{restored_step + 1}',
     )
 
-  def write(self, stage: str, step: int, scalars: Scalars):
+  def write(self, stage: str, step: int, scalars: Scalars) -> None:
     """Appends one line and the same scalars as events.
 
     Args:
       stage: a stage that `begin` opened.
-      step: number of the step.
-      scalars: name -> a number or an array of one element, on the host or on a device.
+      step: index of the step.
+      scalars: what was measured, by name.
 
     Raises:
-      KeyError: the stage was not begun.
-      ValueError: a value has more than one element, or a name is one of the writer's own.
+      KeyError: `begin` did not open the stage.
+      ValueError: a value has more than one element, or a name is reserved for the writer.
     """
     if not self._active:
       return
@@ -111,19 +113,19 @@ class MetricWriter:
       if key not in bad:
         self._events[stage].add_scalar(key, value, int(step))
 
-  def images(self, tag: str, step: int, images_RYXC: np.ndarray, columns: int = 8):
-    """Adds a grid of uint8 pictures to the events of the stage begun last."""
+  def images(self, tag: str, step: int, images_RYXC: np.ndarray, columns: int = 8) -> None:
+    """Adds a grid of uint8 images to the events of the stage that was opened last."""
     if self._active:
       self._events[self._stage].add_image(
         tag, picture_grid(images_RYXC, columns), int(step), dataformats='HWC'
       )
 
-  def flush(self):
-    """Writes events still in memory; lines are on disk as soon as they are written."""
+  def flush(self) -> None:
+    """Writes events that are still in memory; lines are on disk already."""
     for events in self._events.values():
       events.flush()
 
-  def close(self):
+  def close(self) -> None:
     """Closes the event files."""
     for events in self._events.values():
       events.close()
@@ -131,7 +133,7 @@ class MetricWriter:
 
 
 class Progress:
-  """A bar on a terminal, otherwise a log line every `interval` seconds, on process 0 only."""
+  """Shows a bar on a terminal, else a log line every `interval` seconds, on process 0 only."""
 
   def __init__(
     self,
@@ -148,8 +150,8 @@ class Progress:
     Args:
       stage: name shown.
       total: the last step.
-      start: the step already reached, which the rate does not count.
-      keys: scalars to show, at most a few.
+      start: the step that was reached before; the rate does not count it.
+      keys: names of the scalars to show.
       interval: seconds between log lines.
       process_index: only process 0 shows anything.
       clock: returns seconds.
@@ -161,7 +163,7 @@ class Progress:
     if self._active and sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, desc=stage, dynamic_ncols=True)
 
-  def update(self, step: int, scalars: Scalars):
+  def update(self, step: int, scalars: Scalars) -> None:
     """Shows that `step` steps are done; the last one is always shown."""
     if not self._active:
       return
@@ -175,7 +177,7 @@ class Progress:
       return
     self._shown = now
     rate = (step - self._start) / max(now - self._began, 1e-9)
-    left = f'{_clock_face((self._total - step) / rate)} left' if rate > 0 else 'time left unknown'
+    left = f'{_format_time((self._total - step) / rate)} left' if rate > 0 else 'time left unknown'
     logging.info(
       '%s %d/%d, %.3g steps/s, %s%s',
       self._stage,
@@ -186,7 +188,7 @@ class Progress:
       ''.join(f', {key} {value}' for key, value in shown.items()),
     )
 
-  def close(self):
+  def close(self) -> None:
     """Leaves the bar as it stands."""
     if self._bar is not None:
       self._bar.close()
@@ -194,7 +196,7 @@ class Progress:
   def __enter__(self) -> Progress:
     return self
 
-  def __exit__(self, *exception_info: object):
+  def __exit__(self, *exception_info: object) -> None:
     self.close()
 
 
@@ -204,9 +206,9 @@ class Compilations:
   total = 0
 
   @classmethod
-  def listen(cls, event: str, duration: float, **kwargs):
-    """Called by JAX; see https://docs.jax.dev/en/latest/jax.monitoring.html."""
-    del duration, kwargs
+  def listen(cls, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    """Receives events of JAX; see https://docs.jax.dev/en/latest/jax.monitoring.html."""
+    del duration_secs, kwargs
     cls.total += event == '/jax/core/compile/backend_compile_duration'
 
 
@@ -216,31 +218,31 @@ jax.monitoring.register_event_duration_secs_listener(Compilations.listen)
 class Late:
   """Holds the device metrics of one step until the next step has been dispatched.
 
-  Fetching a metric waits for the device. One step late, the device already has its next work
-  queued, so the wait costs nothing. Adds 'compiled', the number of programs compiled since the
-  first step: where it grows, something changes its shape.
+  Fetching a metric waits for the device. One step later the device has its next work queued
+  already, so the wait costs no time. Adds 'compiled', the number of programs compiled since the
+  first step; it grows where an array changes its shape.
   """
 
   def __init__(self, stage: str, consume: Callable[[int, dict[str, float]], None]):
-    """`consume(step, scalars)` receives each step's metrics in order, as floats."""
+    """Takes `consume(step, scalars)`, which receives each step's metrics in order, as floats."""
     self._stage, self._consume = stage, consume
     self._held: tuple[int, Scalars] | None = None
     self._compiled: int | None = None
 
-  def push(self, step: int, metrics: Scalars):
+  def push(self, step: int, metrics: Scalars) -> None:
     """Takes the metrics of a step just dispatched and consumes those of the step before.
 
     Raises:
-      FloatingPointError: a loss of the step before is not finite; it was consumed first, so
-        the record shows it.
+      FloatingPointError: a loss of the step before is not finite. Its metrics were consumed first,
+        so they are on record.
     """
     self.flush()
     if self._compiled is None:
       self._compiled = Compilations.total
     self._held = (step, {**metrics, 'compiled': Compilations.total - self._compiled})
 
-  def flush(self):
-    """Consumes what is held: call it before a checkpoint and after the last step.
+  def flush(self) -> None:
+    """Consumes the metrics that are held; call it before a checkpoint and after the last step.
 
     Raises:
       FloatingPointError: as `push`.
@@ -256,26 +258,26 @@ class Late:
 
 
 def picture_grid(images_RYXC: np.ndarray, columns: int) -> np.ndarray:
-  """Lays pictures out row by row, with a white line of one pixel between neighbours.
+  """Lays images out row by row, with a white line of one pixel between neighbours.
 
   Args:
-    images_RYXC: uint8, at least one picture, 1 or 3 channels.
-    columns: pictures in a full row.
+    images_RYXC: uint8, at least one image, 1 or 3 channels.
+    columns: images in a full row.
 
   Returns:
-    uint8 [rows * (Y + 1) - 1, columns * (X + 1) - 1, C]; places without a picture are white.
-    With fewer pictures than columns there are as many columns as pictures.
+    uint8 [rows * (Y + 1) - 1, columns * (X + 1) - 1, C]; places without an image are white.
+    With fewer images than columns there are as many columns as images.
 
   Raises:
-    ValueError: another dtype or rank, no picture, or no column.
+    ValueError: another dtype or rank, no image, or no column.
   """
   images_RYXC = np.asarray(images_RYXC)
   if images_RYXC.dtype != np.uint8 or images_RYXC.ndim != 4 or not len(images_RYXC):
     raise ValueError(
-      f'want uint8 pictures [R, Y, X, C], got {images_RYXC.dtype} {images_RYXC.shape}'
+      f'expected uint8 images [R, Y, X, C], got {images_RYXC.dtype} {images_RYXC.shape}'
     )
   if columns < 1:
-    raise ValueError(f'want at least one column, got {columns}')
+    raise ValueError(f'expected at least one column, got {columns}')
   count, height, width, channels = images_RYXC.shape
   columns = min(columns, count)
   rows = math.ceil(count / columns)
@@ -286,28 +288,29 @@ def picture_grid(images_RYXC: np.ndarray, columns: int) -> np.ndarray:
   return grid
 
 
-def _parsed_lines(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a JSON-lines text, without a last line that was cut short."""
+def _parse_lines(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the objects of a JSON-lines text, without a last line that was cut short."""
   lines: list[dict[str, Any]] = []
   texts = text.splitlines()
-  for number, line in enumerate(texts, 1):
+  for index, line in enumerate(texts, 1):
     try:
       lines.append(json.loads(line))
     except json.JSONDecodeError as error:
-      if number < len(texts):
-        raise ValueError(f'{path}: line {number} is not JSON') from error
+      if index < len(texts):
+        raise ValueError(f'{path}: line {index} is not JSON') from error
   return lines
 
 
-def _as_float(key: str, value: Any) -> float:
+def _as_float(key: str, value: jax_typing.ArrayLike) -> float:
+  """Returns a scalar; `key` is its name, for messages."""
   array = np.asarray(value)
   if array.size != 1:
-    raise ValueError(f'{key}: want a scalar, got shape {array.shape}')
+    raise ValueError(f'{key}: expected a scalar, got shape {array.shape}')
   return float(array.reshape(()))
 
 
-def _clock_face(seconds: float) -> str:
-  """'m:ss' below an hour, then 'h:mm:ss'."""
+def _format_time(seconds: float) -> str:
+  """Formats seconds as 'm:ss' below an hour, then as 'h:mm:ss'."""
   minutes, rest = divmod(int(round(seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02d}:{rest:02d}' if hours else f'{minutes}:{rest:02d}'

@@ -3,279 +3,330 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-TASKS = ('generate', 'understand', 'edit', 'think_generate')
-PROGRAMS = ('run', 'pretrain', 'control', 'study', 'sample', 'convert', 'describe', 'compile')
-Check = tuple[str, Callable[[Any], bool], str]
+from lvrpo_jax import types
+from lvrpo_jax.data import tasks as tasks_lib
+from lvrpo_jax.runtime import renamed
 
-POSITIVE = (lambda v: v > 0, 'a number above 0')
-COUNT = (lambda v: v >= 1, 'an integer of at least 1')
-NATURAL = (lambda v: v >= 0, 'at least 0')
-FRACTION = (lambda v: 0 <= v <= 1, 'between 0 and 1')
+PROGRAMS = (
+  'train', 'pretrain', 'control', 'study', 'sample', 'convert', 'describe', 'compile'
+)  # fmt: skip
 
 
-def one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
+class Check(NamedTuple):
+  """A condition on one value, and its message."""
+
+  holds: Callable[[Any], bool]
+  allowed: str
+
+
+POSITIVE = Check(lambda v: v > 0, 'a number above 0')
+COUNT = Check(lambda v: v >= 1, 'an integer of at least 1')
+NATURAL = Check(lambda v: v >= 0, 'at least 0')
+FRACTION = Check(lambda v: 0 <= v <= 1, 'between 0 and 1')
+DECAY = Check(lambda v: 0 <= v < 1, 'at least 0 and below 1')
+SEED = Check(lambda v: 0 <= v < 2**31, 'an integer from 0 to 2147483647')
+SCALE = Check(lambda v: v >= 1, 'at least 1, which is none')
+
+
+def one_of(*values: Any) -> Check:
   """Membership, with its message."""
-  return (lambda v: v in values), 'one of ' + ', '.join(map(repr, values))
+  return Check(lambda v: v in values, 'one of ' + ', '.join(map(repr, values)))
 
 
-CHECKS: tuple[tuple[str, tuple[Callable[[Any], bool], str]], ...] = (
-  ('program', one_of(*PROGRAMS)),
-  ('seed', NATURAL),
-  *((f'data.{k}', FRACTION) for k in ('wrong', 'chatty', 'plan', 'describe', 'drop')),
-  *((f'data.{k}', COUNT) for k in ('prompt_words', 'answer_words', 'prefetch')),
-  *(
-    (f'model.{k}', COUNT)
+OPTIMIZER = {
+  'kind': one_of('adamw', 'muon'),
+  'schedule': one_of('linear', 'cosine', 'constant'),
+  'warmup': NATURAL,
+  'b1': DECAY,
+  'b2': DECAY,
+  'weight_decay': NATURAL,
+  **dict.fromkeys(('learning_rate', 'muon_rate', 'eps', 'clip_norm'), POSITIVE),
+}
+
+CHECKS: dict[str, Check] = {
+  'program': one_of(*PROGRAMS),
+  'seed': SEED,
+  'log_every': POSITIVE,
+  **{f'data.{k}': COUNT for k in ('prompt_tokens', 'answer_tokens', 'prefetch')},
+  **{
+    f'model.{k}': COUNT
     for k in (
-      'width',
-      'depth',
-      'heads',
-      'kv_heads',
-      'ff_width',
-      'unroll',
-      'vit_width',
-      'vit_depth',
-      'vit_heads',
-      'vit_ff_width',
-      'vit_patch',
-      'position_side',
+      'width', 'depth', 'heads', 'kv_heads', 'ff_width', 'unroll', 'vit_width', 'vit_depth',
+      'vit_heads', 'vit_ff_width', 'vit_patch', 'position_side',
     )
+  },
+  **{f'model.{k}': POSITIVE for k in ('rope_theta', 'eps')},
+  'model.dtype': one_of('float32', 'bfloat16'),
+  'model.remat': Check(
+    lambda v: v in ('none', 'full') or v in dir(jax.checkpoint_policies),
+    "'none', 'full', or a name in jax.checkpoint_policies",
   ),
-  *((f'model.{k}', POSITIVE) for k in ('rope_theta', 'eps')),
-  ('model.dtype', one_of('float32', 'bfloat16')),
-  (
-    'model.remat',
-    (
-      lambda v: v in ('none', 'full') or v in dir(jax.checkpoint_policies),
-      "'none', 'full', or a name in jax.checkpoint_policies",
-    ),
+  'model.attention': one_of('auto', 'xla', 'splash', 'cudnn'),
+  **{f'vae.{k}': COUNT for k in ('patch', 'channels', 'images')},
+  'vae.whiten': FRACTION,
+  **{
+    f'dual_encoder.{k}': COUNT for k in ('width', 'depth', 'heads', 'ff_width', 'patch', 'steps')
+  },
+  'dual_encoder.batch': Check(lambda v: v >= 2, 'an integer of at least 2'),
+  'dual_encoder.learning_rate': POSITIVE,
+  **{f'pretrain.{k}': COUNT for k in ('steps', 'draws', 'save_every')},
+  'pretrain.shift': POSITIVE,
+  'pretrain.ema': DECAY,
+  **{f'pretrain.optimizer.{k}': check for k, check in OPTIMIZER.items()},
+  'control.steps': COUNT,
+  'control.rate': POSITIVE,
+  'control.repa': NATURAL,
+  'control.repa_layer': COUNT,
+  **{f'align.{k}': COUNT for k in ('iterations', 'updates_per_rollout')},
+  'align.rollout.group_size': Check(
+    lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings'
   ),
-  *((f'vae.{k}', COUNT) for k in ('patch', 'channels', 'images')),
-  *((f'judge.{k}', COUNT) for k in ('width', 'depth', 'heads', 'ff_width', 'patch', 'steps')),
-  ('judge.batch', (lambda v: v >= 2, 'an integer of at least 2')),
-  *((f'{k}.learning_rate', POSITIVE) for k in ('judge', 'optimizer', 'align')),
-  *((f'pretrain.{k}', COUNT) for k in ('steps', 'draws', 'save_every')),
-  ('control.steps', COUNT),
-  ('control.rate', POSITIVE),
-  ('control.repa', NATURAL),
-  ('control.repa_layer', COUNT),
-  ('pretrain.shift', POSITIVE),
-  ('sampling.shift', POSITIVE),
-  ('pretrain.ema', (lambda v: 0 <= v < 1, 'at least 0 and below 1')),
-  ('optimizer.kind', one_of('adamw', 'muon')),
-  ('optimizer.muon_rate', POSITIVE),
-  ('vae.whiten', FRACTION),
-  ('optimizer.schedule', one_of('linear', 'constant')),
-  *((f'optimizer.{k}', (lambda v: 0 <= v < 1, 'at least 0 and below 1')) for k in ('b1', 'b2')),
-  ('optimizer.clip_norm', POSITIVE),
-  ('align.clip_norm', POSITIVE),
-  ('sampling.steps', COUNT),
-  *(
-    (f'align.{k}', COUNT)
-    for k in ('steps', 'updates', 'draws', 'save_every', 'window_every', 'dense_top')
+  'align.rollout.steps': Check(lambda v: v >= 2, 'an integer of at least 2'),
+  'align.rollout.sampler': one_of('sde', 'cps', 'dance'),
+  **{f'align.rollout.{k}': POSITIVE for k in ('temperature', 'shift', 'noise_level')},
+  **{f'align.rollout.{k}': FRACTION for k in ('noise_low', 'noise_high')},
+  'align.rollout.guidance': SCALE,
+  'align.rollout.window': NATURAL,
+  'align.rollout.window_schedule': one_of('random', 'sliding'),
+  'align.rollout.window_every': COUNT,
+  'align.dynamic_sampling.rounds': NATURAL,
+  'align.advantage.method': one_of('normalize_then_sum', 'sum_then_normalize', 'gdpo', 'sum'),
+  'align.advantage.floor': POSITIVE,
+  'align.advantage.floor_form': one_of('max', 'add', 'root'),
+  'align.advantage.scope': one_of('group', 'batch', 'none'),
+  'align.advantage.ddof': one_of(0, 1),
+  'align.advantage.clip': POSITIVE,
+  'align.text.clip_low': FRACTION,
+  'align.text.clip_high': NATURAL,
+  'align.text.kl': one_of('k1', 'k2', 'k3', 'k3_ratio'),
+  'align.image.kl': one_of('velocity', 'gaussian', 'gaussian_per_time'),
+  'align.image.draws': COUNT,
+  **{f'align.image.{k}': POSITIVE for k in ('clip', 'nft_beta', 'nft_advantage_scale')},
+  **{f'align.image.{k}': NATURAL for k in ('old_policy_flat', 'old_policy_rise')},
+  'align.image.old_policy_max_decay': FRACTION,
+  **{
+    f'align.{part}.{k}': NATURAL
+    for part in ('text', 'image')
+    for k in ('kl_weight', 'kl_target', 'kl_adaptation')
+  },
+  **{f'align.optimizer.{k}': check for k, check in OPTIMIZER.items()},
+  'align.optimizer.understanding_rate': NATURAL,
+  'align.lora.rank': NATURAL,
+  'align.lora.alpha': POSITIVE,
+  **{
+    f'align.checks.mismatch.{k}': Check(
+      lambda v: v >= 0 or v == -1, 'at least 0, or -1 for that of the dtype'
+    )
+    for k in ('text_max', 'text_mean', 'decode_max', 'image_max')
+  },
+  'align.checks.gradients_every': NATURAL,
+  'align.evaluate.every': NATURAL,
+  'align.evaluate.prompts': COUNT,
+  'align.checkpoints.every': COUNT,
+  'align.checkpoints.keep_best': NATURAL,
+  'align.checkpoints.finish': one_of('last', 'best'),
+  **{f'evaluate.prompts.{k}': COUNT for k in ('generate', 'unseen', 'understand', 'edit')},
+  'evaluate.prompts.think_generate': NATURAL,
+  **{f'evaluate.{k}': COUNT for k in ('samples', 'batch', 'steps')},
+  'evaluate.shift': POSITIVE,
+  'evaluate.guidance': SCALE,
+  'evaluate.guided_prompts': NATURAL,
+  'evaluate.guided_scales': Check(
+    lambda v: all(isinstance(x, (int, float)) and x > 0 for x in v), 'numbers above 0'
   ),
-  ('align.window', NATURAL),
-  ('align.window_schedule', one_of('random', 'sliding')),
-  ('align.text_kl', one_of('k1', 'k2', 'k3', 'k3_ratio')),
-  ('align.image_kl', one_of('velocity', 'gaussian', 'gaussian_per_time')),
-  *((f'align.{k}', NATURAL) for k in ('text_target', 'image_target', 'adapt')),
-  *((f'align.{k}', NATURAL) for k in ('keep_best', 'refill', 'diagnose_every', 'gold_every')),
-  ('align.gold', COUNT),
-  ('align.questions', COUNT),
-  ('align.finish', one_of('last', 'best')),
-  ('align.group', (lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings')),
-  ('align.steps_per_image', (lambda v: v >= 2, 'an integer of at least 2')),
-  ('align.advantage', one_of('gdpo', 'sum')),
-  ('align.ddof', one_of(0, 1)),
-  ('align.scope', one_of('group', 'batch', 'none')),
-  ('align.floor_form', one_of('max', 'add', 'root')),
-  ('align.objective', one_of('nft', 'awm', 'sde', 'cps', 'guard', 'guard_plain')),
-  ('align.sampler', one_of('sde', 'cps', 'dance')),
-  ('align.text_objective', one_of('grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo')),
-  *(
-    (f'align.{k}', POSITIVE)
-    for k in ('floor', 'eta', 'nft_beta', 'nft_scale', 'image_clip', 'temperature')
+  'sample.task': one_of(*(t.name for t in tasks_lib.BY_NAME.values() if not t.plans)),
+  **{f'sample.{k}': COUNT for k in ('steps', 'max_tokens')},
+  'sample.shift': POSITIVE,
+  'sample.temperature': NATURAL,
+  'sample.size': Check(
+    lambda v: len(v) == 2 and all(isinstance(x, int) and x >= 0 for x in v),
+    "(width, height) in pixels, 0 for the model's own",
   ),
-  *(
-    (f'align.{k}', NATURAL)
-    for k in ('velocity_penalty', 'text_penalty', 'understand_rate', 'old_flat', 'old_rise')
-  ),
-  *((f'align.{k}', FRACTION) for k in ('text_low', 'old_hold', 'noise_low', 'noise_high')),
-  ('align.text_high', NATURAL),
-  ('align.lora.rank', NATURAL),
-  ('align.lora.alpha', POSITIVE),
-  *(
-    (f'evaluate.{k}', COUNT)
-    for k in ('generate', 'unseen', 'understand', 'edit', 'images', 'batch')
-  ),
-  *(
-    (f'{k}.guidance', (lambda v: v >= 1, 'at least 1, which is none'))
-    for k in ('align', 'evaluate')
-  ),
-  *((f'align.gap_limit.{k}', NATURAL) for k in ('texts', 'texts_mean', 'images', 'decode')),
-  ('evaluate.guided', NATURAL),
-  ('evaluate.think_generate', NATURAL),
-  ('sample.task', one_of(*TASKS[:3])),
-  ('convert.direction', one_of('import', 'export')),
-  ('sample.points', (lambda v: v >= 2, 'an integer of at least 2')),
-  *((f'{k}', COUNT) for k in ('sample.max_tokens', 'convert.shards', 'workers')),
-  ('sample.shift', POSITIVE),
-  ('sample.temperature', NATURAL),
-  (
-    'sample.size',
-    (
-      lambda v: len(v) == 2 and all(isinstance(x, int) and x >= 0 for x in v),
-      "(width, height) in pixels, 0 for the model's own",
-    ),
-  ),
-  ('sample.top_p', (lambda v: 0 < v <= 1, 'above 0 and at most 1')),
-  *(
-    (f'sample.guidance.{task}.renorm', one_of('global', 'channel', 'text_channel'))
+  'sample.top_p': Check(lambda v: 0 < v <= 1, 'above 0 and at most 1'),
+  **{
+    f'sample.guidance.{task}.renorm': one_of('global', 'channel', 'text_channel')
     for task in ('generate', 'edit')
+  },
+  'convert.direction': one_of('import', 'export'),
+  'convert.shards': COUNT,
+  'study.workers': COUNT,
+  'compile.image_size': NATURAL,
+  'compile.programs': Check(
+    lambda v: v and set(v) <= {'text', 'image', 'step'}, "some of 'text', 'image', 'step'"
   ),
-  ('model.attention', one_of('auto', 'xla', 'splash', 'cudnn')),
-  ('compile.image_size', NATURAL),
-  (
-    'compile.programs',
-    (lambda v: v and set(v) <= {'text', 'image', 'step'}, "some of 'text', 'image', 'step'"),
-  ),
-  ('parallel.rollout_mesh', (lambda v: len(v) in (0, 3), '() or three sizes')),
-  ('parallel.runner', one_of('jit', 'pmap')),
-  ('parallel.micro_batches', COUNT),
-  ('parallel.group_parts', NATURAL),
-  ('log_every', POSITIVE),
-)
+  'parallel.rollout_mesh': Check(lambda v: len(v) in (0, 3), '() or three sizes'),
+  'parallel.runner': one_of('jit', 'pmap'),
+  'parallel.micro_batches': COUNT,
+  'parallel.group_parts': NATURAL,
+}  # fmt: skip
+"""Checks of single values by key."""
 
 
-def get(config: ml_collections.ConfigDict, key: str) -> Any:
+def get(config: types.Config, key: str) -> Any:
   """Value at a dotted key."""
   for part in key.split('.'):
     config = config[part]
   return config
 
 
-def validate(config: ml_collections.ConfigDict):
+def leaves(config: types.Config, prefix: str = '') -> list[tuple[str, Any]]:
+  """(dotted key, value) of every leaf of a config."""
+  out = []
+  for key, value in config.items():
+    nested = isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict))
+    out += leaves(value, f'{prefix}{key}.') if nested else [(f'{prefix}{key}', value)]
+  return out
+
+
+def validate(config: types.Config) -> None:
   """Checks every value and how they fit together.
 
   Raises:
     ValueError: names the key, its value and what is allowed.
   """
-  for key, (good, allowed) in CHECKS:
+  renamed.refuse_former_values(config)
+  for key, value in leaves(config):
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'config.{key} is {value!r}; allowed: finite numbers')
+  for key, check in CHECKS.items():
     value = get(config, key)
-    if not good(value):
-      raise ValueError(f'config.{key} is {value!r}; allowed: {allowed}')
+    if not check.holds(value):
+      raise ValueError(f'config.{key} is {value!r}; allowed: {check.allowed}')
   _check_shapes(config)
-  for part in ('pretrain', 'align'):
-    sizes = {task: get(config, f'{part}.{task}') for task in TASKS}
-    for task, size in sizes.items():
-      if size < 0:
-        raise ValueError(f'config.{part}.{task} is {size}; allowed: at least 0 rows')
-      if size and not get(config, f'{part}.weights.{task}') > 0:
-        raise ValueError(
-          f'config.{part}.weights.{task} is '
-          f'{get(config, f"{part}.weights.{task}")}; allowed: above 0 where '
-          f'config.{part}.{task} is not 0'
-        )
-    if not any(sizes.values()):
-      raise ValueError(f'config.{part}.{", .".join(TASKS)} are all 0; allowed: at least one task')
-  for task in TASKS:
-    rewards, custom = config.align.rewards[task], config.align.custom
-    if any(weight < 0 for weight in rewards.values()):
-      raise ValueError(
-        f'config.align.rewards.{task} is {rewards.to_dict()}; allowed: weights of at least 0'
-      )
-    if config.align[task] and not any(rewards.values()) and not custom[task]:
-      raise ValueError(
-        f'config.align.rewards.{task} is {rewards.to_dict()}; allowed: at least '
-        'one weight above 0, or a reward of your own'
-      )
-    if config.align[task] and rewards.remote and not config.align.remote.url:
-      raise ValueError(
-        f"config.align.remote.url is ''; allowed: the address of a judge, as "
-        f'config.align.rewards.{task}.remote is {rewards.remote}'
-      )
+  _check_tasks(config, 'pretrain', 'rows')
+  _check_tasks(config, 'align', 'prompts')
+  _check_rewards(config)
   _check_answer_shown(config)
-  cache = config.align.remote.cache
-  if config.program == 'study' and config.workers > 1 and cache:
+  _check_combinations(config)
+
+
+def _check_tasks(config: types.Config, part: str, counts: str) -> None:
+  """At least one task, none with a negative count, and a loss weight for each."""
+  sizes = get(config, f'{part}.{counts}')
+  for task, size in sizes.items():
+    weight = get(config, f'{part}.task_weights.{task}')
+    if size < 0:
+      raise ValueError(f'config.{part}.{counts}.{task} is {size}; allowed: at least 0 rows')
+    if size and not weight > 0:
+      raise ValueError(
+        f'config.{part}.task_weights.{task} is {weight}; allowed: above 0 where '
+        f'config.{part}.{counts}.{task} is not 0'
+      )
+  if not tasks_lib.active(sizes):
+    raise ValueError(f'config.{part}.{counts} are all 0; allowed: at least one task')
+
+
+def _check_rewards(config: types.Config) -> None:
+  """Rewards have a kind and a weight, and every task has one that counts."""
+  align = config.align
+  for task, rewards in align.rewards.items():
+    for name, settings in rewards.items():
+      key = f'config.align.rewards.{task}.{name}'
+      if isinstance(settings, (int, float)) or not {'kind', 'weight'} <= set(settings):
+        raise ValueError(f'{key} is {settings!r}; allowed: a dict with kind and weight')
+      if settings.weight < 0:
+        raise ValueError(f'{key}.weight is {settings.weight}; allowed: at least 0')
+      if settings.weight and not settings.kind:
+        raise ValueError(
+          f"{key}.kind is '' and its weight {settings.weight}; allowed: the name of a reward, or "
+          "the import path 'module:name' of your own"
+        )
+      remote = settings.kind == 'remote' and settings.weight and align.prompts[task]
+      if remote and not align.remote_judge.url:
+        raise ValueError(
+          "config.align.remote_judge.url is ''; allowed: the address of a judge, as "
+          f'{key}.weight is {settings.weight}'
+        )
+    if align.prompts[task] and not any(settings.weight for settings in rewards.values()):
+      raise ValueError(
+        f'config.align.rewards.{task} has no weight above 0; allowed: at least one reward for a '
+        'task with prompts'
+      )
+
+
+def uses_kind(config: types.Config, task: str, kind: str) -> bool:
+  """Whether an active task has a weight for a reward of a kind."""
+  rewards = config.align.rewards[task].values()
+  return bool(config.align.prompts[task]) and any(s.weight and s.kind == kind for s in rewards)
+
+
+def _check_answer_shown(config: types.Config) -> None:
+  """Refuses a chat template without the answer, which would score all answers to a question alike."""
+  judge, task = config.align.remote_judge, tasks_lib.UNDERSTAND
+  name = f'templates.{task}' if judge.templates[task] else 'template'
+  text = get(judge, name)
+  asked = uses_kind(config, task, 'remote') and judge.protocol == 'chat'
+  if asked and text and '{answer}' not in text:
     raise ValueError(
-      f"config.align.remote.cache is {cache!r}; allowed: '' with config.workers = "
-      f'{config.workers}: runs at once do not share the file'
+      f'config.align.remote_judge.{name} is {text!r}; allowed: a text with {{answer}} '
+      f'where a reward of config.align.rewards.{task} asks the judge; '
+      'config.align.remote_judge.templates has a text for every task'
     )
-  paid = any(config.align[task] and config.align.rewards[task].rules for task in TASKS)
-  if config.align.finish == 'best' and not config.align.score and not paid:
+
+
+def _check_combinations(config: types.Config) -> None:
+  """Values that do not go together."""
+  align, cache = config.align, config.align.remote_judge.cache
+  if config.program == 'study' and config.study.workers > 1 and cache:
     raise ValueError(
-      "config.align.finish is 'best'; allowed: 'last', unless config.align.score "
-      'names a metric, or config.align.rewards pay the rules of a task, whose '
-      'verdicts rank checkpoints by default'
+      f"config.align.remote_judge.cache is {cache!r}; allowed: '' with config.study.workers = "
+      f'{config.study.workers}: runs at once do not share the file'
+    )
+  ruled = any(uses_kind(config, task, 'rules') for task in align.rewards)
+  if align.checkpoints.finish == 'best' and not align.checkpoints.metric and not ruled:
+    raise ValueError(
+      "config.align.checkpoints.finish is 'best'; allowed: 'last', unless "
+      'config.align.checkpoints.metric names a metric, or a task has a reward of the kind rules, '
+      'whose verdicts rank checkpoints by default'
     )
   if config.control.repa and config.parallel.joint:
     raise ValueError(
       f'config.control.repa is {config.control.repa}; allowed: 0 with config.parallel.joint'
     )
-  if config.align.sampler == 'cps' and config.align.eta > 1:
+  rollout, text = align.rollout, align.text
+  if rollout.sampler == 'cps' and rollout.noise_level > 1:
     raise ValueError(
-      f'config.align.eta is {config.align.eta}; allowed: at most 1 with '
-      "config.align.sampler = 'cps'"
+      f'config.align.rollout.noise_level is {rollout.noise_level}; allowed: at most 1 with '
+      "config.align.rollout.sampler = 'cps'"
     )
-  if config.align.text_objective == 'cispo' and config.align.text_high < 1:
+  if text.objective == 'cispo' and text.clip_high < 1:
     raise ValueError(
-      f'config.align.text_high is {config.align.text_high}; allowed: at least 1 '
-      "with config.align.text_objective = 'cispo', which cuts its weights at 1 + "
-      'that (4 is usual)'
+      f'config.align.text.clip_high is {text.clip_high}; allowed: at least 1 with '
+      "config.align.text.objective = 'cispo', which cuts its weights at 1 + that (4 is usual)"
     )
-  if config.align.noise_low >= config.align.noise_high:
+  if rollout.noise_low >= rollout.noise_high:
     raise ValueError(
-      f'config.align.noise_low is {config.align.noise_low}; allowed: below '
-      f'config.align.noise_high = {config.align.noise_high}'
-    )
-
-
-def _check_answer_shown(config: ml_collections.ConfigDict):
-  """A chat that does not show the answer would score all answers to a question alike."""
-  a = config.align
-  r, name = a.remote, 'templates.understand' if a.remote.templates.understand else 'template'
-  text = get(r, name)
-  if (
-    a.understand
-    and a.rewards.understand.remote
-    and r.protocol == 'chat'
-    and text
-    and '{answer}' not in text
-  ):
-    raise ValueError(
-      f'config.align.remote.{name} is {text!r}; allowed: a text with {{answer}} '
-      'where config.align.rewards.understand.remote is not 0; '
-      'config.align.remote.templates has a text for every task'
+      f'config.align.rollout.noise_low is {rollout.noise_low}; allowed: below '
+      f'config.align.rollout.noise_high = {rollout.noise_high}'
     )
 
 
-def _check_shapes(config: ml_collections.ConfigDict):
-  m = config.model
+def _check_shapes(config: types.Config) -> None:
+  """Sizes that have to divide others."""
+  m, parallel = config.model, config.parallel
   divides = (
-    ('model.heads', m.heads, 'model.width', m.width),
-    ('model.kv_heads', m.kv_heads, 'model.heads', m.heads),
-    ('model.vit_heads', m.vit_heads, 'model.vit_width', m.vit_width),
-    ('judge.heads', config.judge.heads, 'judge.width', config.judge.width),
-    ('parallel.group_parts', config.parallel.group_parts or 1, 'align.group', config.align.group),
+    ('model.heads', 'model.width'),
+    ('model.kv_heads', 'model.heads'),
+    ('model.vit_heads', 'model.vit_width'),
+    ('dual_encoder.heads', 'dual_encoder.width'),
+    *((('parallel.group_parts', 'align.rollout.group_size'),) if parallel.group_parts else ()),
     *(
-      (
-        'parallel.micro_batches',
-        config.parallel.micro_batches,
-        f'{part}.{task}',
-        config[part][task],
-      )
-      for part in ('pretrain', 'align')
-      for task in TASKS
+      ('parallel.micro_batches', f'{part}.{task}')
+      for part in ('pretrain.rows', 'align.prompts')
+      for task in tasks_lib.TASKS
     ),
   )
-  for name, part, whole_name, whole in divides:
-    if whole % part:
+  for part, whole in divides:
+    if get(config, whole) % get(config, part):
       raise ValueError(
-        f'config.{name} is {part}; allowed: a divisor of config.{whole_name} = {whole}'
+        f'config.{part} is {get(config, part)}; allowed: a divisor of config.{whole} = '
+        f'{get(config, whole)}'
       )
   if (m.width // m.heads) % 2:
     raise ValueError(

@@ -14,15 +14,15 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import types
-from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.models.bagel import params as bagel_params
+from lvrpo_jax.models.siglip import params as siglip_params
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
 from lvrpo_jax.runtime import checkpoint
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import workdir as workdir_lib
 
-BASE, ALIGNED, VAE, JUDGE = 'base', 'aligned', 'vae', 'judge'
+BASE, ALIGNED, VAE, DUAL_ENCODER = 'base', 'aligned', 'vae', 'dual_encoder'
 """Checkpoints of parameters alone, by their folder in `<workdir>/checkpoints`."""
 
 COPIED = (
@@ -44,26 +44,40 @@ SHAPED_BY = ('architecture', 'checkpoint', 'data.source', 'model.', 'vae.')
 """Keys of the config on which the shapes of parameters depend."""
 
 
-def template(job: experiment_lib.Experiment, name: str) -> types.Params:
-  """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or judge."""
+def template(experiment: experiment_lib.Experiment, name: str) -> types.Params:
+  """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or dual encoder."""
+  key = jax.random.key(0)
 
-  def make():
-    if name == JUDGE:
-      side = job.judge.vision_config.image_size
-      return job.judge.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), job.captions(['']))[
-        'params'
-      ]
-    if name != VAE:
-      return bagel.init(job.policy.config, jax.random.key(0))
-    side = job.policy.image_size
-    return job.policy.vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))['params']
+  def autoencoder():
+    side = experiment.policy.image_size
+    return experiment.policy.vae.init(key, jnp.zeros((1, side, side, 3)))['params']
 
-  shapes = jax.eval_shape(make)
+  def dual_encoder():
+    side, encoder = experiment.dual_encoder.image_size, experiment.dual_encoder
+    image_BYXC, ids_BL = jnp.zeros((1, side, side, 3)), encoder.token_ids([''])[0]
+    return encoder.module.init(key, image_BYXC, ids_BL)['params']
+
+  makers = {VAE: autoencoder, DUAL_ENCODER: dual_encoder}
+  shapes = jax.eval_shape(makers.get(name, lambda: experiment.policy.init(key)))
   return jax.tree.map(
     lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
     shapes,
-    placement.tree_shardings(shapes, job.mesh),
+    placement.tree_shardings(shapes, experiment.mesh),
   )
+
+
+def read_dual_encoder(experiment: experiment_lib.Experiment) -> types.Params:
+  """Parameters of the folder `config.dual_encoder.path`, read into their shards.
+
+  Raises:
+    ValueError: its files cannot be read or hold another model.
+  """
+  path = experiment.config.dual_encoder.path
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, template(experiment, DUAL_ENCODER))
+  try:
+    return siglip_params.load(path, experiment.dual_encoder.module, shardings)
+  except ValueError as error:
+    raise ValueError(f'config.dual_encoder.path is {path!r}: {error}') from error
 
 
 def make_or_restore(
@@ -94,84 +108,85 @@ def _restored(folder: pathlib.Path, like: types.Params) -> types.Params | None:
   return restored[0] if restored else None
 
 
-def restore(job: experiment_lib.Experiment, name: str) -> types.Params | None:
+def restore(experiment: experiment_lib.Experiment, name: str) -> types.Params | None:
   """Parameters kept in the workdir, or None.
 
   Raises:
     ValueError: they were imported from another model than that of `config.checkpoint`.
   """
-  folder = job.workdir / 'checkpoints' / name
+  folder = experiment.workdir / 'checkpoints' / name
   if not multihost.path_exists(folder):
     return None
-  if job.config.checkpoint and name in (BASE, VAE):
-    _check_source(job, name, folder)
-  return _restored(folder, template(job, name))
+  if experiment.config.checkpoint and name in (BASE, VAE):
+    _check_source(experiment, name, folder)
+  return _restored(folder, template(experiment, name))
 
 
-def _check_source(job: experiment_lib.Experiment, name: str, folder: pathlib.Path) -> None:
+def _check_source(experiment: experiment_lib.Experiment, name: str, folder: pathlib.Path) -> None:
   store = checkpoint.Checkpoints(folder, keep=1)
   record = store.record() or {}
   store.close()
-  mine, here = source(job, name), record.get('source', {})
+  mine, here = source(experiment, name), record.get('source', {})
   if here and here['digest'] != mine['digest']:
     raise ValueError(
-      f'config.checkpoint is {job.config.checkpoint!r}, but {folder} was imported '
+      f'config.checkpoint is {experiment.config.checkpoint!r}, but {folder} was imported '
       f'from {here["folder"]}, whose weights differ; use another --workdir'
     )
 
 
-def _config_of(job: experiment_lib.Experiment, name: str) -> bagel_params.Config:
-  return job.policy.vae if name == VAE else job.policy.config
+def _config_of(experiment: experiment_lib.Experiment, name: str) -> bagel_params.Config:
+  return experiment.policy.vae if name == VAE else experiment.policy.config
 
 
-def source(job: experiment_lib.Experiment, name: str) -> dict[str, str]:
+def source(experiment: experiment_lib.Experiment, name: str) -> dict[str, str]:
   """Where the released weights of the policy or the autoencoder come from."""
-  folder = pathlib.Path(job.config.checkpoint)
+  folder = pathlib.Path(experiment.config.checkpoint)
   return {
     'folder': str(folder.resolve()),
-    'digest': bagel_params.fingerprint(folder, _config_of(job, name)),
+    'digest': bagel_params.fingerprint(folder, _config_of(experiment, name)),
   }
 
 
-def read_released(job: experiment_lib.Experiment, name: str) -> types.Params:
+def read_released(experiment: experiment_lib.Experiment, name: str) -> types.Params:
   """Parameters of the released folder, read straight into their shards."""
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, template(job, name))
-  return bagel_params.load(job.config.checkpoint, _config_of(job, name), shardings)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, template(experiment, name))
+  return bagel_params.load(experiment.config.checkpoint, _config_of(experiment, name), shardings)
 
 
-def base(job: experiment_lib.Experiment, name: str) -> types.Params:
+def base(experiment: experiment_lib.Experiment, name: str) -> types.Params:
   """The parameters before alignment of a job with a released model."""
-  found = restore(job, name)
-  return read_released(job, name) if found is None else found
+  found = restore(experiment, name)
+  return read_released(experiment, name) if found is None else found
 
 
-def load_newest(job: experiment_lib.Experiment) -> tuple[types.Params, types.Params]:
+def load_newest(experiment: experiment_lib.Experiment) -> tuple[types.Params, types.Params]:
   """Policy and autoencoder: aligned in the workdir if there is such, else the released ones.
 
   Raises:
     ValueError: there are none, or the workdir's model has other sizes than the config.
   """
-  released = bool(job.config.checkpoint)
-  if (job.workdir / 'config.json').exists():
+  released = bool(experiment.config.checkpoint)
+  if (experiment.workdir / 'config.json').exists():
     # Before any checkpoint is opened: keys of the config say more than names of arrays.
-    workdir_lib.compare_config(job.workdir, job.config, SHAPED_BY)
-  params, vae_params = restore(job, ALIGNED), restore(job, VAE)
+    workdir_lib.compare_config(experiment.workdir, experiment.config, SHAPED_BY)
+  params, vae_params = restore(experiment, ALIGNED), restore(experiment, VAE)
   logging.info(
-    'policy: %s', f'aligned, from {job.workdir}' if params else job.config.checkpoint or 'missing'
+    'policy: %s',
+    f'aligned, from {experiment.workdir}' if params else experiment.config.checkpoint or 'missing',
   )
   if params is None and released:
-    params = base(job, BASE)
+    params = base(experiment, BASE)
   if vae_params is None and released:
-    vae_params = read_released(job, VAE)
+    vae_params = read_released(experiment, VAE)
   if params is None or vae_params is None:
     raise ValueError(
-      f'{job.workdir} holds no aligned model; run the job with this --workdir '
+      f'{experiment.workdir} holds no aligned model; run the job with this --workdir '
       'first, or set config.checkpoint to the folder of a released model'
     )
   return params, vae_params
 
 
-def import_released(job: experiment_lib.Experiment) -> None:
+def import_released(experiment: experiment_lib.Experiment) -> None:
   """Writes a released model into the workdir as Orbax checkpoints, sharded over the mesh.
 
   Nothing is written before all of it has been read.
@@ -180,20 +195,20 @@ def import_released(job: experiment_lib.Experiment) -> None:
     ValueError: `config.checkpoint` is not set, its files cannot be read, or the workdir holds
       another model.
   """
-  if not job.config.checkpoint:
+  if not experiment.config.checkpoint:
     raise ValueError("config.checkpoint is ''; allowed: the folder of a released model")
-  for name, params in {name: base(job, name) for name in (VAE, BASE)}.items():
+  for name, params in {name: base(experiment, name) for name in (VAE, BASE)}.items():
     make_or_restore(
-      job.workdir,
+      experiment.workdir,
       name,
-      template(job, name),
+      template(experiment, name),
       lambda params=params: params,
-      {'source': source(job, name)},
+      {'source': source(experiment, name)},
     )
-    logging.info('imported %s into %s', name, job.workdir / 'checkpoints' / name)
+    logging.info('imported %s into %s', name, experiment.workdir / 'checkpoints' / name)
 
 
-def export(job: experiment_lib.Experiment, target: str | os.PathLike, shards: int) -> None:
+def export(experiment: experiment_lib.Experiment, target: str | os.PathLike, shards: int) -> None:
   """Writes the workdir's aligned model as a folder of the released form.
 
   The folder appears when it is complete.
@@ -208,23 +223,23 @@ def export(job: experiment_lib.Experiment, target: str | os.PathLike, shards: in
     raise ValueError(
       f'config.convert.target is {str(target)!r}, which exists; allowed: a new folder'
     )
-  folder = job.config.checkpoint
+  folder = experiment.config.checkpoint
   if not folder:
     raise ValueError(
       "config.checkpoint is ''; allowed: the folder of the released model that was "
       'aligned, whose configuration and tokenizer are copied'
     )
-  params, vae_params = load_newest(job)
+  params, vae_params = load_newest(experiment)
   partial = target.with_name(target.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   try:
     partial.mkdir(parents=True)
-    bagel_params.save(params, partial / 'ema.safetensors', job.policy.config, shards)
-    bagel_params.save(vae_params, partial / 'ae.safetensors', job.policy.vae)
+    bagel_params.save(params, partial / 'ema.safetensors', experiment.policy.config, shards)
+    bagel_params.save(vae_params, partial / 'ae.safetensors', experiment.policy.vae)
     for name in COPIED:
       if (pathlib.Path(folder) / name).is_file():
         shutil.copy(pathlib.Path(folder) / name, partial / name)
-    _set_vocabulary(partial, job.policy.config.vocab)
+    _set_vocabulary(partial, experiment.policy.config.vocab)
     partial.rename(target)
   except OSError as error:
     raise ValueError(

@@ -9,27 +9,27 @@ from typing import Any
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
-import ml_collections
 
 from configs import base
+from lvrpo_jax import types
+from lvrpo_jax.runtime import renamed
 
 CHANGEABLE_KEYS = (
   'parallel.',
-  'workers',
+  'study.workers',
   'log_every',
   'report',
-  'topology',
   'compile.',
   'sample.',
   'convert.',
-  'align.gap_limit',
+  'align.checks.mismatch',
 )
 """Keys of the config, by how they begin, that may differ between two starts of a run: how the work
 is split over devices and processes, which changes the rounding of sums and no more; what is shown
 of it, and what ends it; and what other programs read."""
 
 
-def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
+def check_config(workdir: pathlib.Path, config: types.Config) -> None:
   """Writes `config.json`; one that is there is compared first.
 
   It then holds what this start goes on with: a default that a key had when the run began to have it
@@ -48,19 +48,17 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict):
     multihost_utils.sync_global_devices('check_config')
 
 
-def compare_config(
-  workdir: pathlib.Path, config: ml_collections.ConfigDict, parts: tuple[str, ...] = ()
-):
+def compare_config(workdir: pathlib.Path, config: types.Config, parts: tuple[str, ...] = ()):
   """Compares with the `config.json` of a workdir; with `parts`, only keys that start with one.
 
-  Keys of `FREE` may differ. One that the file does not have yet may be at its default, with a
-  warning.
+  Keys of `CHANGEABLE_KEYS` may differ. One that the file does not have yet may be at its default,
+  with a warning.
 
   Raises:
     ValueError: the message lists the differing keys.
   """
   mine, default = (flatten(json.loads(c.to_json())) for c in (config, base.get_config()))
-  theirs = flatten(json.loads((workdir / 'config.json').read_text()))
+  theirs = renamed.translate(flatten(json.loads((workdir / 'config.json').read_text())))
   keys = [
     key
     for key in sorted(mine.keys() | theirs.keys())

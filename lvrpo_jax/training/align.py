@@ -1,9 +1,10 @@
-"""LVRPO: iterations of an `learner.Learner`, with checkpoints, logs and alarms."""
+"""The alignment loop: iterations of a learner, with checkpoints, metrics and monitors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -12,20 +13,21 @@ import jax
 import numpy as np
 
 from lvrpo_jax import types
+from lvrpo_jax.data import examples
 from lvrpo_jax.data import tasks
 from lvrpo_jax.evaluation import over_optimization
 from lvrpo_jax.models import lora
-from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.parallel import multihost
+from lvrpo_jax.rewards import scorer
 from lvrpo_jax.rewards.remote import client as remote_client
+from lvrpo_jax.rollouts import engine
 from lvrpo_jax.rollouts import mismatch
 from lvrpo_jax.runtime import checkpoint
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.runtime import preemption
-from lvrpo_jax.training import experience
-from lvrpo_jax.training import learner
+from lvrpo_jax.training import learner as learner_lib
 from lvrpo_jax.training import pretrain
 
 PICTURES_EVERY = 25
@@ -33,8 +35,9 @@ PICTURES_EVERY = 25
 
 
 def score(scalars: dict[str, float], key: str) -> float:
-  """The number that ranks checkpoints: a metric, or by default the mean of what is correct (nan
-  where nothing is).
+  """The number that ranks checkpoints: a metric, or by default the mean of what is correct.
+
+  It is NaN where nothing reports what is correct.
 
   Raises:
     ValueError: there is no such metric.
@@ -45,229 +48,308 @@ def score(scalars: dict[str, float], key: str) -> float:
     ]
     return sum(correct) / len(correct) if correct else math.nan
   if key not in scalars:
-    raise ValueError(f'config.align.score is {key!r}; allowed: {sorted(scalars)}')
+    raise ValueError(f'config.align.checkpoints.metric is {key!r}; allowed: {sorted(scalars)}')
   return scalars[key]
 
 
-def prompt_batches(job: experiment_lib.Experiment) -> dict[str, Iterator[Any]]:
+def prompt_batches(experiment: experiment_lib.Experiment) -> dict[str, Iterator[Any]]:
   """Endless (examples, prompts) of every task."""
 
   def collate(task):
-    return lambda rows: (rows, job.encoder(task, rows).prompts)
+    return lambda rows: (rows, experiment.encoder(task, rows).prompts)
 
-  return pretrain.task_batches(job, job.data.prompt, pretrain.sizes(job.config.align), collate)
-
-
-def draw(
-  job: experiment_lib.Experiment, data: dict[str, Iterator[Any]], names: Iterable[str]
-) -> experience.Tasks:
-  """The next prompts of the named tasks."""
-  drawn = {task: next(data[task]) for task in names}
-  return experience.Tasks(
-    {task: list(rows) for task, (rows, _) in drawn.items()},
-    {task: job.place(prompts) for task, (_, prompts) in drawn.items()},
+  return pretrain.task_batches(
+    experiment,
+    functools.partial(_example, experiment.data),
+    tasks.active(experiment.config.align.prompts),
+    collate,
   )
 
 
-def check(job: experiment_lib.Experiment):
-  """Refuses settings of alignment that do not fit, before any work."""
-  experience.Collector(job).close()
-  a, measured = job.config.align, job.config.evaluate.guidance
-  if a.objective in flow_objectives.COUPLED and a.guidance != measured:
+def _example(data: examples.DataSource, task: str, index: int) -> examples.Example:
+  return data.example(task, examples.ALIGN, index)
+
+
+def next_prompts(
+  experiment: experiment_lib.Experiment, data: dict[str, Iterator[Any]], names: Iterable[str]
+) -> engine.PromptBatch:
+  """The next prompts of the named tasks."""
+  drawn = {task: next(data[task]) for task in names}
+  return engine.PromptBatch(
+    {task: list(rows) for task, (rows, _) in drawn.items()},
+    {task: experiment.place(prompts) for task, (_, prompts) in drawn.items()},
+  )
+
+
+def check(experiment: experiment_lib.Experiment) -> None:
+  """Refuses settings of alignment that do not fit, before any work.
+
+  Raises:
+    ValueError: names the key.
+  """
+  align, measured = experiment.config.align, experiment.config.evaluate.guidance
+  rewards = scorer.Scorer(experiment)
+  engine.RolloutEngine(experiment, rewards.asks_server)
+  learner_lib.alignment_loss(experiment)
+  coupled = flow_objectives.find(align.image.objective).coupled
+  if coupled and align.rollout.guidance != measured:
     logging.warning(
-      'config.align.guidance is %g and config.evaluate.guidance is %g: one policy is '
+      'config.align.rollout.guidance is %g and config.evaluate.guidance is %g: one policy is '
       'trained, and another one is scored',
-      a.guidance,
+      align.rollout.guidance,
       measured,
     )
-  if a.objective in flow_objectives.COUPLED and a.gap_limit.images > a.image_clip / 5:
+  image_max = mismatch.limits(align.checks.mismatch, experiment.config.model.dtype)['image_max']
+  if coupled and image_max > align.image.clip / 5:
     logging.warning(
-      'config.align.gap_limit.images is %g and config.align.image_clip %g: at most a '
-      'fifth of the clip range would keep gaps from being taken for updates',
-      a.gap_limit.images,
-      a.image_clip,
+      'config.align.checks.mismatch.image_max is %g and config.align.image.clip %g: at most a '
+      'fifth of the clip range would keep mismatch from being taken for updates',
+      image_max,
+      align.image.clip,
     )
-  if a.lora.rank:
+  if align.lora.rank:
     jax.eval_shape(
       lambda: lora.init(
-        bagel.init(job.policy.config, jax.random.key(0)),
-        a.lora.rank,
-        a.lora.target,
+        experiment.policy.init(jax.random.key(0)),
+        align.lora.rank,
+        align.lora.target,
         jax.random.key(0),
       )
     )
 
 
+BELOW_EPS = 0.5
+"""Share of an expert's gradients below the optimizer's eps from which on a warning is logged."""
+
+
+def warn_below_eps(iteration: int, scalars: dict[str, float], eps: float) -> None:
+  """Warns where Adam's eps outweighs most gradients of an expert."""
+  prefix = 'gradient/below_eps/'
+  for name, share in scalars.items():
+    if name.startswith(prefix) and share > BELOW_EPS:
+      logging.warning(
+        'iteration %d: %.0f %% of the gradients of the %s are below '
+        'config.align.optimizer.eps = %g, so Adam hardly moves these parameters; a smaller eps '
+        'does',
+        iteration,
+        100 * share,
+        name.removeprefix(prefix).replace('_', ' '),
+        eps,
+      )
+
+
 HeldOutReward = Callable[[types.Params], dict[str, float]]
-"""Scores of a policy on held-out captions, by another detector than the one that pays."""
+"""Scores of a policy on held-out captions, by another detector than that of the reward."""
 
 
-def monitor_pictures(
-  watch: over_optimization.Monitor,
-  aligner: learner.Learner,
-  number: int,
+def monitor_images(
+  monitor: over_optimization.Monitor,
+  learner: learner_lib.Learner,
+  iteration: int,
   metrics: dict[str, Any],
-  pictures: dict[str, np.ndarray],
-  gold: HeldOutReward | None,
+  images: dict[str, np.ndarray],
+  held_out_reward: HeldOutReward | None,
 ) -> dict[str, float]:
-  """How an iteration's pictures look, what held-out captions score, and how many alarms there
-  were, with warnings of new ones."""
-  task = next((t for t in (tasks.GENERATE, tasks.THINK_GENERATE) if t in pictures), None)
+  """Metrics of an iteration's images and of held-out captions, and the number of alarms.
+
+  New alarms are logged.
+  """
+  task = next((t for t in (tasks.GENERATE, tasks.THINK_GENERATE) if t in images), None)
   if task is None:
     return {}
-  seen = multihost.process_mean(over_optimization.appearance(pictures[task]))
-  raised, out = watch(seen), {f'pictures/{name}': value for name, value in seen.items()}
-  every = aligner.job.config.align.gold_every
-  if gold and every and number % every == 0:
-    held_out = gold(aligner.params)
+  seen = multihost.process_mean(over_optimization.appearance(images[task]))
+  raised, out = monitor(seen), {f'pictures/{name}': value for name, value in seen.items()}
+  every = learner.experiment.config.align.evaluate.every
+  if held_out_reward and every and iteration % every == 0:
+    held_out = held_out_reward(learner.params)
     reward = sum(
       weight * float(metrics[f'reward/{task}/{name}'])
-      for name, weight in aligner.collector.weights(task).items()
+      for name, weight in learner.scorer.weights[task].items()
     )
-    raised += watch.gold(reward, held_out)
+    raised += monitor.held_out(reward, held_out)
     out.update({f'held_out/{name}': value for name, value in held_out.items()})
   for sentence in raised:
-    logging.warning('iteration %d: %s; the reward may be gamed', number, sentence)
-  return {**out, 'alarms': float(len(watch.state['raised']))}
+    logging.warning('iteration %d: %s; the reward may be gamed', iteration, sentence)
+  return {**out, 'alarms': float(len(monitor.state['raised']))}
 
 
-def resume(
-  aligner: learner.Learner, store: checkpoint.Checkpoints, data: dict[str, Iterator[Any]]
-) -> dict[str, Any]:
-  """Puts the newest checkpoint into the aligner and the data; its record, or {} without one."""
-  restored = store.restore(aligner.state)
-  if not restored:
-    return {}
-  aligner.state, record = restored
-  aligner.factors = record['factors']
-  for task, iterator in data.items():
-    iterator.set_state(record['data'][task])
-  return record
+class Alignment:
+  """The loop over iterations: a learner with its prompts, checkpoints, metrics and monitors."""
 
+  def __init__(
+    self,
+    learner: learner_lib.Learner,
+    writer: metrics_lib.MetricWriter,
+    held_out_reward: HeldOutReward | None,
+  ):
+    """Goes on from the last checkpoint, if there is one."""
+    self.learner, self._writer, self._held_out = learner, writer, held_out_reward
+    self.experiment = experiment = learner.experiment
+    self._align = experiment.config.align
+    self._bounds = mismatch.limits(self._align.checks.mismatch, experiment.config.model.dtype)
+    self.data = prompt_batches(experiment)
+    self.store = checkpoint.Checkpoints(
+      experiment.workdir / 'checkpoints' / 'align', best=self._align.checkpoints.keep_best
+    )
+    record = self._resume()
+    self.start = self._saved = record.get('iteration', 0)
+    self._monitor = over_optimization.Monitor(record.get('watch'))
+    # Scores since the last checkpoint that was due: one more in between ranks nothing. Records of
+    # former versions lack them.
+    self._scores: list[float] = record.get('scores', [])
+    writer.begin('align', self.start if record else -1)
+    keys = tuple(f'accuracy/{task}/correct' for task in self.data)
+    self.progress = metrics_lib.Progress(
+      'align', self._align.iterations, self.start, keys, experiment.config.log_every
+    )
+    self._late = metrics_lib.Late('align', self._consume)
 
-def end_on_mismatch(
-  number: int, scalars: dict[str, float], limits: dict[str, float], store: checkpoint.Checkpoints
-) -> None:
-  """`mismatch.check`; where it raises, what was saved before is whole when the process ends."""
-  try:
-    mismatch.check(number, scalars, limits)
-  except ValueError:  # In all processes: these numbers are everybody's.
-    store.close()
-    raise
+  def _resume(self) -> dict[str, Any]:
+    """Puts the newest checkpoint into the learner and the data; its record, or {} without one."""
+    restored = self.store.restore(self.learner.state)
+    if not restored:
+      return {}
+    self.learner.state, record = restored
+    self.learner.factors = record['factors']
+    for task, iterator in self.data.items():
+      iterator.set_state(record['data'][task])
+    return record
+
+  def _consume(self, iteration: int, scalars: dict[str, float]) -> None:
+    """Takes the metrics of an iteration, one iteration late."""
+    self.progress.update(iteration, scalars)
+    self._writer.write('align', iteration, scalars)
+    warn_below_eps(iteration, scalars, self._align.optimizer.eps)
+    try:  # After the write: the metrics show what ends a run.
+      mismatch.check(iteration, scalars, self._bounds)
+    except ValueError:  # In all processes alike: the metrics are those of all.
+      self.store.close()
+      raise
+    self._scores.append(score(scalars, self._align.checkpoints.metric))
+
+  def data_states(self) -> dict[str, Any]:
+    """States of the prompt iterators."""
+    return {task: iterator.get_state() for task, iterator in self.data.items()}
+
+  def save(self, iteration: int, data_states: dict[str, Any], due: bool) -> None:
+    """Saves the state after an iteration; one that is due gets the mean score since the last."""
+    self._late.flush()
+    mean = float(np.mean(self._scores)) if due and self._scores else math.nan
+    if due:
+      self._scores.clear()
+    self.store.save(
+      iteration,
+      self.learner.state,
+      {
+        'iteration': iteration,
+        'data': data_states,
+        'factors': self.learner.factors,
+        'watch': self._monitor.state,
+        'scores': self._scores,
+      },
+      mean,
+    )
+    self._saved = iteration
+
+  @property
+  def stopped_by_alarm(self) -> bool:
+    """Whether an alarm ends the alignment."""
+    return bool(self._align.checks.stop_on_alarm and self._monitor.state['raised'])
+
+  def iterate(self, iteration: int, stop: preemption.StopSignal) -> None:
+    """One iteration, its metrics, and a checkpoint where one is due.
+
+    Raises:
+      preemption.Preempted: asked to stop; the last whole iteration is saved.
+      client.JudgeUnavailable: the same holds.
+    """
+    settings, learner = self._align, self.learner
+
+    def fresh(names):
+      stop.check()  # Before every round of sampling.
+      return next_prompts(self.experiment, self.data, names)
+
+    before = self.data_states()
+    try:
+      metrics, images = learner.iterate(fresh(self.data), iteration, fresh, stop.check)
+    except (preemption.Preempted, remote_client.JudgeUnavailable) as error:
+      # The state is that of the iteration before; this one will be sampled again.
+      if iteration - 1 > self._saved:
+        self.save(iteration - 1, before, due=False)
+      self.store.close()
+      if isinstance(error, remote_client.JudgeUnavailable):
+        raise
+      raise preemption.Preempted(
+        f'align stopped after iteration {iteration - 1} of {settings.iterations}'
+      ) from error
+    seen = monitor_images(self._monitor, learner, iteration, metrics, images, self._held_out)
+    self._late.push(iteration, {**metrics, **seen})
+    if iteration % PICTURES_EVERY == 0:
+      for task, group in images.items():
+        rows = group[:4].reshape(-1, *group.shape[2:])
+        self._writer.images(task, iteration, rows, settings.rollout.group_size)
+    ends = iteration == settings.iterations or self.stopped_by_alarm
+    if iteration % settings.checkpoints.every == 0 or ends:
+      self.save(iteration, self.data_states(), due=True)
+
+  def finish(self, stop: preemption.StopSignal) -> types.Params:
+    """Waits for what is written, and returns the policy that is measured."""
+    settings = self._align
+    self._late.flush()
+    if stop.asked():
+      self.store.close()
+      total = settings.iterations
+      raise preemption.Preempted(f'align stopped after iteration {total} of {total}')
+    if settings.checkpoints.finish == 'best':
+      restore_best(self.learner, self.store)
+    self.store.close()
+    return self.learner.params
+
+  def log_alarm(self, iteration: int) -> None:
+    """Says why the alignment ends early."""
+    logging.warning(
+      'alignment ends after iteration %d of %d: %s',
+      iteration,
+      self._align.iterations,
+      ', '.join(self._monitor.state['raised']),
+    )
 
 
 def run(
-  job: experiment_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   params: types.Params,
   vae_params: types.Params,
-  siglip_params: types.Params,
+  dual_encoder_params: types.Params,
   writer: metrics_lib.MetricWriter,
-  gold: HeldOutReward | None = None,
+  held_out_reward: HeldOutReward | None = None,
 ) -> types.Params:
   """Aligns from the pretrained parameters or from the last checkpoint.
 
   Args:
-    gold: asked every `align.gold_every` iterations.
+    held_out_reward: asked every `align.evaluate.every` iterations.
 
   Raises:
-    checkpoint.Preempted: asked to stop; the last whole iteration is saved.
-    remote.JudgeUnavailable: the same holds.
+    preemption.Preempted: asked to stop; the last whole iteration is saved.
+    client.JudgeUnavailable: the same holds.
     ValueError: rollouts and replay do not agree, see `mismatch.check`; the last checkpoint stays.
   """
-  a = job.config.align
-  aligner = learner.Learner(job, params, vae_params, siglip_params)
-  data = prompt_batches(job)
-  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align', best=a.keep_best)
-  record = resume(aligner, store, data)
-  start, watch = record.get('iteration', 0), over_optimization.Monitor(record.get('watch'))
-  # Since the last checkpoint that was due: one more in between ranks nothing. Older ones lack them.
-  scores = record.get('scores', [])
-  writer.begin('align', start if record else -1)
-  keys = tuple(f'accuracy/{task}/correct' for task in data)
-  with (
-    contextlib.closing(aligner.collector),
-    preemption.StopSignal() as stop,
-    metrics_lib.Progress('align', a.steps, start, keys, job.config.log_every) as progress,
-  ):
-
-    def consume(number, scalars):
-      progress.update(number, scalars)
-      writer.write('align', number, scalars)
-      end_on_mismatch(number, scalars, a.gap_limit, store)  # The record shows what ends a run.
-      scores.append(score(scalars, a.score))
-
-    late = metrics_lib.Late('align', consume)
-
-    def fresh(names):
-      stop.check()  # Before every round of sampling.
-      return draw(job, data, names)
-
-    states = lambda: {task: iterator.get_state() for task, iterator in data.items()}
-
-    def save(number, at, due):
-      late.flush()
-      mean = float(np.mean(scores)) if due and scores else math.nan
-      if due:
-        scores.clear()
-      store.save(
-        number,
-        aligner.state,
-        {
-          'iteration': number,
-          'data': at,
-          'factors': aligner.factors,
-          'watch': watch.state,
-          'scores': scores,
-        },
-        mean,
-      )
-
-    saved = start
-    for number in range(start + 1, a.steps + 1):
-      if a.stop_on_alarm and watch.state['raised']:
-        logging.warning(
-          'alignment ends after iteration %d of %d: %s',
-          number - 1,
-          a.steps,
-          ', '.join(watch.state['raised']),
-        )
+  learner = learner_lib.Learner(experiment, params, vae_params, dual_encoder_params)
+  loop = Alignment(learner, writer, held_out_reward)
+  with contextlib.closing(learner.scorer), preemption.StopSignal() as stop, loop.progress:
+    for iteration in range(loop.start + 1, experiment.config.align.iterations + 1):
+      if loop.stopped_by_alarm:
+        loop.log_alarm(iteration - 1)
         break
-      at = states()
-      try:
-        metrics, pictures = aligner.iterate(fresh(data), number, fresh, stop.check)
-      except (preemption.Preempted, remote_client.JudgeUnavailable) as error:
-        # The state is that of the iteration before; this one will be drawn again.
-        if number - 1 > saved:
-          save(number - 1, at, due=False)
-        store.close()
-        if isinstance(error, remote_client.JudgeUnavailable):
-          raise
-        raise preemption.Preempted(
-          f'align stopped after iteration {number - 1} of {a.steps}'
-        ) from error
-      late.push(
-        number, {**metrics, **monitor_pictures(watch, aligner, number, metrics, pictures, gold)}
-      )
-      if number % PICTURES_EVERY == 0:
-        for task, images in pictures.items():
-          writer.images(task, number, images[:4].reshape(-1, *images.shape[2:]), a.group)
-      ends = number == a.steps or (a.stop_on_alarm and watch.state['raised'])
-      if number % a.save_every == 0 or ends:
-        save(number, states(), due=True)
-        saved = number
-    late.flush()
-    if stop.asked():
-      store.close()
-      raise preemption.Preempted(f'align stopped after iteration {a.steps} of {a.steps}')
-  if a.finish == 'best':
-    restore_best(aligner, store)
-  store.close()
-  return aligner.params
+      loop.iterate(iteration, stop)
+    return loop.finish(stop)
 
 
-def restore_best(aligner: learner.Learner, store: checkpoint.Checkpoints) -> None:
-  """Puts the policy of the best score in the place of the last, where any has a score."""
+def restore_best(learner: learner_lib.Learner, store: checkpoint.Checkpoints) -> None:
+  """Restores the best-scoring checkpoint, if there is one."""
   best = store.best()
-  if best is not None:
-    logging.info('the policy of iteration %d has the best score', best)
-    aligner.state = store.restore(aligner.state, best)[0]
+  if best is None:
+    return
+  logging.info('the policy of iteration %d has the best score', best)
+  restored = store.restore(learner.state, best)
+  if restored:
+    learner.state = restored[0]

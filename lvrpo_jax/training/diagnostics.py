@@ -57,19 +57,32 @@ def gradient(
   )
 
 
-def report(answers: types.Params, images: types.Params) -> dict[str, Array]:
+def share_below(tree: types.Params, bound: Array | float) -> Array:
+  """Fraction of the values of a tree whose magnitude is below a bound."""
+  leaves = jax.tree.leaves(tree)
+  below = sum(jnp.sum(jnp.abs(leaf) < bound) for leaf in leaves)
+  return below / sum(leaf.size for leaf in leaves)
+
+
+def report(
+  answers: types.Params, images: types.Params, norm: Array, clip_norm: Array, eps: Array
+) -> dict[str, Array]:
   """Norms of the gradient by expert, and of the two modalities on the attention they share.
 
   LVRPO (arXiv 2603.27693) speaks of gradients that decouple; the cosine says whether they do.
+  'below_eps' is the share of an expert's gradients, clipped as the optimizer clips them, that are
+  smaller than the optimizer's eps: parameters that Adam hardly moves.
 
   Args:
     answers, images: gradients of the losses of either modality; their sum is the update's.
+    norm: global norm of the update's gradient before it is clipped to `clip_norm`.
   """
   whole = jax.tree.map(jnp.add, answers, images)
-  out = {
-    f'gradient/{name}_expert': ops.global_norm(chosen(whole, pattern))
-    for name, pattern in EXPERTS.items()
-  }
+  out, smallest = {}, eps * jnp.maximum(1.0, norm / clip_norm)
+  for name, pattern in EXPERTS.items():
+    leaves = chosen(whole, pattern)
+    out[f'gradient/{name}_expert'] = ops.global_norm(leaves)
+    out[f'gradient/below_eps/{name}_expert'] = share_below(leaves, smallest)
   parts = chosen(answers, SHARED), chosen(images, SHARED)
   for name, leaves in zip(('answers', 'images'), parts):
     out[f'gradient/{name}_on_shared'] = ops.global_norm(leaves)
@@ -81,21 +94,27 @@ def probe(
   state: types.TrainState,
   frozen: dict[str, Any],
   batch: Any,
-  decay: float,
-  clip_norm: float,
+  settings: types.Config,
 ) -> dict[str, Array]:
   """`report` of an update, by the update's own program on copies of the state.
 
   It runs twice, with the losses of one modality off each time, so nothing else is compiled.
+
+  Args:
+    settings: of the optimizer.
   """
 
   def one(**off):
     factors = {**frozen['factors'], **off}
     after, metrics = step(jax.tree.map(jnp.copy, state), {**frozen, 'factors': factors}, batch)
-    return gradient(state.opt_state, after.opt_state, metrics['grad_norm'], decay, clip_norm)
+    norm = metrics['grad_norm']
+    return norm, gradient(state.opt_state, after.opt_state, norm, settings.b1, settings.clip_norm)
 
   off = np.float32(0)
-  return _report(one(images=off), one(answers=off))
+  (answers_norm, answers), (images_norm, images) = one(images=off), one(answers=off)
+  # At most the norm of the update, whose two parts may cancel.
+  norm = jnp.sqrt(jnp.square(answers_norm) + jnp.square(images_norm))
+  return _report(answers, images, norm, jnp.float32(settings.clip_norm), jnp.float32(settings.eps))
 
 
 _report = jax.jit(report)

@@ -18,17 +18,17 @@ from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.parallel import multihost
 
 
-class Sampled(NamedTuple):
+class ScoredTrajectory(NamedTuple):
   """What a task has sampled and how it was scored; every array has a leading axis of prompts.
 
   Attributes:
-    experience: what an update reads, without advantages.
+    trajectory: what an update reads, without advantages.
     rewards: components by name.
     facts: for the log.
     pixels: uint8 (B, G, Y, X, 3), or None for answers.
   """
 
-  experience: Any
+  trajectory: Any
   rewards: dict[str, types.Rewards]
   facts: dict[str, Any]
   pixels: Any
@@ -68,12 +68,12 @@ def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
 
 
 def replace_constant_groups(
-  found: dict[str, Sampled],
+  found: dict[str, ScoredTrajectory],
   rounds: int,
   component: str,
-  draw: Callable[[list[str]], dict[str, Sampled]],
+  draw: Callable[[list[str]], dict[str, ScoredTrajectory]],
   place: Callable[[Any], Any],
-) -> tuple[dict[str, Sampled], dict[str, float]]:
+) -> tuple[dict[str, ScoredTrajectory], dict[str, float]]:
   """Replaces prompts of constant groups, for at most so many rounds.
 
   Args:
@@ -99,6 +99,6 @@ def replace_constant_groups(
       found[task] = place(_take(found[task], fresh, rows))
       dead[task] &= rows < len(rows)
   return found, {
-    **{f'refill/{task}/rounds': float(n) for task, n in used.items()},
-    **{f'refill/{task}/dead': float(rows.mean()) for task, rows in dead.items()},
+    **{f'dynamic_sampling/{task}/rounds': float(n) for task, n in used.items()},
+    **{f'dynamic_sampling/{task}/dead': float(rows.mean()) for task, rows in dead.items()},
   }

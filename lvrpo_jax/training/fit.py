@@ -8,83 +8,84 @@ import numpy as np
 
 from lvrpo_jax import types
 from lvrpo_jax.data import loader
+from lvrpo_jax.models import contexts
 from lvrpo_jax.models import vae as vae_lib
-from lvrpo_jax.models.bagel import policy
 from lvrpo_jax.models.siglip import model as siglip
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.training import optimizer as optimizer_lib
 from lvrpo_jax.training import step as step_lib
 
+STAGE = 'dual_encoder'
+"""Name of the training of the dual encoder in metrics."""
 
-def fit_autoencoder(job: experiment_lib.Experiment) -> types.Params:
-  """The small autoencoder in closed form: the first stage, deterministic in the seed.
+
+def fit_autoencoder(experiment: experiment_lib.Experiment) -> types.Params:
+  """Fits the small autoencoder in closed form: the first stage, deterministic in the seed.
 
   A latent's deviation is proportional to (what it moves in pixels)^(1 - whiten), with mean square 1
   over channels: between unit latents (1) and principal components as they are (0).
   """
-  images = job.data.images(job.config.vae.images)
-  params = vae_lib.fit_patch_autoencoder(job.policy.vae, policy.to_unit(images), job.config.seed)
+  config = experiment.config
+  images = contexts.to_unit(experiment.data.images(config.vae.images))
+  params = vae_lib.fit_patch_autoencoder(experiment.policy.vae, images, config.seed)
   pixels_C = np.linalg.norm(params['decoder']['kernel'] / params['scale'][:, None], axis=1)
-  factor_C = pixels_C ** (1 - job.config.vae.whiten)
+  factor_C = pixels_C ** (1 - config.vae.whiten)
   return {**params, 'scale': params['scale'] * factor_C / np.sqrt(np.mean(factor_C**2))}
 
 
-def train_dual_encoder(
-  job: experiment_lib.Experiment, writer: metrics_lib.MetricWriter
-) -> types.Params:
-  """Trains the dual encoder on true pairs of the pretraining split (arXiv 2303.15343)."""
-  j = job.config.judge
-
-  def collate(pairs):
-    images, texts = zip(*pairs)
-    return np.stack(images), job.captions(list(texts))
-
-  data = loader.batches(
-    loader.IndexedSource(job.data.judge_pair, loader.EPOCH_ROWS), j.batch, collate
-  )
+def _contrastive_loss(module: siglip.Siglip) -> step_lib.Loss:
+  """The sigmoid loss of a batch of (images, token ids) of true pairs (arXiv 2303.15343)."""
 
   def weights(batch):
-    return {'judge': jnp.float32(batch[0].shape[0])}
+    return {STAGE: jnp.float32(batch[0].shape[0])}
 
   def sums(params, state, frozen, batch):
     del state, frozen
     images, ids = batch
-    out = job.judge.apply({'params': params}, policy.to_unit(images), ids)
-    loss = siglip.siglip_loss(*out) * images.shape[0]
-    return {'judge': loss}, {}
+    out = module.apply({'params': params}, contexts.to_unit(images), ids)
+    return {STAGE: siglip.siglip_loss(*out) * images.shape[0]}, {}
 
+  return step_lib.Loss(weights, sums, {STAGE: 1.0})
+
+
+def train_dual_encoder(
+  experiment: experiment_lib.Experiment, writer: metrics_lib.MetricWriter
+) -> types.Params:
+  """Trains the dual encoder on true pairs of the pretraining split."""
+  settings, encoder = experiment.config.dual_encoder, experiment.dual_encoder
+  steps = settings.steps
+
+  def collate(pairs):
+    images, texts = zip(*pairs)
+    return np.stack(images), encoder.token_ids(list(texts))[0]
+
+  source = loader.IndexedSource(experiment.data.image_text_pair, loader.EPOCH_ROWS)
+  data = loader.batches(source, settings.batch, collate)
+  rate = optimizer_lib.schedule('linear', settings.learning_rate, steps, warmup=20)
   optimizer = optimizer_lib.build(
-    'adamw',
-    optimizer_lib.schedule('linear', j.learning_rate, j.steps, 20),
-    0.9,
-    0.98,
-    1e-8,
-    0.0,
-    1.0,
+    'adamw', rate, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip_norm=1.0
   )
-  step = jax.jit(
-    step_lib.make_step(step_lib.Loss(weights, sums, {'judge': 1.0}), optimizer), donate_argnums=0
-  )
+  step = jax.jit(step_lib.make_step(_contrastive_loss(encoder.module), optimizer), donate_argnums=0)
   images, ids = next(data)
-  params = jax.jit(job.judge.init)(
-    jax.random.key(job.config.seed + 1), policy.to_unit(images[:1]), ids[:1]
+  params = jax.jit(encoder.module.init)(
+    jax.random.key(experiment.config.seed + 1), contexts.to_unit(images[:1]), ids[:1]
   )['params']
   # A fresh encoder then predicts the share of true pairs; -10 is meant for batches of 32k.
-  params['logit_bias'] = jnp.float32(-np.log(j.batch - 1))
+  params['logit_bias'] = jnp.float32(-np.log(settings.batch - 1))
   state = step_lib.init(params, optimizer)
-  writer.begin('judge')
+  writer.begin(STAGE)
   with metrics_lib.Progress(
-    'judge', j.steps, keys=('loss',), interval=job.config.log_every
+    STAGE, steps, keys=('loss',), interval=experiment.config.log_every
   ) as progress:
 
     def consume(number, scalars):
       progress.update(number, scalars)
-      if number % 20 == 0 or number == j.steps:
-        writer.write('judge', number, scalars)
+      if number % 20 == 0 or number == steps:
+        writer.write(STAGE, number, scalars)
 
-    late = metrics_lib.Late('judge', consume)
-    for number in range(1, j.steps + 1):
+    late = metrics_lib.Late(STAGE, consume)
+    for number in range(1, steps + 1):
       state, metrics = step(state, {}, (images, ids))
       late.push(number, metrics)
       images, ids = next(data)

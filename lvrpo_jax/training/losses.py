@@ -15,7 +15,8 @@ from jax import numpy as jnp
 from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.data import tasks
-from lvrpo_jax.models.bagel import policy as policy_lib
+from lvrpo_jax.models import contexts
+from lvrpo_jax.models import family
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import kl as kl_lib
 from lvrpo_jax.objectives import repa as repa_lib
@@ -29,7 +30,7 @@ Array = jax.Array
 
 
 def pretraining(
-  policy: policy_lib.Policy,
+  policy: family.Policy,
   coefficients: Mapping[str, float],
   draws: int,
   shift: float,
@@ -43,7 +44,7 @@ def pretraining(
     draws: noised copies of every image, sharing one encoded context.
     shift: time shift of the logit-normal training times.
     seed: with the step and a prompt's number it fixes all draws of a row.
-    repa: aligns states with an encoder's features as well; `frozen` then holds its 'judge'.
+    repa: aligns states with an encoder's features as well; `frozen` then holds its 'dual_encoder'.
   """
   N = policy.latent_shape[0]
   coefficients = dict(coefficients)
@@ -66,7 +67,7 @@ def pretraining(
   def noised(frozen, b, root):
     key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
     key_BM = jax.vmap(lambda k: ops.fold_rows(k, (draws,)))(key_B)
-    x0 = policy.encode(frozen['vae'], b.target_BYXC)[:, None]
+    x0 = policy.encode_image(frozen['vae'], b.target_BYXC)[:, None]
     return replay.noise_points(key_BM, x0, shift)
 
   def sums(params, state, frozen, batch):
@@ -83,13 +84,15 @@ def pretraining(
       texts,
     )
     if repa:
-      v, logits, states = policy.follow_with_states(*inputs)
+      v, logits, states = policy.forward_with_states(*inputs)
     else:
-      v, logits = policy.follow(*inputs)
+      v, logits = policy.forward(*inputs)
     totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
     if repa:
       found = [
-        repa.loss(policy, params, states[t], repa.target(frozen['judge'], batch[t].target_BYXC, N))
+        repa.loss(
+          policy, params, states[t], repa.target(frozen['dual_encoder'], batch[t].target_BYXC, N)
+        )
         for t in points
       ]
       totals['repa'] = tuple(map(sum, zip(*found)))
@@ -118,59 +121,42 @@ def _halves(batch: dict[str, types.SupervisedBatch]) -> dict[str, types.Supervis
   return {
     **batch,
     tasks.PLAN: b,
-    tasks.THINK_GENERATE: b.replace(prompts=policy_lib.with_text(b.prompts, b.answer_BL, said)),
+    tasks.THINK_GENERATE: b.replace(prompts=contexts.with_text(b.prompts, b.answer_BL, said)),
   }
-
-
-@dataclasses.dataclass(frozen=True)
-class Alignment:
-  """Numbers of the alignment loss; see `configs/base.py` for units and meaning."""
-
-  weights: Mapping[str, float]
-  objective: str
-  sampler: str
-  nft_beta: float
-  nft_scale: float
-  image_clip: float
-  velocity_penalty: float
-  text_low: float
-  text_high: float
-  text_objective: str
-  text_penalty: float
-  text_kl: str = 'k3'
-  image_kl: str = 'velocity'
 
 
 FACTORS = ('answers', 'images', 'answers_penalty', 'images_penalty')
 """What may scale the terms of an update while it runs."""
 
 
-def alignment(policy: policy_lib.Policy, a: Alignment) -> step_lib.Loss:
-  """The GRPO loss of a mixed batch of `types.TextExperience` and `types.ImageExperience`.
+def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
+  """The GRPO loss of a mixed batch of `types.TextTrainBatch` and `types.ImageTrainBatch`.
 
   Every task is normalised by its own weight, so the total is the weighted sum of what each task
   alone would give. `frozen` holds 'vae', and may hold 'factors' of `FACTORS`, which are arguments
   and not constants: of all terms of 'answers' and 'images', and of their penalties.
 
+  Args:
+    align: `config.align`, of which `text`, `image`, `rollout.sampler`, `task_weights` and `prompts`
+      are read.
+
   Raises:
     ValueError: unknown objective, or a penalty that does not go with it.
   """
-  allowed = sorted(flow_objectives.DECOUPLED + flow_objectives.COUPLED)
-  if a.objective not in allowed:
-    raise ValueError(f'align.objective is {a.objective!r}; allowed: {allowed}')
-  if a.image_kl != 'velocity' and a.objective in flow_objectives.DECOUPLED:
+  text, image = align.text, align.image
+  text_objective = text_objectives.find(text.objective)
+  flow_objective = flow_objectives.find(image.objective)
+  if image.kl != 'velocity' and not flow_objective.coupled:
     raise ValueError(
-      f'align.image_kl is {a.image_kl!r}, which is of steps of the rollout; allowed '
-      f"with align.objective {a.objective!r}: 'velocity'"
+      f'align.image.kl is {image.kl!r}, which is of steps of the rollout; allowed '
+      f"with align.image.objective {image.objective!r}: 'velocity'"
     )
 
   def weights(batch):
     out = {}
     for task, b in batch.items():
       if task in tasks.TEXT_OUTPUTS:
-        w = text_objectives.total_weight(
-          b.mask_BGT, b.valid_BG, text_objectives.OBJECTIVES[a.text_objective].aggregation
-        )
+        w = text_objectives.total_weight(b.mask_BGT, b.valid_BG, text_objective.aggregation)
       else:
         w = jnp.sum(_per_point(b.valid_BG, b))
       out[task] = out[f'{task}_penalty'] = w
@@ -179,8 +165,13 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step_lib.Loss:
   def sums(params, state, frozen, batch):
     del state
     v, logits = replay.forward(policy, params, frozen, batch)
-    parts = {t: _image_sums(a, v[t], batch[t]) for t in v}
-    parts.update({t: _text_sums(a, logits[t], batch[t]) for t in logits})
+    parts = {
+      task: _image_sums(flow_objective, image, align.rollout.sampler, v[task], batch[task])
+      for task in v
+    }
+    parts.update(
+      {task: _text_sums(text_objective, text, logits[task], batch[task]) for task in logits}
+    )
     terms, metrics = {}, {}
     for task, (loss, penalty, extra) in parts.items():
       factors = frozen.get('factors')
@@ -192,12 +183,13 @@ def alignment(policy: policy_lib.Policy, a: Alignment) -> step_lib.Loss:
       metrics.update({f'{task}/{k}': value for k, value in extra.items()})
     return terms, metrics
 
-  penalty = lambda task: a.text_penalty if task in tasks.TEXT_OUTPUTS else a.velocity_penalty
-  coefficients = dict(a.weights)
+  coefficients = {task: align.task_weights[task] for task in tasks.active(align.prompts)}
   if tasks.THINK_GENERATE in coefficients:
     # Both halves of a trajectory weigh the same (UniGRPO).
     coefficients[tasks.PLAN] = coefficients[tasks.THINK_GENERATE]
-  coefficients.update({f'{t}_penalty': w * penalty(t) for t, w in coefficients.items()})
+  for task, weight in tuple(coefficients.items()):
+    kl_weight = (text if task in tasks.TEXT_OUTPUTS else image).kl_weight
+    coefficients[f'{task}_penalty'] = weight * kl_weight
   return step_lib.Loss(weights, sums, coefficients, split_group)
 
 
@@ -240,67 +232,81 @@ def _per_point(x_BG: Array, b: types.ImageTrainBatch) -> Array:
   return jnp.tile(x_BG.astype(jnp.float32), (1, b.time_BM.shape[1] // x_BG.shape[1]))
 
 
-def _text_sums(a: Alignment, logits: Array, b: types.TextTrainBatch):
+Sums = tuple[Array, Array, dict[str, tuple[Array, Array]]]
+"""Sums of a loss and of a penalty, and metrics as (sum, weight)."""
+
+
+def _text_sums(
+  objective: text_objectives.TextObjective,
+  settings: types.Config,
+  logits: Array,
+  b: types.TextTrainBatch,
+) -> Sums:
   """The text objective, and the penalty to the reference (arXiv 2402.03300)."""
   logp = replay.token_logp(logits, b)
-  log_ratio = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.0)
-  objective = text_objectives.OBJECTIVES[a.text_objective]
-  weight = text_objectives.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
-  loss, log_ratio = text_objectives.loss(
-    objective, log_ratio, logp, b.mask_BGT, b.advantage_BG, a.text_low, a.text_high
-  )
   sampled = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.0)
-  kl = jnp.where(b.mask_BGT, kl_lib.of_text(a.text_kl, logp, b.reference_BGT, sampled), 0.0)
+  weight = text_objectives.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
+  loss, log_ratio = objective.loss(
+    text_objectives.TextPoints(sampled, logp, b.mask_BGT, b.advantage_BG), settings
+  )
+  kl = jnp.where(b.mask_BGT, kl_lib.of_text(settings.kl, logp, b.reference_BGT, sampled), 0.0)
   ratio = jnp.exp(log_ratio)
-  clipped = ((ratio < 1 - a.text_low) & (not objective.cut)) | (ratio > 1 + a.text_high)
+  below = (ratio < 1 - settings.clip_low) & objective.clips_low
+  clipped = below | (ratio > 1 + settings.clip_high)
   return (
     jnp.sum(loss * weight),
     jnp.sum(kl * weight),
     {
-      f'kl_{a.text_kl}': (jnp.sum(kl * weight), jnp.sum(weight)),
+      f'kl_{settings.kl}': (jnp.sum(kl * weight), jnp.sum(weight)),
       'entropy': ops.masked_sum(ops.token_entropy(logits), weight),
       'clip_fraction': ops.masked_sum(clipped, weight),
     },
   )
 
 
-def _forward_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
-  """DiffusionNFT, or advantage-weighted matching, at freshly noised final images."""
-  x0 = jnp.tile(b.latents_BGNC, (1, v.shape[1] // b.latents_BGNC.shape[1], 1, 1))
-  points = (v, b.old_BMNC, x0, b.x_BMNC, b.time_BM, _per_point(b.advantage_BG, b))
-  if a.objective == 'nft':
-    loss = flow_objectives.nft(*points, a.nft_beta, a.nft_scale)
-    return loss, {'old_mse': flow_objectives.velocity_mse(v, b.old_BMNC)}
-  loss, log_ratio = flow_objectives.awm(*points, a.image_clip)
-  return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
-
-
-def _replayed_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
-  """The objectives on replayed steps of the rollout."""
+def _step_points(sampler: str, v: Array, b: types.ImageTrainBatch) -> flow_objectives.StepPoints:
+  """Replayed steps of the rollout under the policy's velocities."""
   s = b.transitions
-  moves = (replay.transition(a.sampler, v, s).mean, s.mean_BMNC, s.noise_BMNC)
-  advantage = _per_point(b.advantage_BG, b)
-  if a.objective in ('sde', 'cps'):
-    objective = flow_objectives.sde if a.objective == 'sde' else flow_objectives.cps
-    loss, log_ratio = objective(*moves, s.std_BM, advantage, a.image_clip)
-  else:
-    dt = s.next_time_BM - s.time_BM if a.objective == 'guard' else None
-    loss, log_ratio = flow_objectives.guard(*moves, dt, advantage, a.image_clip)
-  return loss, {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > a.image_clip}
-
-
-def _image_sums(a: Alignment, v: Array, b: types.ImageTrainBatch):
-  """The image objective, and the penalty to the reference."""
-  loss, extra = (_forward_sums if a.objective in flow_objectives.DECOUPLED else _replayed_sums)(
-    a, v, b
+  return flow_objectives.StepPoints(
+    mean=replay.transition(sampler, v, s).mean,
+    old_mean=s.mean_BMNC,
+    noise=s.noise_BMNC,
+    std=s.std_BM,
+    dt=s.next_time_BM - s.time_BM,
+    advantage=_per_point(b.advantage_BG, b),
   )
+
+
+def _noised_points(v: Array, b: types.ImageTrainBatch) -> flow_objectives.NoisedPoints:
+  """Freshly noised final latents with the policy's velocities."""
+  draws = v.shape[1] // b.latents_BGNC.shape[1]
+  return flow_objectives.NoisedPoints(
+    v=v,
+    v_old=b.old_BMNC,
+    x0=jnp.tile(b.latents_BGNC, (1, draws, 1, 1)),
+    x_t=b.x_BMNC,
+    t=b.time_BM,
+    advantage=_per_point(b.advantage_BG, b),
+  )
+
+
+def _image_sums(
+  objective: flow_objectives.FlowObjective,
+  settings: types.Config,
+  sampler: str,
+  v: Array,
+  b: types.ImageTrainBatch,
+) -> Sums:
+  """The image objective, and the penalty to the reference."""
+  points = _step_points(sampler, v, b) if objective.coupled else _noised_points(v, b)
+  loss, extra = objective.loss(points, settings)
   valid = _per_point(b.valid_BG, b)
   drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
   metrics, penalty = {'velocity_mse': drift, **extra}, drift
-  if a.image_kl != 'velocity':
+  if settings.kl != 'velocity':
     s = b.transitions
-    means = (replay.transition(a.sampler, x, s).mean for x in (v, b.reference_BMNC))
-    penalty = kl_lib.of_steps(a.image_kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
+    means = (replay.transition(sampler, x, s).mean for x in (v, b.reference_BMNC))
+    penalty = kl_lib.of_steps(settings.kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
     metrics['kl'] = penalty
   return (
     jnp.sum(loss * valid),

@@ -22,21 +22,29 @@ def parameter_name(path) -> str:
 
 
 def schedule(kind: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then 'constant', or flat and 'linear' to 0 from half.
+  """Learning rate by step, after a linear warm-up.
+
+  Args:
+    kind: 'constant'; 'linear': flat, then linear to 0 from half time; 'cosine' to 0.
 
   Raises:
     ValueError: unknown kind.
   """
   if kind == 'constant':
-    parts, bounds = [optax.constant_schedule(peak)], []
+    rate = optax.join_schedules([optax.constant_schedule(peak)], [])
   elif kind == 'linear':
     half = steps // 2
-    parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, max(steps - half, 1))]
-    bounds = [half]
+    falling = optax.linear_schedule(peak, 0.0, max(steps - half, 1))
+    rate = optax.join_schedules([optax.constant_schedule(peak), falling], [half])
+  elif kind == 'cosine':
+    rate = optax.cosine_decay_schedule(peak, max(steps, 1))
   else:
-    raise ValueError(f"optimizer schedule is {kind!r}; allowed: 'constant', 'linear'")
-  rate = optax.join_schedules(parts, bounds)
-  return lambda step: rate(step) * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+    raise ValueError(f"optimizer schedule is {kind!r}; allowed: 'constant', 'linear', 'cosine'")
+
+  def warmed_up(step):
+    return rate(step) * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+
+  return warmed_up
 
 
 def rates(params: types.Params, rules: Sequence[tuple[str, float]]) -> types.Params:
@@ -49,6 +57,36 @@ def rates(params: types.Params, rules: Sequence[tuple[str, float]]) -> types.Par
     )
 
   return jax.tree_util.tree_map_with_path(rate, params)
+
+
+def from_config(
+  settings: types.Config,
+  steps: int,
+  factor: float = 1.0,
+  rules: Sequence[tuple[str, float]] = (),
+) -> optax.GradientTransformation:
+  """The optimizer that a section such as `config.align.optimizer` describes.
+
+  Args:
+    steps: optimizer steps of the whole stage.
+    factor: of both learning rates.
+    rules: see `build`.
+  """
+
+  def rate(peak):
+    return schedule(settings.schedule, peak * factor, steps, settings.warmup)
+
+  return build(
+    settings.kind,
+    rate(settings.learning_rate),
+    settings.b1,
+    settings.b2,
+    settings.eps,
+    settings.weight_decay,
+    settings.clip_norm,
+    rate(settings.muon_rate),
+    rules,
+  )
 
 
 def build(
@@ -73,9 +111,12 @@ def build(
   Raises:
     ValueError: unknown kind.
   """
-  is_kernel = lambda params: jax.tree_util.tree_map_with_path(
-    lambda path, _: parameter_name(path).endswith('kernel'), params
-  )
+
+  def is_kernel(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: parameter_name(path).endswith('kernel'), params
+    )
+
   if kind == 'adamw':
     inner = optax.chain(
       optax.scale_by_adam(b1, b2, eps),

@@ -1,10 +1,10 @@
-"""Before alignment: fits the autoencoder, trains the judge, pretrains the unified model."""
+"""Pretrains the unified model on answers (next token) and images (flow matching)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,7 +12,6 @@ from lvrpo_jax import types
 from lvrpo_jax.data import examples
 from lvrpo_jax.data import loader
 from lvrpo_jax.data import tasks
-from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.objectives import repa as repa_lib
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
@@ -28,13 +27,8 @@ CONTROL_OFFSET = 1 << 29
 """First row of continued pretraining: rows that the first run has not seen."""
 
 
-def initial(job: experiment_lib.Experiment) -> types.Params:
-  """Fresh parameters."""
-  return bagel.init(job.policy.config, jax.random.key(job.config.seed))
-
-
 def task_batches(
-  job: experiment_lib.Experiment,
+  experiment: experiment_lib.Experiment,
   make: Callable[[str, int], examples.Example],
   sizes: dict[str, int],
   collate: Callable[[str], Callable[..., Any]],
@@ -44,7 +38,7 @@ def task_batches(
   Raises:
     ValueError: the rows of a task do not divide over the processes that hold different ones.
   """
-  index, count = multihost.row_block(job.mesh)
+  index, count = multihost.row_block(experiment.mesh)
   for task, size in sizes.items():
     if size % count:
       raise ValueError(
@@ -57,77 +51,124 @@ def task_batches(
       size // count,
       collate(task),
       (index, count),
-      job.config.data.prefetch,
+      experiment.config.data.prefetch,
     )
     for task, size in sizes.items()
     if size
   }
 
 
-def sizes(config: Any) -> dict[str, int]:
-  """Rows of every task in a batch; tasks with none are left out."""
-  return {task: config[task] for task in tasks.TASKS if config[task]}
+def check(experiment: experiment_lib.Experiment) -> None:
+  """Refuses settings of continued pretraining that do not fit, before any work.
 
-
-def check(job: experiment_lib.Experiment):
-  """Refuses settings of continued pretraining that do not fit, before any work."""
-  c, depth = job.config.control, job.policy.config.depth
-  if c.repa and c.repa_layer > depth:
+  Raises:
+    ValueError: names the key.
+  """
+  settings, depth = experiment.config.control, experiment.policy.config.depth
+  if settings.repa and settings.repa_layer > depth:
     raise ValueError(
-      f'config.control.repa_layer is {c.repa_layer}; allowed: at most the {depth} '
+      f'config.control.repa_layer is {settings.repa_layer}; allowed: at most the {depth} '
       'layers of the model'
     )
 
 
+class Plan(NamedTuple):
+  """What pretraining and continued pretraining differ in.
+
+  Attributes:
+    stage: name in metrics and of the checkpoints.
+    steps: optimizer steps.
+    rate: factor of the learning rates.
+    offset: first row.
+    repa: weight of representation alignment; 0 leaves it out.
+  """
+
+  stage: str
+  steps: int
+  rate: float = 1.0
+  offset: int = 0
+  repa: float = 0.0
+
+
+def pretraining_plan(experiment: experiment_lib.Experiment) -> Plan:
+  """The stage 'pretrain'."""
+  return Plan('pretrain', experiment.config.pretrain.steps)
+
+
+def control_plan(experiment: experiment_lib.Experiment) -> Plan:
+  """The stage 'control': it goes on from pretrained parameters on fresh rows."""
+  settings = experiment.config.control
+  return Plan('control', settings.steps, settings.rate, CONTROL_OFFSET, settings.repa)
+
+
 def run(
-  job: experiment_lib.Experiment,
+  experiment: experiment_lib.Experiment,
+  plan: Plan,
   vae_params: types.Params,
   writer: metrics_lib.MetricWriter,
-  stage: str = 'pretrain',
   params: types.Params | None = None,
-  judge_params: types.Params | None = None,
+  dual_encoder_params: types.Params | None = None,
 ) -> types.Params:
-  """Pretrains from scratch or from the last checkpoint; returns the policy's parameters.
+  """Pretrains from the last checkpoint, or from the beginning; returns the policy's parameters.
 
-  With `stage='control'` it goes on from `params` on fresh rows for `config.control.steps`, and
-  aligns representations with those of the judge where `config.control.repa` is not 0.
+  Args:
+    params: to begin with; None for fresh ones.
+    dual_encoder_params: read where the plan aligns representations.
+
+  Raises:
+    preemption.Preempted: asked to stop; the last step is saved.
   """
-  c, o = job.config.pretrain, job.config.optimizer
-  control = stage == 'control'
-  steps = job.config.control.steps if control else c.steps
-  factor = job.config.control.rate if control else 1.0
-  rate = lambda peak: optimizer_lib.schedule(o.schedule, peak * factor, steps, o.warmup)
-  optimizer = optimizer_lib.build(
-    o.kind, rate(o.learning_rate), o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm, rate(o.muon_rate)
-  )
+  config, settings = experiment.config, experiment.config.pretrain
   repa = None
-  if control and job.config.control.repa:
-    repa = repa_lib.Repa(job.config.control.repa, job.config.control.repa_layer, job.judge)
-  loss = losses.pretraining(job.policy, c.weights, c.draws, c.shift, job.config.seed, repa)
+  if plan.repa:
+    repa = repa_lib.Repa(plan.repa, config.control.repa_layer, experiment.dual_encoder)
+  optimizer = optimizer_lib.from_config(settings.optimizer, plan.steps, plan.rate)
   step = step_lib.compile_step(
-    loss,
+    losses.pretraining(
+      experiment.policy,
+      settings.task_weights,
+      settings.draws,
+      settings.shift,
+      config.seed,
+      repa,
+    ),
     optimizer,
-    job.mesh,
-    ema_decay=c.ema,
-    micro_batches=job.config.parallel.micro_batches,
-    runner=job.config.parallel.runner,
+    experiment.mesh,
+    ema_decay=settings.ema,
+    micro_batches=config.parallel.micro_batches,
+    runner=config.parallel.runner,
   )
-  offset = CONTROL_OFFSET if control else 0
-  data = task_batches(
-    job,
-    lambda task, index: job.data.pretraining(task, index + offset),
-    sizes(c),
-    lambda task: functools.partial(job.encoder, task),
-  )
-  params = initial(job) if params is None else params
+  if params is None:
+    params = experiment.policy.init(jax.random.key(config.seed))
   if repa:
-    params = {
-      **params,
-      repa_lib.PROJECTOR: repa.init(job.policy, jax.random.key(job.config.seed + 3)),
-    }
-  state = placement.shard_state(step_lib.init(params, optimizer, ema=c.ema > 0), job.mesh)
-  frozen = {'vae': vae_params, **({'judge': judge_params} if repa else {})}
-  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / stage)
+    key = jax.random.key(config.seed + 3)
+    params = {**params, repa_lib.PROJECTOR: repa.init(experiment.policy, key)}
+  state = placement.shard_state(
+    step_lib.init(params, optimizer, ema=settings.ema > 0), experiment.mesh
+  )
+  frozen = {'vae': vae_params, **({'dual_encoder': dual_encoder_params} if repa else {})}
+  state = _loop(experiment, plan, step, state, frozen, writer)
+  trained = state.params if state.ema is None else state.ema
+  return {name: part for name, part in trained.items() if name != repa_lib.PROJECTOR}
+
+
+def _loop(
+  experiment: experiment_lib.Experiment,
+  plan: Plan,
+  step: Callable[..., Any],
+  state: types.TrainState,
+  frozen: dict[str, types.Params],
+  writer: metrics_lib.MetricWriter,
+) -> types.TrainState:
+  """Steps to the end of a plan, with checkpoints and metrics."""
+  stage, steps, every = plan.stage, plan.steps, experiment.config.pretrain.save_every
+  data = task_batches(
+    experiment,
+    lambda task, index: experiment.data.example(task, examples.PRETRAIN, index + plan.offset),
+    tasks.active(experiment.config.pretrain.rows),
+    lambda task: functools.partial(experiment.encoder, task),
+  )
+  store = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / stage)
   restored = store.restore(state)
   if restored:
     state, record = restored
@@ -135,12 +176,10 @@ def run(
       iterator.set_state(record['data'][task])
   start = int(state.step)
   writer.begin(stage, start if restored else -1)
-  with (
-    preemption.StopSignal() as stop,
-    metrics_lib.Progress(
-      stage, steps, start, ('loss', 'grad_norm'), job.config.log_every
-    ) as progress,
-  ):
+  progress = metrics_lib.Progress(
+    stage, steps, start, ('loss', 'grad_norm'), experiment.config.log_every
+  )
+  with preemption.StopSignal() as stop, progress:
 
     def consume(number, scalars):
       progress.update(number, scalars)
@@ -149,11 +188,11 @@ def run(
 
     late = metrics_lib.Late(stage, consume)
     for number in range(start + 1, steps + 1):
-      batch = {task: job.place(next(iterator)) for task, iterator in data.items()}
+      batch = {task: experiment.place(next(iterator)) for task, iterator in data.items()}
       state, metrics = step(state, frozen, batch)
       late.push(number, metrics)
       stopped = stop.asked()
-      if number % c.save_every == 0 or number == steps or stopped:
+      if number % every == 0 or number == steps or stopped:
         late.flush()
         store.save(number, state, {'data': {t: i.get_state() for t, i in data.items()}})
       if stopped:
@@ -161,5 +200,4 @@ def run(
         raise preemption.Preempted(f'{stage} stopped after step {number} of {steps}')
     late.flush()
   store.close()
-  trained = state.params if state.ema is None else state.ema
-  return {name: part for name, part in trained.items() if name != repa_lib.PROJECTOR}
+  return state

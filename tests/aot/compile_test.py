@@ -45,22 +45,22 @@ class ProgramsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.job = make_job()
-    cls.programs = aot_compile.programs(cls.job)
+    cls.experiment = make_job()
+    cls.programs = aot_compile.programs(cls.experiment)
 
   @parameterized.parameters(dict(), dict(objective='sde', draws=3, guidance=2.0))
   def test_arguments_are_those_of_an_iteration(self, **changes):
-    job = make_job(**changes)
-    programs, policy = aot_compile.programs(job), job.policy
+    experiment = make_job(**changes)
+    programs, policy = aot_compile.programs(experiment), experiment.policy
     image = jnp.zeros((1, policy.image_size, policy.image_size, 3))
     params, vae_params, judge_params = (
       bagel.init(policy.config, jax.random.key(0)),
       policy.vae.init(jax.random.key(0), image)['params'],
-      job.judge.init(jax.random.key(0), image, job.captions(['']))['params'],
+      experiment.dual_encoder.module.init(jax.random.key(0), image, experiment.dual_encoder.token_ids([''])[0])['params'],
     )
-    aligner = learner.Learner(job, params, vae_params, judge_params)
-    data = align.prompt_batches(job)
-    tasks = align.draw(job, data, data)
+    aligner = learner.Learner(experiment, params, vae_params, judge_params)
+    data = align.prompt_batches(experiment)
+    tasks = align.draw(experiment, data, data)
 
     class Called(Exception):
       pass
@@ -110,11 +110,11 @@ class DescribeTest(absltest.TestCase):
     self.assertRegex(
       found['base/trunk/layers/und/q_proj/kernel'], r'\(2, 16, 16\) +\(-, fsdp, tensor\) +2,048$'
     )
-    job = experiment_lib.build(tiny.get_config(), pathlib.Path('unused'))
+    experiment = experiment_lib.build(tiny.get_config(), pathlib.Path('unused'))
     leaves = [
       leaf
       for kind in (weights.BASE, weights.VAE, weights.JUDGE)
-      for leaf in jax.tree.leaves(weights.template(job, kind))
+      for leaf in jax.tree.leaves(weights.template(experiment, kind))
     ]
     self.assertLen(found, len(leaves))
     size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -127,8 +127,8 @@ class TopologyTest(parameterized.TestCase):
   @parameterized.parameters('', 'v9:2x2', 'h100')
   def test_unknown_chip_is_named(self, topology):
     config = tiny.get_config()
-    config.topology = topology
-    with self.assertRaisesRegex(ValueError, f"config.topology is '{topology}'; allowed: .*v5p"):
+    config.compile.topology = topology
+    with self.assertRaisesRegex(ValueError, f"config.compile.topology is '{topology}'; allowed: .*v5p"):
       aot_compile.run(config, pathlib.Path('unused'))
 
   @parameterized.parameters(
@@ -176,7 +176,7 @@ class LimitsTest(parameterized.TestCase):
 
   def test_all_programs_are_measured_before_the_end(self):
     config = tiny.get_config()
-    config.topology = 'v5p:2x2x1'
+    config.compile.topology = 'v5p:2x2x1'
     bytes_of_ten_passes = (
       10 * 2 * sum(x.size for x in jax.tree.leaves(weights.template(make_job(), weights.BASE)))
     )
@@ -197,7 +197,7 @@ class LimitsTest(parameterized.TestCase):
     self.assertRegex(str(caught.exception), '^text: fits .*; step: collective_ratio is 3.333; ')
     lines = [json.loads(line) for line in printed.getvalue().splitlines()]
     self.assertEqual([line['program'] for line in lines], ['text', 'image', 'step'])
-    self.assertEqual(lines[2]['objective'], config.align.objective)
+    self.assertEqual(lines[2]['objective'], config.align.image.objective)
     self.assertNotIn('objective', lines[0])
     self.assertEqual((workdir / 'compile.jsonl').read_text(), printed.getvalue())
 
@@ -262,16 +262,16 @@ class PartitionTest(parameterized.TestCase):
   )
   def test_contexts_are_encoded_as_seldom_as_memory_lets(self, kind, count, asked, want):
     config = tiny.get_config()
-    config.align.group = 8
+    config.align.rollout.group_size = 8
     config.parallel.update(mesh=(-1, 0, 1), group_parts=asked)
     chips = [Chip(id=number, device_kind=kind) for number in range(count)]
-    job = experiment_lib.build(config, pathlib.Path('unused'), chips)
-    self.assertEqual(job.group_parts, want)
+    experiment = experiment_lib.build(config, pathlib.Path('unused'), chips)
+    self.assertEqual(experiment.group_parts, want)
 
   def test_each_program_is_looked_at_on_its_own_mesh(self):
     """Split in the update, and on data alone in rollouts."""
     config = tiny.get_config()
-    config.align.update(understand=8, generate=8, edit=8)
+    config.align.update(prompts=dict(understand=8, generate=8, edit=8))
     config.parallel.update(mesh=(1, 4, 2), rollout_mesh=(8, 1, 1))
     chips = [Chip(id=number) for number in range(8)]
     with mock.patch.object(aot_compile, 'devices', return_value=chips):

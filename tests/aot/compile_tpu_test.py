@@ -28,8 +28,8 @@ class CompiledTest(absltest.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     config = tiny.get_config()
-    config.topology = 'v5p:2x2x1'
-    config.align.update(generate=4, understand=4, edit=4)
+    config.compile.topology = 'v5p:2x2x1'
+    config.align.update(prompts=dict(generate=4, understand=4, edit=4))
     config.parallel.update(mesh=(1, 2, 2), rollout_mesh=(2, 1, 2))
     config.compile.programs = ('text', 'step')
     printed, cls.fault = io.StringIO(), ''

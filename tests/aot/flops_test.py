@@ -1,4 +1,4 @@
-"""Arithmetic of compiled passes against what the model needs: no token takes both experts' way."""
+"""Tests of arithmetic: compiled passes run one expert per token, and counts of traced programs."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -37,8 +37,11 @@ def layout(rows, length):
 
 
 def sequence(rows, und, gen):
-  """Rows of `und` text tokens and `gen` latent tokens."""
-  floats = lambda *shape: abstract(*shape, dtype=jnp.float32)
+  """Returns rows of `und` text tokens and `gen` latent tokens."""
+
+  def floats(*shape):
+    return abstract(*shape, dtype=jnp.float32)
+
   return types.Sequence(
     ids_BL=abstract(rows, und),
     text=layout(rows, und),
@@ -59,11 +62,14 @@ def flops(function, *args):
 
 
 def apply(method):
-  return lambda params, *args: bagel.Unified(CONFIG).apply({'params': params}, *args, method=method)
+  def function(params, *args):
+    return bagel.Unified(CONFIG).apply({'params': params}, *args, method=method)
+
+  return function
 
 
 def layer_flops(tokens, keys):
-  """Multiplications and additions of all layers for new tokens that see `keys` keys."""
+  """Returns multiplications and additions of all layers for new tokens that see `keys` keys."""
   kv = KV_HEADS * WIDTH // HEADS
   linear = 2 * WIDTH * WIDTH + 2 * WIDTH * kv + 3 * WIDTH * FF
   return DEPTH * tokens * 2 * (linear + 2 * keys * WIDTH)
@@ -84,7 +90,7 @@ class FlopsTest(parameterized.TestCase):
     )
     found = flops(apply('__call__'), self.params, sequence(rows, und, gen))
     self.assertBetween(found / needed, 1 - TOLERANCE, 1 + TOLERANCE)
-    # The bound can fail: both experts on all tokens would need nearly twice as much.
+    # The bound is sharp: both experts on all tokens would need nearly twice as much.
     self.assertGreater((needed + rows * layer_flops(und + gen, 0)) / needed, 1 + 10 * TOLERANCE)
 
   def test_a_group_shares_one_prefill(self):
@@ -108,7 +114,7 @@ class FlopsTest(parameterized.TestCase):
 
 
 class CountTest(parameterized.TestCase):
-  """The counter of programs that are only traced."""
+  """Tests the counter of programs that are only traced."""
 
   def count(self, function, *args, unknown=1):
     return flops_lib.count(jax.make_jaxpr(function)(*args).jaxpr, unknown)
@@ -119,22 +125,34 @@ class CountTest(parameterized.TestCase):
 
   def test_convolution(self):
     image, kernel = abstract(2, 8, 8, 3, dtype=jnp.float32), abstract(3, 3, 3, 7, dtype=jnp.float32)
-    convolve = lambda x, w: jax.lax.conv_general_dilated(
-      x, w, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
+
+    def convolve(x, w):
+      return jax.lax.conv_general_dilated(
+        x, w, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+      )
+
     self.assertEqual(self.count(convolve, image, kernel), 2 * (2 * 4 * 4 * 7) * (3 * 3 * 3))
 
   def test_control_flow(self):
     x = abstract(4, 4, dtype=jnp.float32)
     once = 2 * 4**3
-    scan = lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0]
-    loop = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ x, x)
-    choice = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
+
+    def scan(x):
+      return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0]
+
+    def loop(x):
+      return jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ x, x)
+
+    def choice(x):
+      return jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
+
+    def remat(x):
+      return jnp.sum(jax.checkpoint(lambda y: jnp.tanh(y @ y))(x))
+
     self.assertEqual(self.count(scan, x), 5 * once)
     self.assertEqual(self.count(loop, x, unknown=3), 3 * once)
     self.assertEqual(self.count(choice, x), 2 * once)
-    again = lambda x: jnp.sum(jax.checkpoint(lambda y: jnp.tanh(y @ y))(x))
-    self.assertEqual(self.count(jax.grad(again), x), 4 * once)  # Twice forward, two gradients.
+    self.assertEqual(self.count(jax.grad(remat), x), 4 * once)  # Twice forward, two gradients.
 
   @parameterized.parameters((16, 64), (64, 16))
   def test_agrees_with_the_compiler(self, und, gen):

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.hlo: counted by hand on small programs, and on one that XLA has compiled."""
+"""Tests of HLO counts: by hand on small programs, and on one that XLA has compiled."""
 
 import re
 
@@ -8,6 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax.aot import hlo
+from lvrpo_jax.aot import hlo_text
 
 TEXT = """
 HloModule jit_step, is_scheduled=true
@@ -92,8 +93,8 @@ ENTRY %main (s: (s32[], f32[8,16], bf16[16]), y: f32[32]) -> f32[32] {
 
 class HloTest(parameterized.TestCase):
   def test_size(self):
-    self.assertEqual(hlo.size('bf16[4,8]{1,0:T(8,128)}'), 64)
-    self.assertEqual(hlo.size('(f32[3]{0}, s32[], pred[2,2], token[])'), 12 + 4 + 4)
+    self.assertEqual(hlo_text.size('bf16[4,8]{1,0:T(8,128)}'), 64)
+    self.assertEqual(hlo_text.size('(f32[3]{0}, s32[], pred[2,2], token[])'), 12 + 4 + 4)
 
   def test_loops_run_as_often_as_their_condition_says(self):
     trips = hlo.trips(TEXT)
@@ -123,7 +124,7 @@ class HloTest(parameterized.TestCase):
     ),  # 9, 7, 5, 3, 1.
   )
   def test_counter_that_steps(self, changes, wanted):
-    """Also one of another width, direction or start; the fusion that adds hides nothing."""
+    """A counter of another width, direction or start is read too, also through a fusion."""
     text = TEXT
     for old, new in changes:
       self.assertIn(old, text)
@@ -135,8 +136,11 @@ class HloTest(parameterized.TestCase):
     self.assertEqual(hlo.unknown_loops(endless), ['window'])
 
   def test_collectives(self):
-    """Five passes gather 64 values among four and scatter as many; a pair sums 32 floats; four
-    passes send six floats."""
+    """Counts what five passes gather and scatter, a pair sums, and four passes send.
+
+    Each of the five passes gathers 64 values among four chips and scatters as many. The pair sums
+    32 floats, and each of the four passes sends six floats.
+    """
     self.assertEqual(
       hlo.collectives(TEXT, 8),
       {
@@ -149,7 +153,7 @@ class HloTest(parameterized.TestCase):
     )
 
   def test_memory(self):
-    """Only the row that a fusion cuts out of its operand counts, not the table."""
+    """Counts only the row that a fusion slices from its operand, not the whole table."""
     row, gather, scatter, rest = 2 * 64 + 4, 32 + 128, 128 + 32, 4 * 128
     add, compare = 3 * 4, 4 + 4 + 1
     copied, sent = 2 * 4, 2 * 24
@@ -171,8 +175,12 @@ class HloTest(parameterized.TestCase):
 
   def test_a_compiled_loop_whose_count_is_not_written_down(self):
     def function(x, w_EDD):
-      more = lambda state: (state[0] < 9) & (state[1].sum() < 100.0)
-      step = lambda state: (state[0] + 2, jnp.tanh(state[1] @ w_EDD[state[0] // 2]))
+      def more(state):
+        return (state[0] < 9) & (state[1].sum() < 100.0)
+
+      def step(state):
+        return state[0] + 2, jnp.tanh(state[1] @ w_EDD[state[0] // 2])
+
       x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_EDD)[0]
       return jax.lax.while_loop(more, step, (0, x))[1]
 

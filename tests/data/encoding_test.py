@@ -279,10 +279,10 @@ class MixtureTest(parameterized.TestCase):
       describe=0.0,
       drop=0.0,
     )
-    kinds = [data.prompt('generate', i).kind for i in range(400)]
+    kinds = [data.example('generate', 'align', i).kind for i in range(400)]
     self.assertEqual(set(kinds), {'colors', 'counting'})
     self.assertAlmostEqual(kinds.count('colors') / 400, 0.75, delta=0.07)
-    self.assertEqual({data.prompt('understand', i).kind for i in range(20)}, {'color'})
+    self.assertEqual({data.example('understand', 'align', i).kind for i in range(20)}, {'color'})
 
   def test_answers_as_found(self):
     data = lambda wrong, drop: shapes_source.ShapesData(
@@ -317,10 +317,10 @@ class MixtureTest(parameterized.TestCase):
       describe=0.25,
       drop=0.0,
     )
-    asked = [data.pretraining('understand', i).prompt in wording.DESCRIBE for i in range(400)]
+    asked = [data.example('understand', 'pretrain', i).prompt in wording.DESCRIBE for i in range(400)]
     self.assertAlmostEqual(np.mean(asked), 0.25, delta=0.07)
     self.assertNoCommonElements(
-      [data.prompt('understand', i).prompt for i in range(50)], wording.DESCRIBE
+      [data.example('understand', 'align', i).prompt for i in range(50)], wording.DESCRIBE
     )
 
   def test_judge_pairs_speak_the_vocabulary(self):

@@ -25,7 +25,6 @@ def _png_bytes(image: Image.Image, **kwargs) -> bytes:
 
 
 class ParityTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -40,7 +39,9 @@ class ParityTest(absltest.TestCase):
     self.assertLen(names, 4)
     for name in names:
       rule = image_files.ResizeRule(*map(int, name.split('_')[2:]))
-      sizes = [image_files.resize_rule(w, h, *rule) for w, h in self.inputs['misc/sizes_wh'].tolist()]
+      sizes = [
+        image_files.resize_rule(w, h, *rule) for w, h in self.inputs['misc/sizes_wh'].tolist()
+      ]
       np.testing.assert_array_equal(sizes, self.outputs[name], err_msg=name)
 
   def test_resize_rule_divides_pixels_by_number_of_images(self):
@@ -48,8 +49,8 @@ class ParityTest(absltest.TestCase):
     (match,) = filter(None, (re.fullmatch(pattern, name) for name in self.outputs.files))
     *rule, few, many = map(int, match.groups())
     sizes = [
-        [image_files.resize_rule(w, h, *rule, img_num=n) for n in (few, many)]
-        for w, h in self.inputs['misc/sizes_wh'].tolist()
+      [image_files.resize_rule(w, h, *rule, img_num=n) for n in (few, many)]
+      for w, h in self.inputs['misc/sizes_wh'].tolist()
     ]
     np.testing.assert_array_equal(sizes, self.outputs[match.group()])
 
@@ -76,14 +77,13 @@ class ParityTest(absltest.TestCase):
 
 
 class ResizeRuleTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ((3000, 500), (1024, 512, 16), (1024, 176)),  # the longest side wins
-      ((1000, 997), (1024, 512, 16), (992, 992)),  # sides are rounded one by one
-      ((1024, 512), (1024, 512, 16), (1024, 512)),
-      ((10, 10), (1024, 512, 16), (512, 512)),
-      ((24, 40), (64, 8, 16), (32, 32)),  # 24 / 16 and 40 / 16 are ties, rounded to even
-      ((250, 101), (100, 8, 16), (96, 32)),  # 40.4 becomes 40 before it is a tie in strides
+    ((3000, 500), (1024, 512, 16), (1024, 176)),  # the longest side wins
+    ((1000, 997), (1024, 512, 16), (992, 992)),  # sides are rounded one by one
+    ((1024, 512), (1024, 512, 16), (1024, 512)),
+    ((10, 10), (1024, 512, 16), (512, 512)),
+    ((24, 40), (64, 8, 16), (32, 32)),  # 24 / 16 and 40 / 16 are ties, rounded to even
+    ((250, 101), (100, 8, 16), (96, 32)),  # 40.4 becomes 40 before it is a tie in strides
   )
   def test_hand_worked(self, size, rule, expected):
     self.assertEqual(image_files.resize_rule(*size, *rule), expected)
@@ -105,7 +105,6 @@ class ResizeRuleTest(parameterized.TestCase):
 
 
 class PixelsTest(parameterized.TestCase):
-
   def test_transform_of_the_final_size_only_maps_values(self):
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     pixels = image_files.transform(image, image_files.ResizeRule(48, 32, 16))
@@ -130,7 +129,6 @@ class PixelsTest(parameterized.TestCase):
 
 
 class LoadImageTest(parameterized.TestCase):
-
   def test_transparency_becomes_white(self):
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 3] = 0, 51, 255

@@ -1,12 +1,14 @@
-"""Tests of lvrpo_jax.data.packing."""
+"""Layouts of packed segments, against hand-worked arrays and a mask written with loops."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import numpy as np
 
 from lvrpo_jax import types
 from lvrpo_jax.data import packing
 from lvrpo_jax.models import attention
+from tests.helpers import released_packing
 
 FORM = packing.Format(
   bos=90, eos=91, start_of_image=92, end_of_image=93, patch_values=2, latent_channels=3
@@ -24,7 +26,7 @@ def latent(count, **kwargs):
 def arrays(*samples, **kwargs):
   """The released packer's arrays as lists."""
   packed = packing.pack(samples, FORM, **kwargs)
-  return {name: value.tolist() for name, value in packing.reference_arrays(packed).items()}
+  return {name: value.tolist() for name, value in released_packing.reference_arrays(packed).items()}
 
 
 def random_samples(rng, count):
@@ -46,25 +48,25 @@ def random_samples(rng, count):
 class PackTest(parameterized.TestCase):
   def test_edit_by_hand(self):
     got = arrays([latent(2), vit(1), packing.Text([5, 6]), latent(3, target=True)])
-    want = dict(
-      sequence_length=16,
-      sample_lens=[16],
-      packed_text_ids=[92, 93, 92, 93, 90, 5, 6, 91, 92, 93],
-      packed_text_indexes=[0, 3, 4, 6, 7, 8, 9, 10, 11, 15],
-      packed_position_ids=[0] * 4 + [1] * 3 + [2, 3, 4, 5] + [6] * 5,
-      packed_vit_tokens=[[1.0, 1.0]],
-      packed_vit_position_ids=[7],
-      packed_vit_token_indexes=[5],
-      vit_token_seqlens=[1],
-      packed_latent_position_ids=[3, 4, 3, 4, 5],
-      packed_vae_token_indexes=[1, 2, 12, 13, 14],
-      mse_loss_indexes=[12, 13, 14],
-      ce_loss_indexes=[],
-      packed_label_ids=[],
-      ce_loss_weights=[],
-      split_lens=[4, 3, 4, 5],
-      attn_modes=[1, 1, 0, 2],
-    )
+    want = {
+      'sequence_length': 16,
+      'sample_lens': [16],
+      'packed_text_ids': [92, 93, 92, 93, 90, 5, 6, 91, 92, 93],
+      'packed_text_indexes': [0, 3, 4, 6, 7, 8, 9, 10, 11, 15],
+      'packed_position_ids': [0] * 4 + [1] * 3 + [2, 3, 4, 5] + [6] * 5,
+      'packed_vit_tokens': [[1.0, 1.0]],
+      'packed_vit_position_ids': [7],
+      'packed_vit_token_indexes': [5],
+      'vit_token_seqlens': [1],
+      'packed_latent_position_ids': [3, 4, 3, 4, 5],
+      'packed_vae_token_indexes': [1, 2, 12, 13, 14],
+      'mse_loss_indexes': [12, 13, 14],
+      'ce_loss_indexes': [],
+      'packed_label_ids': [],
+      'ce_loss_weights': [],
+      'split_lens': [4, 3, 4, 5],
+      'attn_modes': [1, 1, 0, 2],
+    }
     self.assertEqual(got, want)
 
   def test_samples_start_anew(self):
@@ -128,7 +130,7 @@ class PackTest(parameterized.TestCase):
     """`attention.keep_mask` of the layout against the rule, written with loops."""
     samples = random_samples(np.random.default_rng(0), 6)
     packed = packing.pack(samples, FORM)
-    ref = packing.reference_arrays(packed)
+    ref = released_packing.reference_arrays(packed)
     sample = np.repeat(np.arange(len(samples)), ref['sample_lens'])
     split = np.repeat(np.arange(len(ref['split_lens'])), ref['split_lens'])
     mode = np.repeat(ref['attn_modes'], ref['split_lens'])
@@ -136,10 +138,10 @@ class PackTest(parameterized.TestCase):
     want = np.zeros((length, length), bool)
     for i in range(length):
       for j in range(length):
-        together = split[i] == split[j]
-        seen = j <= i or (together and mode[j] != types.CAUSAL)
+        same_split = split[i] == split[j]
+        seen = j <= i or (same_split and mode[j] != types.CAUSAL)
         want[i, j] = (
-          sample[i] == sample[j] and seen and not (mode[j] == types.NOISE and not together)
+          sample[i] == sample[j] and seen and not (mode[j] == types.NOISE and not same_split)
         )
     seq = packed.sequence
     layout = attention.join(seq.text, seq.vit, seq.gen)
@@ -162,6 +164,11 @@ class PackTest(parameterized.TestCase):
       packing.pack([[packing.Text([1])]], FORM, [[True]])
 
 
+def one_row(tree, row):
+  """A sequence or layout of one row of it."""
+  return jax.tree.map(lambda x: x[row : row + 1], tree)
+
+
 class RowsTest(absltest.TestCase):
   def test_rows_are_samples_packed_alone(self):
     samples = random_samples(np.random.default_rng(1), 5)
@@ -171,22 +178,16 @@ class RowsTest(absltest.TestCase):
     self.assertEqual(got.sequence.latents_BNC.shape, (5, 30, 3))
     for row, sample in enumerate(samples):
       alone = packing.pack([sample], FORM)
-      want = packing.reference_arrays(alone)
-      one = lambda tree: type(tree)(
-        **{
-          name: (one(value) if isinstance(value, types.Layout) else value[row : row + 1])
-          for name, value in tree.__dict__.items()
-        }
-      )
+      want = released_packing.reference_arrays(alone)
       self.assertEqual(got.sequence.next_position_B[row], alone.sequence.next_position_B[0])
       padded = packing.Packed(
-        one(got.sequence),
-        got.label_BL[[row]],
-        got.weight_BL[[row]],
-        got.target_BN[[row]],
-        got.image_BN[[row]],
+        sequence=one_row(got.sequence, row),
+        label_BL=got.label_BL[[row]],
+        weight_BL=got.weight_BL[[row]],
+        target_BN=got.target_BN[[row]],
+        image_BN=got.image_BN[[row]],
       )
-      for name, value in packing.reference_arrays(padded).items():
+      for name, value in released_packing.reference_arrays(padded).items():
         np.testing.assert_array_equal(value, want[name], name)
 
   def test_padding_is_marked(self):
@@ -206,7 +207,7 @@ class RowsTest(absltest.TestCase):
   def test_the_released_arrays_are_of_one_row(self):
     packed = packing.rows([[vit(1)], [vit(1)]], FORM, packing.Lengths(2, 1, 0))
     with self.assertRaisesRegex(ValueError, '2 rows'):
-      packing.reference_arrays(packed)
+      released_packing.reference_arrays(packed)
 
 
 class DropTest(absltest.TestCase):
@@ -223,8 +224,10 @@ class DropTest(absltest.TestCase):
 
   def test_same_seed_same_drops(self):
     sample = [packing.Text([1], droppable=True)] * 20
-    draw = lambda: packing.draw_drops([sample], np.random.default_rng(3), 0.5, 0.5, 0.5)
-    self.assertEqual(draw(), draw())
+    one, two = (
+      packing.draw_drops([sample], np.random.default_rng(3), 0.5, 0.5, 0.5) for _ in range(2)
+    )
+    self.assertEqual(one, two)
 
 
 if __name__ == '__main__':

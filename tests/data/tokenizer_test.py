@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.data.tokenizer."""
+"""Tokenizers of words and of files encode, decode, and keep the ids of special tokens."""
 
 import json
 import pathlib

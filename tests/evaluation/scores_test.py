@@ -9,7 +9,7 @@ from lvrpo_jax.evaluation import scores
 
 
 def record(task, kind, meaning, split='eval', **values):
-  return dict(task=task, split=split, kind=kind, meaning=meaning, **values)
+  return {'task': task, 'split': split, 'kind': kind, 'meaning': meaning, **values}
 
 
 def question(kind, meaning, correct, greedy, well_formed):
@@ -28,7 +28,7 @@ RECORDS = [
   question('reason', 'f', [0, 0], 0, [1, 0]),
   question('compare', 'g', [1, 1], 1, [0, 0]),
   record('edit', 'move', 'h', correct=[0, 1]),
-  dict(task='panel', panel={}, split='eval', kind='', meaning=''),
+  {'task': 'panel', 'panel': {}, 'split': 'eval', 'kind': '', 'meaning': ''},
 ]
 
 
@@ -77,7 +77,10 @@ class GroupTest(absltest.TestCase):
 class TableTest(absltest.TestCase):
   def test_values_are_means_over_kinds(self):
     table = scores.table(RECORDS, seed=0)
-    value = lambda family, key: table[family][key]['value']
+
+    def value(family, key):
+      return table[family][key]['value']
+
     self.assertAlmostEqual(value('generation', 'position'), 0.5)
     self.assertAlmostEqual(value('generation', 'overall'), (0.5 + 0.25) / 2)
     self.assertAlmostEqual(value('generation', 'unseen'), 0.75)

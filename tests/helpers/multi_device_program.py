@@ -58,19 +58,19 @@ def make_config():
   config.model.update(depth=1)
   for part in (config.pretrain, config.align):
     part.update(dict.fromkeys(TASKS, ROWS))
-  config.pretrain.update(understand=0, edit=0)  # Thinking has answers too.
-  config.align.update(group=GROUP, steps_per_image=3, window=1)
-  config.data.update(answer_words=11, chatty=0.0, plan=0.0, describe=0.0)
+  config.pretrain.update(rows=dict(understand=0, edit=0))  # Thinking has answers too.
+  config.align.update(rollout=dict(group_size=GROUP, steps=3, window=1))
+  config.data.update(answer_tokens=11, options=dict(chatty=0.0, plan=0.0, describe=0.0))
   return config
 
 
-def make_experience(job, prompts):
+def make_experience(experiment, prompts):
   """What an update reads, with numbers at random."""
   rng = np.random.default_rng(1)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  N, C = job.policy.latent_shape
-  T, M = job.config.data.answer_words + 1, GROUP
-  tokens = rng.integers(0, len(job.data.tokenizer), (ROWS, GROUP, T)).astype(np.int32)
+  N, C = experiment.policy.latent_shape
+  T, M = experiment.config.data.answer_tokens + 1, GROUP
+  tokens = rng.integers(0, len(experiment.data.tokenizer), (ROWS, GROUP, T)).astype(np.int32)
   valid = np.ones((ROWS, GROUP), bool)
   valid[1] = False  # A whole group has failed, so devices hold unlike weights.
 
@@ -103,7 +103,7 @@ def make_experience(job, prompts):
       guidance_BM=np.linspace(1.5, 4.0, ROWS * M, dtype=np.float32).reshape(ROWS, M)
     ),
     **jax.tree.map(
-      np.asarray, think.split_think(thought, job.policy.bos, normal(ROWS, GROUP), valid)
+      np.asarray, think.split_think(thought, experiment.policy.bos, normal(ROWS, GROUP), valid)
     ),
   }
 
@@ -180,13 +180,13 @@ def together(parts):
   )
 
 
-def updates(job, params, vae_params, batches):
+def updates(experiment, params, vae_params, batches):
   """The losses on every mesh against one device."""
-  p = job.config.pretrain
+  p = experiment.config.pretrain
   loss = together(
     {
-      'pretrain': losses.pretraining(job.policy, p.weights, p.draws, p.shift, job.config.seed),
-      'align': learner.alignment_loss(job),
+      'pretrain': losses.pretraining(experiment.policy, p.weights, p.draws, p.shift, experiment.config.seed),
+      'align': learner.alignment_loss(experiment),
     }
   )
   batches = {
@@ -217,12 +217,12 @@ def updates(job, params, vae_params, batches):
   return out
 
 
-def parts(job, params, vae_params, batch):
+def parts(experiment, params, vae_params, batch):
   """The alignment loss in parts of rows and groups, each in one pass, on a mesh."""
   batch = {'all': batch}
   loss = learner.alignment_loss
-  one = run_updates(loss(job), params, vae_params, batch, (1, 1, 1), 'jit', 1)
-  joint = dataclasses.replace(job, policy=dataclasses.replace(job.policy, joint=True))
+  one = run_updates(loss(experiment), params, vae_params, batch, (1, 1, 1), 'jit', 1)
+  joint = dataclasses.replace(experiment, policy=dataclasses.replace(experiment.policy, joint=True))
   got = run_updates(
     loss(joint), params, vae_params, batch, (2, 2, 1), 'jit', 4, micro_batches=2, group_parts=GROUP
   )
@@ -240,7 +240,7 @@ def linear():
   return {'linear': dict(difference=difference(one, four), donated=gone)}
 
 
-def rollouts(job, params, vae_params, prompts):
+def rollouts(experiment, params, vae_params, prompts):
   """Samples of one device and of eight."""
   found = {}
   shapes = {
@@ -250,9 +250,9 @@ def rollouts(job, params, vae_params, prompts):
   }
   for name, shape in shapes.items():
     mesh = mesh_lib.make_mesh(shape, jax.devices()[: 1 if name == 'one' else 8])
-    placed = dataclasses.replace(job, mesh=mesh)
+    placed = dataclasses.replace(experiment, mesh=mesh)
     if name == 'apart':
-      config = ml_collections.ConfigDict(job.config)
+      config = ml_collections.ConfigDict(experiment.config)
       config.parallel.rollout_mesh = (4, 1, 2)
       placed = dataclasses.replace(placed, config=config)
       assert placed.rollout_mesh is not mesh
@@ -332,21 +332,21 @@ def kernels():
 
 def main():
   assert len(jax.devices()) == 8, jax.devices()
-  job = experiment_lib.build(make_config(), pathlib.Path('unused'))
-  params, vae_params = noise.parameters(job, 0.2)[:2]
-  encode = lambda task, make: job.encoder(task, [make(task, i) for i in range(ROWS)])
-  prompts = {task: encode(task, job.data.prompt).prompts for task in TASKS}
+  experiment = experiment_lib.build(make_config(), pathlib.Path('unused'))
+  params, vae_params = noise.parameters(experiment, 0.2)[:2]
+  encode = lambda task, make: experiment.encoder(task, [make(task, i) for i in range(ROWS)])
+  prompts = {task: encode(task, experiment.data.prompt).prompts for task in TASKS}
   batches = {
     'pretrain': {
-      task: encode(task, job.data.pretraining) for task in pretrain.sizes(job.config.pretrain)
+      task: encode(task, experiment.data.pretraining) for task in pretrain.sizes(experiment.config.pretrain)
     },
-    'align': make_experience(job, prompts),
+    'align': make_experience(experiment, prompts),
   }
   out = {
-    **updates(job, params, vae_params, batches),
-    **parts(job, params, vae_params, batches['align']),
+    **updates(experiment, params, vae_params, batches),
+    **parts(experiment, params, vae_params, batches['align']),
     **linear(),
-    **rollouts(job, params, vae_params, prompts),
+    **rollouts(experiment, params, vae_params, prompts),
     **kernels(),
   }
   print(json.dumps(out))

@@ -32,27 +32,18 @@ SEVERAL = dict(mesh=(2, 2, 2), rollout_mesh=(4, 1, 2), joint=True)
 def make_job(folder, several):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(
-    steps=1,
-    generate=ROWS,
-    understand=ROWS,
-    edit=0,
-    steps_per_image=3,
-    window=1,
-    save_every=1,
-    learning_rate=3e-3,
-  )
-  config.data.update(answer_words=4, chatty=0.0, plan=0.0, describe=0.0)
+  config.align.update(iterations=1, prompts=dict(generate=ROWS, understand=ROWS, edit=0), rollout=dict(steps=3, window=1), checkpoints=dict(every=1), optimizer=dict(learning_rate=3e-3))
+  config.data.update(answer_tokens=4, options=dict(chatty=0.0, plan=0.0, describe=0.0))
   config.parallel.update(SEVERAL if several else dict(mesh=(8, 1, 1)))
   return experiment_lib.build(config, folder / ('several' if several else 'one'))
 
 
-def iteration(job):
+def iteration(experiment):
   """Runs the production loop for one iteration and returns its metrics."""
-  job.workdir.mkdir(parents=True, exist_ok=True)
-  writer = metrics_lib.MetricWriter(job.workdir, jax.process_index())
+  experiment.workdir.mkdir(parents=True, exist_ok=True)
+  writer = metrics_lib.MetricWriter(experiment.workdir, jax.process_index())
   with mock.patch.object(align, 'PICTURES_EVERY', 1):
-    align.run(job, *noise.parameters(job, 0.2), writer)
+    align.run(experiment, *noise.parameters(experiment, 0.2), writer)
   writer.close()
 
 
@@ -60,10 +51,10 @@ def lines(folder):
   return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def restored(job):
+def restored(experiment):
   """The checkpoint of a workdir, laid out for the devices of this process."""
-  aligner = learner.Learner(job, *noise.parameters(job, 0.2))
-  store = checkpoint.Checkpoints(job.workdir / 'checkpoints' / 'align')
+  aligner = learner.Learner(experiment, *noise.parameters(experiment, 0.2))
+  store = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / 'align')
   state, record = store.restore(aligner.state)
   store.close()
   return aligner.state, state, record

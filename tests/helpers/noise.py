@@ -10,14 +10,14 @@ from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 
-def parameters(job: experiment_lib.Experiment, scale: float = 0.3) -> tuple[Any, Any, Any]:
+def parameters(experiment: experiment_lib.Experiment, scale: float = 0.3) -> tuple[Any, Any, Any]:
   """Policy, autoencoder and judge with noise on every leaf, the same in every process."""
-  image = jnp.zeros((1, job.policy.image_size, job.policy.image_size, 3))
+  image = jnp.zeros((1, experiment.policy.image_size, experiment.policy.image_size, 3))
   shapes = jax.eval_shape(
     lambda: (
-      bagel.init(job.policy.config, jax.random.key(0)),
-      job.policy.vae.init(jax.random.key(0), image)['params'],
-      job.judge.init(jax.random.key(0), image, job.captions(['']))['params'],
+      bagel.init(experiment.policy.config, jax.random.key(0)),
+      experiment.policy.vae.init(jax.random.key(0), image)['params'],
+      experiment.dual_encoder.module.init(jax.random.key(0), image, experiment.dual_encoder.token_ids([''])[0])['params'],
     )
   )
   rng = np.random.default_rng(0)

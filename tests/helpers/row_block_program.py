@@ -29,15 +29,15 @@ def make_job(shape):
 
 
 def measure(shape):
-  job = make_job(shape)
+  experiment = make_job(shape)
   data = pretrain.task_batches(
-    job,
+    experiment,
     lambda task, index: index,
     {'generate': ROWS},
     lambda task: lambda rows: np.array(rows)[:, None],
   )
   drawn = next(data['generate'])
-  placed = placement.shard_rows(drawn, job.mesh)
+  placed = placement.shard_rows(drawn, experiment.mesh)
   # On a device the rows are what its process believes them to be: copies must not differ.
   shards = {
     str(shard.index[0].start or 0): np.asarray(shard.data).ravel().tolist()
@@ -45,13 +45,13 @@ def measure(shape):
   }
   found = np.full(len(drawn), jax.process_index())
   return dict(
-    block=multihost.row_block(job.mesh),
+    block=multihost.row_block(experiment.mesh),
     drawn=drawn.ravel().tolist(),
     shards=shards,
     shape=placed.shape,
     local=multihost.local_rows(placed).ravel().tolist(),
     whole=multihost.gather_rows(placed).ravel().tolist(),
-    agreed=multihost.agree_on_rows({'x': found}, job.mesh)['x'].tolist(),
+    agreed=multihost.agree_on_rows({'x': found}, experiment.mesh)['x'].tolist(),
   )
 
 

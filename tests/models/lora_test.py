@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.lora."""
+"""Tests of lvrpo_jax.models.lora."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -14,7 +14,10 @@ from lvrpo_jax.models.bagel import model as bagel
 
 def tree(seed=0):
   rng = np.random.default_rng(seed)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   return {
     'layers': {
       'und': {'q_proj': {'kernel': draw(3, 6, 4), 'bias': draw(3, 4)}},
@@ -35,18 +38,16 @@ class LoraTest(parameterized.TestCase):
     adapters = lora.init(params, 2, r'und/.*kernel$|head', jax.random.key(0))
     adapters = jax.tree.map(lambda x: x + 0.5, adapters)
     merged = lora.merge(params, adapters, 1.5)
-    pick = lambda t, layer: np.float64(t['layers']['und']['q_proj']['kernel'][layer])
-    a, b = (np.float64(adapters['layers']['und']['q_proj']['kernel'][k]) for k in 'ab')
+    before, after = (np.float64(t['layers']['und']['q_proj']['kernel']) for t in (params, merged))
+    a, b = (np.float64(adapters['layers']['und']['q_proj']['kernel'][name]) for name in 'ab')
     for layer in range(3):
-      np.testing.assert_allclose(
-        pick(merged, layer), pick(params, layer) + 1.5 * a[layer] @ b[layer], rtol=1e-5
-      )
+      np.testing.assert_allclose(after[layer], before[layer] + 1.5 * a[layer] @ b[layer], rtol=1e-5)
     np.testing.assert_array_equal(
       merged['layers']['gen']['q_proj']['kernel'], params['layers']['gen']['q_proj']['kernel']
     )
     self.assertFalse(np.array_equal(merged['head']['kernel'], params['head']['kernel']))
 
-  def test_layers_have_factors_of_their_own_and_a_sensible_size(self):
+  def test_every_layer_has_its_own_factors_of_the_documented_deviation(self):
     kernel = jnp.zeros((4, 400, 300))
     a = lora.init({'kernel': kernel}, 8, 'kernel', jax.random.key(1))['kernel']['a']
     self.assertEqual(a.shape, (4, 400, 8))
@@ -62,7 +63,7 @@ class LoraTest(parameterized.TestCase):
     self.assertGreater(np.abs(grads['head']['kernel']['b']).max(), 0)
     np.testing.assert_array_equal(grads['head']['kernel']['a'], 0.0)
 
-  def test_whole_merges_where_there_are_adapters(self):
+  def test_merge_adapters_returns_plain_parameters_unchanged(self):
     params = tree()
     adapters = jax.tree.map(lambda x: x + 0.5, lora.init(params, 2, 'kernel$', jax.random.key(0)))
     self.assertIs(lora.merge_adapters(params), params)
@@ -78,8 +79,8 @@ class LoraTest(parameterized.TestCase):
     adapters = jax.eval_shape(
       lambda p: lora.init(p, 32, bagel_7b.get_config().align.lora.target, jax.random.key(0)), params
     )
-    size = lambda tree: sum(np.prod(x.shape) for x in jax.tree.leaves(tree))
-    self.assertBetween(size(adapters) / size(params), 0.005, 0.02)
+    added, whole = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, params))
+    self.assertBetween(added / whole, 0.005, 0.02)
 
   @parameterized.parameters(
     (2, 'nothing', 'matches no kernel'),

@@ -18,7 +18,8 @@ from lvrpo_jax.models import vae as vae_lib
 from tests.helpers import jax_settings
 
 setUpModule, tearDownModule = jax_settings.of_module(
-    jax_default_matmul_precision='highest', jax_numpy_rank_promotion='raise')
+  jax_default_matmul_precision='highest', jax_numpy_rank_promotion='raise'
+)
 
 _DEFAULT_PARITY = pathlib.Path(__file__).resolve().parents[1] / 'goldens' / 'bagel'
 PARITY_DIR = pathlib.Path(os.environ.get('LVRPO_PARITY_DIR', _DEFAULT_PARITY))
@@ -44,7 +45,6 @@ def _channels_last(array: np.ndarray) -> np.ndarray:
 
 
 class ParityTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -54,7 +54,7 @@ class ParityTest(absltest.TestCase):
     fields = cls.config['vae_config']
     names = 'ch num_res_blocks z_channels in_channels out_ch scale_factor shift_factor'.split()
     cls.model = vae_lib.Autoencoder(
-        ch_mult=tuple(fields['ch_mult']), **{name: fields[name] for name in names}
+      ch_mult=tuple(fields['ch_mult']), **{name: fields[name] for name in names}
     )
     cls.variables = {'params': _released_params(PARITY_DIR / 'ae.safetensors')}
     cls.apply = staticmethod(jax.jit(cls.model.apply, static_argnames='method'))
@@ -74,7 +74,7 @@ class ParityTest(absltest.TestCase):
     image = jnp.zeros((1, side, side, self.model.in_channels))
     shapes = jax.eval_shape(self.model.init, jax.random.key(0), image)
     self.assertEqual(
-        jax.tree.map(lambda x: x.shape, shapes), jax.tree.map(lambda x: x.shape, self.variables)
+      jax.tree.map(lambda x: x.shape, shapes), jax.tree.map(lambda x: x.shape, self.variables)
     )
 
   def test_encode(self):
@@ -123,7 +123,6 @@ class ParityTest(absltest.TestCase):
 
 
 class PatchifyTest(parameterized.TestCase):
-
   def test_order(self):
     image = np.random.default_rng(0).normal(size=(2, 6, 4, 3))
     tokens = vae_lib.patchify(image, 2)
@@ -137,7 +136,9 @@ class PatchifyTest(parameterized.TestCase):
   def test_inverse(self, patch):
     image = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
     grid = (8 // patch, 12 // patch)
-    np.testing.assert_array_equal(vae_lib.unpatchify(vae_lib.patchify(image, patch), grid, patch), image)
+    np.testing.assert_array_equal(
+      vae_lib.unpatchify(vae_lib.patchify(image, patch), grid, patch), image
+    )
 
   def test_errors(self):
     with self.assertRaisesRegex(ValueError, '6 x 5'):
@@ -149,7 +150,6 @@ class PatchifyTest(parameterized.TestCase):
 
 
 class AutoencoderTest(absltest.TestCase):
-
   def test_sides_must_divide(self):
     model = vae_lib.Autoencoder(ch=32, ch_mult=(1, 1), num_res_blocks=1)
     with self.assertRaisesRegex(ValueError, '4 x 5'):
@@ -164,7 +164,6 @@ class AutoencoderTest(absltest.TestCase):
 
 
 class PatchAutoencoderTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -193,7 +192,9 @@ class PatchAutoencoderTest(parameterized.TestCase):
 
   def test_reconstruction_error_is_the_discarded_variance(self):
     image = self._apply('__call__', self.image)
-    error = np.square(vae_lib.patchify(image, 4) - vae_lib.patchify(self.image, 4)).sum(axis=-1).mean()
+    error = (
+      np.square(vae_lib.patchify(image, 4) - vae_lib.patchify(self.image, 4)).sum(axis=-1).mean()
+    )
     np.testing.assert_allclose(error, self.variance[8:].sum(), rtol=1e-4)
 
   def test_channels_fall_in_variance(self):
@@ -253,7 +254,7 @@ class PatchAutoencoderTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     image = np.zeros((40, 4, 4, 3))
     image += (rng.normal(size=(40, directions)) @ rng.normal(size=(directions, 48))).reshape(
-        image.shape
+      image.shape
     )
     with self.assertRaisesRegex(ValueError, f'{directions} directions'):
       vae_lib.fit_patch_autoencoder(self.model, image)

@@ -51,7 +51,7 @@ class TextTest(parameterized.TestCase):
       self.assertGreater(value, 1e8)
 
   def test_unknown(self):
-    with self.assertRaisesRegex(ValueError, "align.text_kl is 'k4'; allowed"):
+    with self.assertRaisesRegex(ValueError, "align.text.kl is 'k4'; allowed"):
       kl.of_text('k4', 0.0, 0.0, 0.0)
 
 
@@ -71,7 +71,7 @@ class StepsTest(absltest.TestCase):
     )
 
   def test_unknown(self):
-    with self.assertRaisesRegex(ValueError, "align.image_kl is 'k3'; allowed"):
+    with self.assertRaisesRegex(ValueError, "align.image.kl is 'k3'; allowed"):
       kl.of_steps('k3', jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.ones(()), jnp.ones(()))
 
 

@@ -52,25 +52,25 @@ class PretrainingTest(absltest.TestCase):
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
     config = tiny.get_config()
-    cls.job = job = experiment_lib.build(config, pathlib.Path(folder.name))
-    cls.repa = repa_lib.Repa(0.5, 1, job.judge)
-    cls.policy = pretrain.initial(job)
+    cls.experiment = experiment = experiment_lib.build(config, pathlib.Path(folder.name))
+    cls.repa = repa_lib.Repa(0.5, 1, experiment.dual_encoder.module)
+    cls.policy = pretrain.initial(experiment)
     # The velocity head of a fresh model is zero, which hides every gradient behind it.
     cls.policy['llm2vae']['kernel'] = 0.1 * jax.random.normal(
       jax.random.key(5), cls.policy['llm2vae']['kernel'].shape
     )
-    cls.params = {**cls.policy, repa_lib.PROJECTOR: cls.repa.init(job.policy, jax.random.key(1))}
-    side = job.data.image_size
-    judge = job.judge.init(jax.random.key(2), jnp.zeros((1, side, side, 3)), job.captions(['']))
-    cls.frozen = {'vae': fit.fit_autoencoder(job), 'judge': judge['params']}
+    cls.params = {**cls.policy, repa_lib.PROJECTOR: cls.repa.init(experiment.policy, jax.random.key(1))}
+    side = experiment.data.image_size
+    judge = experiment.dual_encoder.module.init(jax.random.key(2), jnp.zeros((1, side, side, 3)), experiment.dual_encoder.token_ids([''])[0])
+    cls.frozen = {'vae': fit.fit_autoencoder(experiment), 'judge': judge['params']}
     cls.batch = {
-      task: job.encoder(task, [job.data.pretraining(task, i) for i in range(2)])
+      task: experiment.encoder(task, [experiment.data.example(task, 'pretrain', i) for i in range(2)])
       for task in ('generate', 'understand', 'edit')
     }
 
   def total(self, params, repa):
     loss = losses.pretraining(
-      self.job.policy, dict(generate=1.0, understand=1.0, edit=1.0), 2, 2.2, 3, repa
+      self.experiment.policy, dict(generate=1.0, understand=1.0, edit=1.0), 2, 2.2, 3, repa
     )
     state = step_lib.types.TrainState(jnp.int32(4), params, None)
     sums, _ = loss.sums(params, state, self.frozen, self.batch)
@@ -95,10 +95,10 @@ class PretrainingTest(absltest.TestCase):
     self.assertGreater(float(jnp.abs(gradient['projector']['mlp_0']['kernel']).max()), 0.0)
 
   def test_target_follows_the_grid_of_latent_tokens(self):
-    images, patches = self.batch['generate'].target_BYXC, self.job.judge.vision_config.patch
+    images, patches = self.batch['generate'].target_BYXC, self.experiment.dual_encoder.module.vision_config.patch
     count = (images.shape[1] // patches) ** 2
     whole = self.repa.target(self.frozen['judge'], images, count)
-    _, features = self.job.judge.apply(
+    _, features = self.experiment.dual_encoder.module.apply(
       {'params': self.frozen['judge']},
       images.astype(jnp.float32) / 127.5 - 1.0,
       False,

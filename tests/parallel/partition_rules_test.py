@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.layout, on meshes that are only described."""
+"""Partitions of parameters by name, on meshes that are only described."""
 
 import dataclasses
 import functools
@@ -172,7 +172,7 @@ class JudgeTest(parameterized.TestCase):
     with self.assertLogs(level='WARNING') as logged:
       self.assertEqual(partition_rules.partition(*case), P())
     self.assertIn(
-      'text/tokens/embedding of shape (151669, 100), of the judge, does not divide',
+      'text/tokens/embedding of shape (151669, 100), of SigLIP, does not divide',
       logged.output[0],
     )
     with self.assertNoLogs(level='WARNING'):
@@ -263,7 +263,8 @@ class WholeTest(parameterized.TestCase):
   def test_unknown_large_parameter_is_named(self):
     for part in ('', '.params/', '.opt_state/[0]/.nu/'):
       message = re.escape(f'{part}trunk/router/kernel of shape (512, 513) has more than 262144')
-      with self.assertRaisesRegex(ValueError, f'{message}.*layout.TABLE, or to layout.WHOLE'):
+      known = r'partition_rules\.TABLE, or to partition_rules\.REPLICATED'
+      with self.assertRaisesRegex(ValueError, f'{message}.*{known}'):
         partition_rules.partition(f'{part}trunk/router/kernel', (512, 513), described(tensor=2))
 
   def test_small_and_known_parameters_are_whole(self):

@@ -131,10 +131,10 @@ class RowBlockTest(parameterized.TestCase):
 
   def test_rows_that_processes_cannot_share_evenly(self):
     """65 rows on 16 processes are no batch of 64."""
-    job = python_types.SimpleNamespace(mesh=self.mesh((16, 1, 1), range(16)))
+    experiment = python_types.SimpleNamespace(mesh=self.mesh((16, 1, 1), range(16)))
     with mock.patch.multiple(jax, process_count=lambda: 16, process_index=lambda: 3):
       with self.assertRaisesRegex(ValueError, "^65 rows of task 'edit' .* 16 processes"):
-        pretrain.task_batches(job, None, {'generate': 64, 'edit': 65}, None)
+        pretrain.task_batches(experiment, None, {'generate': 64, 'edit': 65}, None)
 
 
 class TreeTest(absltest.TestCase):

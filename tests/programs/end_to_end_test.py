@@ -26,12 +26,12 @@ def command(workdir, *overrides, program=PROGRAM):
     *program,
     '--config=configs/tiny.py',
     f'--workdir={workdir}',
-    f'--config.align.steps={STEPS}',
-    '--config.align.save_every=4',
-    f'--config.align.diagnose_every={STEPS}',
+    f'--config.align.iterations={STEPS}',
+    '--config.align.checkpoints.every=4',
+    f'--config.align.checks.gradients_every={STEPS}',
     # Both factors move with every iteration.
-    '--config.align.text_target=1e-5',
-    '--config.align.image_target=1e-6',
+    '--config.align.text.kl_target=1e-5',
+    '--config.align.image.kl_target=1e-6',
     '--config.align.custom.generate=tests.helpers.brightness:reward',
     *overrides,
   ]
@@ -192,14 +192,14 @@ class EndToEndTest(absltest.TestCase):
 
   def test_another_config_is_refused(self):
     run = subprocess.run(
-      command(self.whole, '--config.align.steps=5'),
+      command(self.whole, '--config.align.iterations=5'),
       cwd=ROOT,
       env=environment(self.cache),
       capture_output=True,
       text=True,
     )
     self.assertEqual(run.returncode, 2)
-    self.assertIn(f'align.steps: {STEPS} there, 5 here', run.stderr)
+    self.assertIn(f'align.iterations: {STEPS} there, 5 here', run.stderr)
 
   def interrupt(self, workdir, moment, stage, number, sent):
     """Starts the job, which ends by a signal, see `interruptions`; returns its log and report."""

@@ -26,19 +26,19 @@ ROWS = {
 CASES = {
   'nft': {},
   'thinking_adapters': {
-    'config.align.objective': 'sde',
-    'config.align.text_objective': 'grpo',
+    'config.align.image.objective': 'sde',
+    'config.align.text.objective': 'grpo',
     'config.align.lora.rank': 2,
-    'config.align.think_generate': 8,
-    'config.pretrain.think_generate': 8,
-    'config.align.edit': 0,
-    'config.align.refill': 1,
+    'config.align.prompts.think_generate': 8,
+    'config.pretrain.rows.think_generate': 8,
+    'config.align.prompts.edit': 0,
+    'config.align.dynamic_sampling.rounds': 1,
   },
 }
 """Changes to the tiny job; between them both kinds of image objectives, adapters, plans and dynamic
 sampling."""
 
-CALM = {'config.optimizer.kind': 'adamw', 'config.optimizer.eps': 1e-3}
+CALM = {'config.pretrain.optimizer.kind': 'adamw', 'config.pretrain.optimizer.eps': 1e-3}
 """Updates that are continuous in the gradient: Adam with its usual eps divides gradients of pure
 rounding by themselves."""
 
@@ -63,8 +63,8 @@ class RunnersTest(parameterized.TestCase):
       **CALM,
       'config.parallel.runner': runner,
       'config.report': False,
-      'config.align.gold_every': 0,
-      'config.evaluate.guided': 0,
+      'config.align.evaluate.every': 0,
+      'config.evaluate.guided_prompts': 0,
     }
     cached = jax_settings.cached(self.base / 'cache')
     flags = f'{cached["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'

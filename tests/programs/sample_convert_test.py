@@ -118,10 +118,10 @@ class ProgramsTest(parameterized.TestCase):
     first = np.asarray(Image.open(workdir / 'samples' / '0000.png'))
     self.succeed(
       workdir,
-      '--config.align.steps=1',
+      '--config.align.iterations=1',
       '--config.report=False',
       '--config.align.lora.rank=2',
-      '--config.align.learning_rate=1',
+      '--config.align.optimizer.learning_rate=1',
     )
     shutil.rmtree(workdir / 'samples')
     aligned = self.sampled(workdir)

@@ -40,7 +40,7 @@ def tiny_config():
       for name in ('model', 'vae', 'judge', 'pretrain', 'align', 'evaluate', 'sampling')
     }
   )
-  out.evaluate.guided = 0
+  out.evaluate.guided_prompts = 0
   out.critic.changes = ml_collections.ConfigDict(dict(judge=dict(steps=2)))
   out.critic.pairs = 8
   out.workers = 2
@@ -104,7 +104,7 @@ class PlanTest(parameterized.TestCase):
     by_name = {r.variant: r.config for r in runs[: len(names)]}
     self.assertEqual(by_name['pretrained'].program, 'pretrain')
     self.assertEqual(by_name['default'].program, 'run')
-    self.assertEqual(by_name['paper'].align.advantage, 'sum')
+    self.assertEqual(by_name['paper'].align.advantage.method, 'sum')
     self.assertFalse(by_name['paper'].align.graded)
     self.assertEqual(
       {k: v for k, v in by_name['paper'].align.rewards.generate.items() if v},
@@ -116,7 +116,7 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual(
       {k: v for k, v in by_name['mutual'].align.rewards.edit.items() if v}, {'mutual': 1.0}
     )
-    self.assertEqual(by_name['generation'].align.understand, 0)
+    self.assertEqual(by_name['generation'].align.prompts.understand, 0)
 
   def test_variants_share_what_comes_before_alignment(self):
     runs = study.plan(config(), pathlib.Path('w'))
@@ -134,7 +134,7 @@ class PlanTest(parameterized.TestCase):
     (dict(studies={'full': dict(variants=('other',))}), "holds 'other'; allowed: .'both'"),
     (dict(variants={'default': {'align': {'grou': 4}}}), 'grou'),
     (dict(variants={'default': {'align': {'group': 'many'}}}), 'group'),
-    (dict(variants={'default': {'align': {'group': 1}}}), "variant 'default'.*align.group is 1"),
+    (dict(variants={'default': {'align': {'group': 1}}}), "variant 'default'.*align.rollout.group_size is 1"),
   )
   def test_what_does_not_fit_is_named(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -208,7 +208,7 @@ class WorkersTest(absltest.TestCase):
     with mock.patch.object(os, 'sched_getaffinity', lambda pid: {0, 1, 4, 5, 6}):
       self.assertEqual(study.shares(2), [{0, 4, 6}, {1, 5}])
       self.assertEqual(study.shares(1), [set()])
-      with self.assertRaisesRegex(ValueError, 'config.workers is 6; allowed: 1 to 5'):
+      with self.assertRaisesRegex(ValueError, 'config.study.workers is 6; allowed: 1 to 5'):
         study.shares(6)
 
   def test_processes_keep_to_their_cores(self):

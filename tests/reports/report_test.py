@@ -14,8 +14,13 @@ from absl.testing import parameterized
 import numpy as np
 from PIL import Image
 
+from lvrpo_jax.reports import charts
+from lvrpo_jax.reports import files
 from lvrpo_jax.reports import html as html_lib
+from lvrpo_jax.reports import overview
 from lvrpo_jax.reports import report
+from lvrpo_jax.reports import samples
+from lvrpo_jax.reports import sections
 
 COLOURS = {
   'red': (220, 50, 47),
@@ -48,7 +53,7 @@ SECTIONS = [
 
 
 def draw(rng, path, colour, right):
-  """A 16 by 16 picture with one square, noisy when it is meant to be wrong."""
+  """Writes a 16 by 16 picture with one square, noisy when it is meant to be wrong."""
   image_YXC = np.full((16, 16, 3), 245.0)
   top, left = rng.integers(1, 8, 2)
   image_YXC[top : top + 7, left : left + 7] = COLOURS[colour]
@@ -81,7 +86,7 @@ def made_scores(after=True, alarms=()):
   scores = {
     'seed': 0,
     'before': side(0.0),
-    'seconds': {'vae': 41.2, 'judge': 28.0, 'pretrain': 402.5, 'align': 611.0},
+    'seconds': {'vae': 41.2, 'dual_encoder': 28.0, 'pretrain': 402.5, 'align': 611.0},
     'panel': {
       'before': {
         'saturation': 0.41,
@@ -115,20 +120,20 @@ def made_scores(after=True, alarms=()):
 
 
 def made_predictions(rng, folder, share):
-  """Predictions of one side, right with probability `share`."""
+  """Writes predictions of one side, right with probability `share`."""
   lines = []
 
   def four(task, colour):
     right = [int(rng.random() < share) for _ in range(4)]
     paths = [f'{task}/{colour}_{n}_{good}.png' for n, good in enumerate(right)]
-    for path, good in zip(paths, right):
+    for path, good in zip(paths, right, strict=True):
       if not (folder / path).exists():
         draw(rng, folder / path, colour, good)
     return {'images': paths, 'correct': right}
 
   for split, count in (('eval', 6), ('unseen', 2)):
     for kind in KINDS:
-      for n, colour in zip(range(count), [*COLOURS] * 2):
+      for n, colour in enumerate(([*COLOURS] * 2)[:count]):
         lines.append(
           {
             'task': 'generate',
@@ -186,7 +191,7 @@ def made_predictions(rng, folder, share):
 
 def made_metrics(rng, steps=150):
   lines = []
-  for stage, scale in (('vae', 0.4), ('judge', 1.5), ('pretrain', 6.0)):
+  for stage, scale in (('vae', 0.4), ('dual_encoder', 1.5), ('pretrain', 6.0)):
     for step in range(0, 10 * steps, 10):
       decay = math.exp(-step / 200)
       loss = scale * (0.05 + decay) * math.exp(0.08 * rng.normal())
@@ -212,8 +217,8 @@ def made_metrics(rng, steps=150):
       'velocity_mse': 2e-4 * rise,
       'kl_k3': 0.02 * rise,
       'entropy': 0.9 - 0.3 * rise,
-      'gap/text_max': 4e-7,
-      'gap/image_max': 6e-7 * rng.random(),
+      'mismatch/understand': 4e-7,
+      'mismatch/generate': 6e-7 * rng.random(),
       'learning_rate': 1e-4,
     }
     for task in ('generate', 'edit', 'understand'):
@@ -285,7 +290,7 @@ class ReportTest(parameterized.TestCase):
     cls.page = Page(cls.page_text)
 
   def without(self, *names):
-    """A copy of the whole run without some files."""
+    """Returns a copy of the whole run without some files."""
     folder = tempfile.TemporaryDirectory()
     self.addCleanup(folder.cleanup)
     copy = pathlib.Path(folder.name) / 'copy'
@@ -314,7 +319,7 @@ class ReportTest(parameterized.TestCase):
     self.assertNotIn('\x07', self.page_text)
 
   def test_summary_tells_rises_falls_and_no_change(self):
-    text = Page(report.summary(made_scores())).text.replace('\xa0', ' ')
+    text = Page(overview.summary(made_scores())).text.replace('\xa0', ' ')
     self.assertIn(
       'Alignment raised generation from 52.0% to 66.0% (+14.0 points, p = 2 × 10−18)'
       ' and generation (unseen)',
@@ -329,7 +334,7 @@ class ReportTest(parameterized.TestCase):
     kinds = len(KINDS) + 1
     self.assertEqual(
       Page('<section id="x"' + pictures + '</section>').count('article', 'card'),
-      report.PICTURE_PROMPTS * kinds,
+      samples.GENERATE_PROMPTS * kinds,
     )
     first = (self.whole / 'eval/before/predictions.jsonl').read_text().splitlines()[0]
     self.assertIn(json.loads(first)['prompt'], pictures)
@@ -347,7 +352,7 @@ class ReportTest(parameterized.TestCase):
 
   def test_alarms(self):
     self.assertEqual(self.page.count('div', 'alarm'), 1)
-    calm = Page(report.panel_section(made_scores()['panel']))
+    calm = Page(sections.over_optimization_section(made_scores()['panel']))
     self.assertEqual((calm.count('div', 'alarm'), calm.count('div', 'calm')), (0, 1))
 
   def test_curves_group_by_prefix_and_task(self):
@@ -355,11 +360,34 @@ class ReportTest(parameterized.TestCase):
       'Reward · generate · rules',
       'Reward · understand · mutual',
       'Share of variance · edit',
-      'Log-ratio gap before an update',
+      'Rollout-training mismatch, log-ratio before an update',
       'Gradient norm',
       'KL to the reference (k3)',
     ):
       self.assertIn(title, self.page.text)
+
+  def test_former_names_give_the_same_page(self):
+    workdir = self.without()
+    for name in ('metrics.jsonl', 'scores.json'):
+      text = (workdir / name).read_text()
+      former = text.replace('"mismatch/', '"gap/').replace('"dual_encoder"', '"judge"')
+      self.assertNotEqual(former, text)
+      (workdir / name).write_text(former)
+    page_text = report.write_report(workdir).read_text()
+    self.assertEqual(page_text.replace('LVRPO run copy', 'LVRPO run whole'), self.page_text)
+
+  @parameterized.parameters(
+    ('gap/decode', 'mismatch/decode'),
+    ('refill/edit/rounds', 'dynamic_sampling/edit/rounds'),
+    ('held_out/gold', 'held_out/reward'),
+    ('held_out/gold_rate', 'held_out/gold_rate'),
+    ('loss/judge', 'loss/dual_encoder'),
+    ('gap', 'gap'),
+    ('mismatch/decode', 'mismatch/decode'),
+    ('share/gap/', 'share/gap/'),
+  )
+  def test_present_names(self, name, present):
+    self.assertEqual(files.present_name(name), present)
 
   @parameterized.parameters(
     ((), False),
@@ -401,6 +429,9 @@ class ReportTest(parameterized.TestCase):
     (workdir / 'scores.json').write_text('{')
     with self.assertRaisesRegex(ValueError, 'scores.json'):
       report.write_report(workdir)
+    (workdir / 'scores.json').write_text('[]')
+    with self.assertRaisesRegex(ValueError, 'scores.json: expected a JSON object, got list'):
+      report.write_report(workdir)
 
   def test_command_line_starts_no_jax(self):
     code = (
@@ -420,38 +451,38 @@ class ReportTest(parameterized.TestCase):
 class AssetsTest(parameterized.TestCase):
   @parameterized.parameters((0.0, 1.0), (-0.3, 7.2), (1e-7, 6e-7), (980.0, 1500.0))
   def test_ticks_are_round_inside_and_few(self, low, high):
-    values = html_lib.ticks(low, high)
+    values = charts.ticks(low, high)
     self.assertBetween(len(values), 2, 6)
     self.assertTrue(all(low - 1e-9 <= value <= high + 1e-9 for value in values))
     np.testing.assert_allclose(np.diff(values), values[1] - values[0])
 
   @parameterized.parameters((0.01, 3.0), (0.9, 40.0), (1e-8, 1.0))
   def test_log_ticks(self, low, high):
-    values = html_lib.log_ticks(low, high)
+    values = charts.log_ticks(low, high)
     self.assertBetween(len(values), 2, 9)
     self.assertTrue(all(low <= value <= high for value in values))
 
   def test_thinning_keeps_the_mean_and_the_limit(self):
     series = [(float(n), float(n % 7)) for n in range(960)]
-    few = html_lib.thinned(series, 240)
+    few = charts.thinned(series, 240)
     self.assertLen(few, 240)
     np.testing.assert_allclose(np.mean(few, 0), np.mean(series, 0))
 
   def test_running_mean(self):
     series = [(0.0, 0.0), (1.0, 3.0), (2.0, 6.0), (3.0, 0.0)]
-    self.assertEqual(html_lib.smoothed(series, 1), [(0.0, 1.5), (1.0, 3.0), (2.0, 3.0), (3.0, 3.0)])
-    self.assertEqual(html_lib.smoothed(series, 0), series)
+    self.assertEqual(charts.smoothed(series, 1), [(0.0, 1.5), (1.0, 3.0), (2.0, 3.0), (3.0, 3.0)])
+    self.assertEqual(charts.smoothed(series, 0), series)
 
   @parameterized.parameters(
     ([(0, 1.0)],), ([(0, 0.0), (5, 0.0)],), ([(3, -2.0), (3, -2.0)],), ([(0, 1e-9), (1, 1e9)],)
   )
   def test_charts_of_odd_series_stay_inside(self, series):
-    text = html_lib.line_chart('odd', {'a': series}, 'step')
+    text = charts.line_chart('odd', {'a': series}, 'step')
     self.assertEqual(Page(text).count('figure', 'chart'), 1)
     self.assertNotIn('nan', text)
 
   def test_lines_of_different_size_are_parted(self):
-    parts = html_lib.by_scale(
+    parts = charts.by_scale(
       {'big': [(0, 9.0)], 'small': [(0, 0.1)], 'near': [(0, 0.35)], 'zero': [(0, 0.0)]}
     )
     self.assertEqual([list(part) for part in parts], [['small', 'near', 'zero'], ['big']])

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.summary."""
+"""Tests of the table of several runs."""
 
 import contextlib
 import io
@@ -16,10 +16,9 @@ from lvrpo_jax.reports import summary
 
 
 def scores(before, after, p):
-  value = lambda x: {'generation': {'overall': {'value': x}}}
   return {
-    'before': value(before),
-    'after': value(after),
+    'before': {'generation': {'overall': {'value': before}}},
+    'after': {'generation': {'overall': {'value': after}}},
     'seconds': {'pretrain': 60.0, 'align': 30.0},
     'guidance': {'1': {'value': 0.4}, '3': {'value': 0.5}},
     'before_guided': {'generation': {'overall': {'value': 0.5}}, 'scale': 3.0},
@@ -33,10 +32,10 @@ class SummaryTest(absltest.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
 
-  def write(self, name, content):
+  def write(self, name, content, guided='guided_prompts'):
     (self.folder / name).mkdir()
     (self.folder / name / 'scores.json').write_text(json.dumps(content))
-    (self.folder / name / 'config.json').write_text('{"evaluate": {"guided": 1}}')
+    (self.folder / name / 'config.json').write_text(json.dumps({'evaluate': {guided: 1}}))
     include = [
       {'class': 'circle', 'count': 1},
       {'class': 'cross', 'count': 1, 'color': 'blue', 'position': ['left of', 0]},
@@ -58,15 +57,15 @@ class SummaryTest(absltest.TestCase):
       (folder / 'predictions.jsonl').write_text(
         ''.join(
           json.dumps(
-            dict(
-              task='generate',
-              split='eval',
-              kind='position',
-              id=f'generate/eval/position/{row:03d}',
-              spec={'tag': 'position', 'include': include},
-              images=[f'{i}.png' for i in range(3)],
-              correct=[verdict for _, verdict in images],
-            )
+            {
+              'task': 'generate',
+              'split': 'eval',
+              'kind': 'position',
+              'id': f'generate/eval/position/{row:03d}',
+              'spec': {'tag': 'position', 'include': include},
+              'images': [f'{i}.png' for i in range(3)],
+              'correct': [verdict for _, verdict in images],
+            }
           )
           + '\n'
           for row in range(2)
@@ -75,7 +74,10 @@ class SummaryTest(absltest.TestCase):
     return self.folder / name
 
   def test_table(self):
-    runs = [self.write('one', scores(0.5, 0.7, 1e-9)), self.write('two', scores(0.4, 0.5, 2e-3))]
+    runs = [
+      self.write('one', scores(0.5, 0.7, 1e-9)),
+      self.write('two', scores(0.4, 0.5, 2e-3), guided='guided'),  # The former name of the key.
+    ]
     with contextlib.redirect_stdout(io.StringIO()) as out:
       self.assertEqual(summary.main([str(run) for run in runs]), 0)
     lines = out.getvalue().splitlines()
@@ -126,9 +128,11 @@ class SummaryTest(absltest.TestCase):
           )
     image = summary.picture(run)
     self.assertEqual(image.shape, (2 * 6 * summary.SCALE, 12 * 6 * summary.SCALE, 3))
-    middle = lambda cell: (6 * cell + 3) * summary.SCALE
-    at = lambda row, column: image[middle(row), middle(column), 0]
-    self.assertEqual([at(0, 0), at(0, 1), at(1, 0), at(1, 11)], [10, 11, 200, 201])
+    middles = image[
+      3 * summary.SCALE :: 6 * summary.SCALE, 3 * summary.SCALE :: 6 * summary.SCALE, 0
+    ]
+    self.assertEqual(middles.shape, (2, 12))
+    self.assertEqual(middles[[0, 0, 1, 1], [0, 1, 0, 11]].tolist(), [10, 11, 200, 201])
 
 
 if __name__ == '__main__':

@@ -41,49 +41,49 @@ class ImagesTest(parameterized.TestCase):
     )
     for rewards in config.align.rewards.values():
       rewards.update({name: float(name in COMPONENTS) for name in rewards})
-    cls.job = experiment_lib.build(config, pathlib.Path('unused'))
-    cls.collector = experience.Collector(cls.job)
-    cls.params, cls.vae, cls.siglip = noise.parameters(cls.job)
+    cls.experiment = experiment_lib.build(config, pathlib.Path('unused'))
+    cls.collector = experience.Collector(cls.experiment)
+    cls.params, cls.vae, cls.siglip = noise.parameters(cls.experiment)
     cls.judges = experience.Judges(
-      cls.params, cls.siglip, experiment_lib.word_table(cls.job, cls.siglip)
+      cls.params, cls.siglip, experiment_lib.word_table(cls.experiment, cls.siglip)
     )
-    side = cls.job.policy.image_size
+    side = cls.experiment.policy.image_size
     cls.pixels = (
       np.random.default_rng(1).integers(0, 256, (ROWS, GROUP, side, side, 3)).astype(np.uint8)
     )
-    cls.first_token = staticmethod(jax.jit(functools.partial(judging.first_token, cls.job)))
+    cls.first_token = staticmethod(jax.jit(functools.partial(judging.first_token, cls.experiment)))
 
   def embed(self, image, text):
     """Vectors of one image, its patches, and one text."""
-    apply = lambda x, method: self.job.judge.apply({'params': self.siglip}, x, method=method)
+    apply = lambda x, method: self.experiment.dual_encoder.module.apply({'params': self.siglip}, x, method=method)
     whole, patches = apply(policy.to_unit(image[None]), 'embed_image')
     return (
       np.asarray(x[0], np.float64)
-      for x in (whole, patches, apply(self.job.captions([text]), 'embed_text')[0])
+      for x in (whole, patches, apply(self.experiment.dual_encoder.token_ids([text])[0], 'embed_text')[0])
     )
 
   def logits(self, question, **changes):
     """Of the first token of the answer to one question."""
     example = examples_lib.Example(0, question, answer='', **changes)
-    prompts = self.job.encoder(tasks_lib.UNDERSTAND, [example]).prompts
+    prompts = self.experiment.encoder(tasks_lib.UNDERSTAND, [example]).prompts
     return np.asarray(self.first_token(self.judges, self.vae, prompts)[0], np.float64)
 
   def oracle(self, example, image, iteration):
     """The components of one image, each from nothing but this image and its prompt."""
-    out, job = {}, self.job
+    out, experiment = {}, self.experiment
     whole, patches, text = self.embed(image, example.prompt)
     out['semantic'] = whole @ text
     matches = []
     for word in example.prompt.split():
-      if word in job.data.key_words:
+      if word in experiment.data.key_words:
         _, _, vector = self.embed(image, word)
         matches.append(np.sort(patches @ vector)[-TOP:].mean())
     out['dense'] = np.mean(matches) if matches else 0.0
-    ids, right, gains = [int(i) for i in job.answer_ids], [], []
+    ids, right, gains = [int(i) for i in experiment.answer_ids], [], []
     number = len(example.questions)
     for place in range(min(QUESTIONS, number)):
       question, answer = example.questions[(iteration * QUESTIONS + place) % number]
-      mine = job.data.answers.index(answer)
+      mine = experiment.data.answers.index(answer)
       seen = self.logits(question, source=image)
       blind = self.logits(question, source=image, drop_vit=True)
       right.append(special.softmax(seen[ids])[mine])
@@ -94,7 +94,7 @@ class ImagesTest(parameterized.TestCase):
   @parameterized.parameters('generate', 'edit', 'think_generate')
   def test_against_single_samples(self, task):
     iteration = 5
-    rows = [self.job.data.prompt(task, i) for i in range(40)]
+    rows = [self.experiment.data.example(task, 'align', i) for i in range(40)]
     # One with fewer questions than are asked, one with more, and another one.
     number = lambda e: len(e.questions)
     examples = [next(e for e in rows if number(e) == n) for n in (1, 3)]
@@ -133,10 +133,10 @@ class ImagesTest(parameterized.TestCase):
     self.assertTrue(np.all(found['semantic'].valid_BG))
 
   def test_blind_questions_are_for_those_who_pay(self):
-    example = self.job.data.prompt('generate', 0)
-    self.assertIsNone(reference_qa.prompt_questions(self.job, [example], 1, blind=False).blind)
+    example = self.experiment.data.example('generate', 'align', 0)
+    self.assertIsNone(reference_qa.prompt_questions(self.experiment, [example], 1, blind=False).blind)
     self.assertLen(
-      reference_qa.prompt_questions(self.job, [example], 1, blind=True).blind, QUESTIONS
+      reference_qa.prompt_questions(self.experiment, [example], 1, blind=True).blind, QUESTIONS
     )
 
 

@@ -48,12 +48,12 @@ class ModelTest(parameterized.TestCase):
     base = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
     config = tiny.get_config()
     config.checkpoint = str(released_folder.write(base / 'released'))
-    cls.job = experiment_lib.build(config, base / 'work')
-    cls.params, cls.vae_params = weights.load_newest(cls.job)
+    cls.experiment = experiment_lib.build(config, base / 'work')
+    cls.params, cls.vae_params = weights.load_newest(cls.experiment)
 
   def model(self, buckets):
     return generator.Model(
-      self.job.policy, self.job.data.tokenizer, self.params, self.vae_params, buckets
+      self.experiment.policy, self.experiment.data.tokenizer, self.params, self.vae_params, buckets
     )
 
   def edit(self, model, size, prompt):

@@ -44,22 +44,22 @@ def build(**changes):
 
 def collected(**changes):
   """An aligner, and what its first update would read."""
-  job = build(**changes)
-  aligner = learner.Learner(job, *noise.parameters(job))
-  data = align.prompt_batches(job)
-  return aligner, aligner.collect(align.draw(job, data, data), 1)[0]
+  experiment = build(**changes)
+  aligner = learner.Learner(experiment, *noise.parameters(experiment))
+  data = align.prompt_batches(experiment)
+  return aligner, aligner.collect(align.draw(experiment, data, data), 1)[0]
 
 
 class FollowTest(absltest.TestCase):
   def test_against_texts_that_were_never_encoded(self):
-    job, rng = build(), np.random.default_rng(0)
-    params, vae, _ = noise.parameters(job)
-    policy = job.policy
+    experiment, rng = build(), np.random.default_rng(0)
+    params, vae, _ = noise.parameters(experiment)
+    policy = experiment.policy
     prompts, dropped, x, time = {}, {}, {}, {}
     for task in (tasks.GENERATE, tasks.EDIT):
-      rows = [job.data.prompt(task, i) for i in range(2)]
-      prompts[task] = job.encoder(task, rows).prompts
-      dropped[task] = job.encoder(
+      rows = [experiment.data.example(task, 'align', i) for i in range(2)]
+      prompts[task] = experiment.encoder(task, rows).prompts
+      dropped[task] = experiment.encoder(
         task, [dataclasses.replace(e, drop_text=True) for e in rows]
       ).prompts
       x[task] = jnp.asarray(rng.normal(size=(2, 3, *policy.latent_shape)), jnp.float32)
@@ -70,7 +70,7 @@ class FollowTest(absltest.TestCase):
         policy, p, vae, prompts, x, time, {tasks.GENERATE: None, tasks.EDIT: scale}, {}
       )
     )(params)
-    ask = jax.jit(lambda p, asked: policy.follow(p, vae, asked, x, time, {})[0])
+    ask = jax.jit(lambda p, asked: policy.forward(p, vae, asked, x, time, {})[0])
     v, empty = ask(params, prompts), ask(params, dropped)
     np.testing.assert_allclose(got[tasks.GENERATE], v[tasks.GENERATE], atol=1e-6)
     s, v, empty = (np.asarray(a, np.float64) for a in (scale, v['edit'], empty['edit']))
@@ -176,7 +176,7 @@ class MeasurementTest(absltest.TestCase):
   def test_scores_of_another_policy_than_the_trained_one_are_announced(self):
     with self.assertLogs(level='WARNING') as logged:
       align.check(build(guidance=4.0))
-    self.assertIn('align.guidance is 4 and config.evaluate.guidance is 1', logged.output[0])
+    self.assertIn('align.rollout.guidance is 4 and config.evaluate.guidance is 1', logged.output[0])
     with self.assertNoLogs(level='WARNING'):
       align.check(build(guidance=4.0, objective='nft'))  # Trains the plain one.
       align.check(build())
@@ -186,15 +186,15 @@ class MeasurementTest(absltest.TestCase):
       self.assertIn('a fifth of the clip range', logged.output[0])
 
   def test_pictures_are_measured_as_configured(self):
-    job = build()
-    params, vae, _ = noise.parameters(job)
-    prompts = job.place(
-      job.encoder('generate', [job.data.prompt('generate', i) for i in range(2)]).prompts
+    experiment = build()
+    params, vae, _ = noise.parameters(experiment)
+    prompts = experiment.place(
+      experiment.encoder('generate', [experiment.data.example('generate', 'align', i) for i in range(2)]).prompts
     )
-    plain = evaluate.samplers(job)
+    plain = evaluate.samplers(experiment)
     config = tiny.get_config()
     config.evaluate.guidance = 2.0
-    guided = evaluate.samplers(dataclasses.replace(job, config=config)).draw(params, vae, prompts)
+    guided = evaluate.samplers(dataclasses.replace(experiment, config=config)).draw(params, vae, prompts)
     np.testing.assert_array_equal(guided, plain.draw(params, vae, prompts, 2.0))
     self.assertGreater(np.abs(np.int32(guided) - plain.draw(params, vae, prompts)).max(), 5)
 

@@ -94,7 +94,7 @@ class ImagesTest(parameterized.TestCase):
     steps, v, _ = drawn(sampler)
     field, move = change
     other = steps.replace(**{field: move(getattr(steps, field))})
-    with self.assertRaisesRegex(ValueError, 'gap/generate is .*align.gap_limit.images is 1e-05'):
+    with self.assertRaisesRegex(ValueError, 'gap/generate is .*align.checks.mismatch.image_max is 1e-05'):
       mismatch.check(1, {'gap/generate': float(GAP(sampler, v, other, G).max())}, LIMITS)
 
   def test_the_second_time_of_the_grid_counts_at_the_first_step(self):

@@ -380,7 +380,7 @@ class WindowTest(parameterized.TestCase):
     at = lambda i, size=4: schedule_lib.window_start('sliding', 0, i, 6, size, 3)
     self.assertEqual([at(i) for i in range(1, 13)], [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3)
     self.assertEqual({at(i, 6) for i in range(50)}, {0})  # All steps: it cannot move.
-    with self.assertRaisesRegex(ValueError, "align.window_schedule is 'decay'"):
+    with self.assertRaisesRegex(ValueError, "align.rollout.window_schedule is 'decay'"):
       schedule_lib.window_start('decay', 0, 1, 6, 2, 1)
 
 

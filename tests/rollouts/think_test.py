@@ -25,9 +25,9 @@ B, G = 2, 4
 
 def build(folder, **changes):
   config = tiny.get_config()
-  config.align.update(generate=2, understand=2, edit=0, think_generate=B, group=G)
-  config.pretrain.think_generate = 2
-  config.evaluate.think_generate = 2
+  config.align.update(prompts=dict(generate=2, understand=2, edit=0, think_generate=B), rollout=dict(group_size=G))
+  config.pretrain.rows.think_generate = 2
+  config.evaluate.prompts.think_generate = 2
   for part, values in changes.items():
     config[part].update(values)
   return experiment_lib.build(config, pathlib.Path(folder))
@@ -39,16 +39,16 @@ class ThinkingTest(absltest.TestCase):
     super().setUpClass()
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
-    cls.job = job = build(folder.name)
-    cls.policy = job.policy
+    cls.experiment = experiment = build(folder.name)
+    cls.policy = experiment.policy
     rng = np.random.default_rng(0)
-    cls.params, _, cls.judge = noise.parameters(job)
-    cls.vae = fit.fit_autoencoder(job)
-    cls.prompts = job.encoder(
-      'think_generate', [job.data.prompt('think_generate', i) for i in range(B)]
+    cls.params, _, cls.judge = noise.parameters(experiment)
+    cls.vae = fit.fit_autoencoder(experiment)
+    cls.prompts = experiment.encoder(
+      'think_generate', [experiment.data.example('think_generate', 'align', i) for i in range(B)]
     ).prompts
     T = 5
-    cls.tokens = rng.integers(3, len(job.data.tokenizer), (B, G, T)).astype(np.int32)
+    cls.tokens = rng.integers(3, len(experiment.data.tokenizer), (B, G, T)).astype(np.int32)
     length = rng.integers(1, T + 1, (B, G))
     cls.mask = np.arange(T) < length[..., None]
     cls.tokens[np.arange(T) == length[..., None] - 1] = cls.policy.eos
@@ -73,7 +73,7 @@ class ThinkingTest(absltest.TestCase):
     bos = np.full((B, G, 1), self.policy.bos, np.int32)
     ids = np.concatenate([bos, self.tokens], axis=-1)
     scored = jax.jit(
-      lambda params, vae: self.policy.read(
+      lambda params, vae: self.policy.text_logits(
         params, self.policy.prefill(params, vae, self.prompts), ids
       )
     )(self.params, self.vae)
@@ -142,8 +142,8 @@ class ThinkingTest(absltest.TestCase):
   def test_pretraining_learns_both_halves(self):
     loss = losses.pretraining(self.policy, dict(think_generate=0.5), 2, 2.2, 3)
     batch = {
-      'think_generate': self.job.encoder(
-        'think_generate', [self.job.data.pretraining('think_generate', i) for i in range(2)]
+      'think_generate': self.experiment.encoder(
+        'think_generate', [self.experiment.data.example('think_generate', 'pretrain', i) for i in range(2)]
       )
     }
     state = types.TrainState(jnp.int32(4), None, None)
@@ -160,17 +160,17 @@ class ThinkingTest(absltest.TestCase):
     drawing = losses.pretraining(self.policy, dict(generate=1.0), 2, 2.2, 3)
     image = {'generate': b.replace(prompts=policy.with_text(b.prompts, b.answer_BL, said))}
     np.testing.assert_allclose(found['think_generate'], sums(drawing, image)['generate'], rtol=1e-5)
-    answer = self.job.data.pretraining('think_generate', 0).answer
+    answer = self.experiment.data.example('think_generate', 'pretrain', 0).answer
     self.assertEqual(len(answer.replace(' , ', '|').split('|')), 4)
 
   def iteration(self, **changes):
     folder = self.create_tempdir().full_path
-    job = build(folder, **changes)
+    experiment = build(folder, **changes)
     # The update takes the state away, and with it what it was made of.
     mine = jax.tree.map(jnp.copy, (self.params, self.vae, self.judge))
-    aligner = learner.Learner(job, *mine)
-    data = align.prompt_batches(job)
-    tasks = align.draw(job, data, data)
+    aligner = learner.Learner(experiment, *mine)
+    data = align.prompt_batches(experiment)
+    tasks = align.draw(experiment, data, data)
     draw = lambda names: tasks
     metrics, pictures = aligner.iterate(tasks, 1, draw)
     return aligner, metrics, pictures
@@ -190,12 +190,12 @@ class ThinkingTest(absltest.TestCase):
     self.assertLess(float(metrics['gap/think_generate']), 1e-5)
 
   def test_measured_with_the_noise_of_pictures_without_a_plan(self):
-    tools = evaluate.samplers(self.job)
+    tools = evaluate.samplers(self.experiment)
     plans, images = tools.think(self.params, self.vae, self.prompts)
-    side = self.job.data.image_size
-    count = self.job.config.evaluate.images
+    side = self.experiment.data.image_size
+    count = self.experiment.config.evaluate.samples
     self.assertEqual(images.shape, (B, count, side, side, 3))
-    self.assertEqual(plans.shape, (B, count, self.job.config.data.answer_words + 1))
+    self.assertEqual(plans.shape, (B, count, self.experiment.config.data.answer_tokens + 1))
     again, _ = tools.think(self.params, self.vae, self.prompts)
     np.testing.assert_array_equal(plans, again)
 

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.checkpoint."""
+"""Tests of checkpoints, and of the config that a workdir keeps."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ OPTIMIZER = optax.adam(1e-3)
 
 
 def make_state(number):
-  """A state with every optional copy, all values depending on `number`."""
+  """Returns a state with every optional copy, all values depending on `number`."""
   params = {
     'layer': {'kernel': number + jnp.arange(600.0).reshape(30, 20)},
     'bias': jnp.full(3, number / 3),
@@ -168,7 +168,7 @@ class CheckpointsTest(parameterized.TestCase):
     self.save(1, 2)
     for step in (1, 2):
       self.damage(step, 'state/_METADATA', True)
-    for _ in range(2):  # To begin anew is not for the next start to decide.
+    for _ in range(2):  # The next start does not begin anew either.
       with self.assertRaisesRegex(ValueError, f'none .* in {self.folder} can be read.*delete the'):
         self.restore()
       self.assertEqual({p.name for p in self.folder.iterdir()}, {'1', '2'})
@@ -247,14 +247,15 @@ class ConfigTest(absltest.TestCase):
     config.parallel.update(
       mesh=(2, 4, 1), rollout_mesh=(8, 1, 1), micro_batches=2, group_parts=4, joint=True
     )
-    config.update(log_every=60, report=False, workers=2, topology='v5p:4x4x4')
-    config.align.gap_limit.images = 0.5
+    config.update(log_every=60, report=False)
+    config.study.workers, config.compile.topology = 2, 'v5p:4x4x4'
+    config.align.checks.mismatch.image_max = 0.5
     config.sample.prompt, config.convert.shards, config.compile.image_size = 'a dog', 3, 64
     workdir_lib.check_config(workdir, config)
     found = json.loads((workdir / 'config.json').read_text())
-    self.assertEqual((found['parallel']['mesh'], found['workers']), ([2, 4, 1], 2))
-    config.sampling.steps += 1
-    with self.assertRaisesRegex(ValueError, r'same values:\n  sampling.steps: 10 there, 11 here$'):
+    self.assertEqual((found['parallel']['mesh'], found['study']['workers']), ([2, 4, 1], 2))
+    config.evaluate.steps += 1
+    with self.assertRaisesRegex(ValueError, r'same values:\n  evaluate.steps: 10 there, 11 here$'):
       workdir_lib.check_config(workdir, config)
     self.assertEqual(json.loads((workdir / 'config.json').read_text()), found)
 
@@ -262,18 +263,23 @@ class ConfigTest(absltest.TestCase):
     path = self.workdir / 'config.json'
     config = base.get_config()
     old = json.loads(config.to_json())
-    del old['align']['refill'], old['vae']
+    del old['align']['dynamic_sampling']['rounds'], old['vae']
     path.write_text(json.dumps(old))
-    config.align.refill = 1
-    with self.assertRaisesRegex(ValueError, "values:\n  align.refill: 'absent' there, 1 here$"):
+    config.align.dynamic_sampling.rounds = 1
+    with self.assertRaisesRegex(
+      ValueError, "values:\n  align.dynamic_sampling.rounds: 'absent' there, 1 here$"
+    ):
       workdir_lib.check_config(self.workdir, config)
-    config.align.refill = 0
+    config.align.dynamic_sampling.rounds = 0
     with self.assertLogs(level='WARNING') as logs:
       workdir_lib.check_config(self.workdir, config)
-    self.assertIn('defaults align.refill = 0, vae.channels = 40, vae.images = 3000', logs.output[0])
-    with self.assertNoLogs(level='WARNING'):  # They are written down.
+    self.assertIn(
+      'defaults align.dynamic_sampling.rounds = 0, vae.channels = 40, vae.images = 3000',
+      logs.output[0],
+    )
+    with self.assertNoLogs(level='WARNING'):  # The defaults are in the file now.
       workdir_lib.check_config(self.workdir, config)
-    del old['align']['keep_best']
+    del old['align']['checkpoints']['keep_best']
     old['align']['gone'] = 1
     path.write_text(json.dumps(old))
     with self.assertRaisesRegex(ValueError, "values:\n  align.gone: 1 there, 'absent' here$"):

@@ -1,4 +1,4 @@
-"""Tests of the metric writer, the progress line and the late fetch."""
+"""Tests of the metric writer, the progress line and the delayed fetch."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from lvrpo_jax.runtime import metrics as metrics_lib
 
 
 def events_of(folder):
-  """(step, tag, kind) of every TensorBoard event under a folder, and its session starts."""
+  """Returns (step, tag, kind) of every TensorBoard event in a folder, and its session starts."""
   values, starts = [], []
   for path in sorted(pathlib.Path(folder).rglob('events*')):
     data, offset = path.read_bytes(), 0
@@ -78,15 +78,15 @@ class MetricWriterTest(parameterized.TestCase):
     values, _ = events_of(self.workdir / 'tensorboard')
     self.assertEqual([value[1] for value in values], ['c'])
 
-  def test_a_resumed_file_equals_an_undisturbed_one(self):
+  def test_a_resumed_file_equals_an_uninterrupted_one(self):
     def run(writer, stage, steps, restored):
       writer.begin(stage, restored)
       for step in steps:
         writer.write(stage, step, {'loss': step / 7})
 
-    undisturbed = self.writer()
-    run(undisturbed, 'pretrain', range(1, 4), -1)
-    run(undisturbed, 'align', range(1, 11), -1)
+    uninterrupted = self.writer()
+    run(uninterrupted, 'pretrain', range(1, 4), -1)
+    run(uninterrupted, 'align', range(1, 11), -1)
     expected = self.path.read_text()
     self.path.unlink()
     first = self.writer()
@@ -199,8 +199,8 @@ class LateTest(parameterized.TestCase):
     late = metrics_lib.Late('align', lambda step, scalars: seen.append(scalars['compiled']))
     step = jax.jit(lambda x: {'loss': jnp.sum(x * 3.0)})
     one, two = np.ones(3, np.float32), np.ones(5, np.float32)
-    for number, x in enumerate((one, one, two, two), 1):
-      late.push(number, step(x))
+    for index, x in enumerate((one, one, two, two), 1):
+      late.push(index, step(x))
     late.flush()
     self.assertEqual(seen[:2], [0, 0])
     self.assertGreater(seen[2], 0)
@@ -231,7 +231,7 @@ class PictureGridTest(parameterized.TestCase):
       np.testing.assert_array_equal(grid[top : top + 2, left : left + 3], index)
     self.assertEqual(int((grid == 255).all(-1).sum()), 5 * 11 - 5 * 6)
 
-  def test_fewer_pictures_than_columns(self):
+  def test_fewer_images_than_columns(self):
     self.assertEqual(metrics_lib.picture_grid(np.zeros((2, 4, 4, 1), np.uint8), 8).shape, (4, 9, 1))
 
   @parameterized.parameters(

@@ -69,13 +69,13 @@ class ValidateTest(parameterized.TestCase):
     ('model__heads', 5, 'divisor of config.model.width = 96'),
     ('model__kv_heads', 3, 'divisor of config.model.heads'),
     ('model__vit_heads', 5, 'divisor of config.model.vit_width = 96'),
-    ('judge__heads', 5, 'divisor of config.judge.width = 96'),
+    ('judge__heads', 5, 'divisor of config.dual_encoder.width = 96'),
     ('model__heads', 32, 'a head width'),
     ('parallel__micro_batches', 5, 'divisor of config.pretrain.'),
     ('pretrain__generate', -1, 'at least 0 rows'),
-    ('pretrain__weights__edit', 0.0, 'above 0 where config.pretrain.edit is not 0'),
-    ('align__weights__understand', -1.0, 'above 0 where config.align.understand is not 0'),
-    ('align__noise_low', 1.0, 'below config.align.noise_high = 1.0'),
+    ('pretrain__weights__edit', 0.0, 'above 0 where config.pretrain.rows.edit is not 0'),
+    ('align__weights__understand', -1.0, 'above 0 where config.align.prompts.understand is not 0'),
+    ('align__noise_low', 1.0, 'below config.align.rollout.noise_high = 1.0'),
   )
   def test_limit(self, name, value, allowed):
     key = name.replace('__', '.')
@@ -110,8 +110,8 @@ class ValidateTest(parameterized.TestCase):
   def test_cispo_wants_its_own_bound(self):
     with self.assertRaisesRegex(
       ValueError,
-      r'config.align.text_high is 0.28; allowed: at least 1 '
-      r"with config.align.text_objective = 'cispo'",
+      r'config.align.text.clip_high is 0.28; allowed: at least 1 '
+      r"with config.align.text.objective = 'cispo'",
     ):
       validate.validate(changed(align__text_objective='cispo'))
     validate.validate(changed(align__text_objective='cispo', align__text_high=4.0))
@@ -153,7 +153,7 @@ class ValidateTest(parameterized.TestCase):
     validate.validate(changed(**no_rules))
     validate.validate(changed(**best))
     validate.validate(changed(**best, **no_rules, align__score='reward/generate/semantic'))
-    with self.assertRaisesRegex(ValueError, "config.align.finish is 'best'; allowed: 'last'"):
+    with self.assertRaisesRegex(ValueError, "config.align.checkpoints.finish is 'best'; allowed: 'last'"):
       validate.validate(changed(**best, **no_rules))
 
 
@@ -161,7 +161,7 @@ class CommandLineTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('unknown_key', '--config.model.widht=3', 'widht'),
     ('wrong_type', '--config.model.width=wide', 'model.width'),
-    ('impossible', '--config.align.group=1', 'config.align.group is 1; allowed: an integer'),
+    ('impossible', '--config.align.rollout.group_size=1', 'config.align.rollout.group_size is 1; allowed: an integer'),
   )
   def test_bad_flag_stops_before_any_work(self, flag, message):
     workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'run'

@@ -35,8 +35,8 @@ class Light:
 
   interrupt = 0
 
-  def __init__(self, job, *params):
-    del job, params
+  def __init__(self, experiment, *params):
+    del experiment, params
     self.state = types.TrainState(jnp.int32(0), {'x': jnp.zeros(())}, {'count': jnp.int32(0)})
     self.collector = python_types.SimpleNamespace(close=lambda: None)
     self.factors = {'answers_penalty': 1.0}
@@ -60,9 +60,9 @@ class Light:
 class Gamed(Light):
   """Its reward rises all the time."""
 
-  def __init__(self, job, *params):
-    super().__init__(job, *params)
-    self.job = job
+  def __init__(self, experiment, *params):
+    super().__init__(experiment, *params)
+    self.experiment = experiment
     self.collector.weights = lambda task: {'rules': 1.0, 'semantic': 0.5}
 
   def iterate(self, tasks, iteration, draw, check):
@@ -85,10 +85,10 @@ class RunTest(absltest.TestCase):
     """What a run in the folder `name` returns."""
     config = tiny.get_config()
     config.align.update(dict(steps=STEPS, save_every=4), **settings)
-    job = experiment_lib.build(config, self.base / name)
-    writer = metrics_lib.MetricWriter(job.workdir)
+    experiment = experiment_lib.build(config, self.base / name)
+    writer = metrics_lib.MetricWriter(experiment.workdir)
     with mock.patch.object(Light, 'interrupt', interrupt):
-      out = align.run(job, {}, {}, {}, writer, gold)
+      out = align.run(experiment, {}, {}, {}, writer, gold)
     writer.close()
     return jax.device_get(out)
 

@@ -37,7 +37,7 @@ class ScoreTest(absltest.TestCase):
 
   def test_any_metric(self):
     self.assertEqual(align.score(SCALARS, 'reward/generate/rules'), 0.9)
-    with self.assertRaisesRegex(ValueError, "config.align.score is 'reward'; allowed: .*rules"):
+    with self.assertRaisesRegex(ValueError, "config.align.checkpoints.metric is 'reward'; allowed: .*rules"):
       align.score(SCALARS, 'reward')
 
 
@@ -45,21 +45,21 @@ class InitialTest(absltest.TestCase):
   def test_reference_is_kept_as_passes_read_it(self):
     config = tiny.get_config()
     config.model.dtype = 'bfloat16'
-    job = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
-    params = pretrain.initial(job)
+    experiment = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
+    params = pretrain.initial(experiment)
     params['llm2vae']['kernel'] = 0.1 * jax.random.normal(
       jax.random.key(5), params['llm2vae']['kernel'].shape
     )
-    optimizer, _ = learner.build_update(job)
-    state = learner.initial_state(job, params, optimizer)
+    optimizer, _ = learner.build_update(experiment)
+    state = learner.initial_state(experiment, params, optimizer)
     kernel = lambda tree: tree['trunk']['layers']['gen']['q_proj']['kernel']
     self.assertEqual(kernel(state.reference).dtype, jnp.bfloat16)
     self.assertEqual(kernel(state.params).dtype, jnp.float32)
-    vae = fit.fit_autoencoder(job)
-    prompts = {'generate': job.encoder('generate', [job.data.prompt('generate', 0)]).prompts}
-    x = jax.random.normal(jax.random.key(0), (1, 1, *job.policy.latent_shape))
+    vae = fit.fit_autoencoder(experiment)
+    prompts = {'generate': experiment.encoder('generate', [experiment.data.example('generate', 'align', 0)]).prompts}
+    x = jax.random.normal(jax.random.key(0), (1, 1, *experiment.policy.latent_shape))
     ask = jax.jit(
-      lambda p: job.policy.follow(
+      lambda p: experiment.policy.forward(
         p, vae, prompts, {'generate': x}, {'generate': jnp.full((1, 1), 0.5)}, {}
       )[0]['generate']
     )
@@ -69,9 +69,9 @@ class InitialTest(absltest.TestCase):
   def test_adapters_keep_no_reference_of_their_own(self):
     config = tiny.get_config()
     config.align.lora.rank = 2
-    job = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
-    optimizer, _ = learner.build_update(job)
-    self.assertIsNone(learner.initial_state(job, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
+    experiment = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
+    optimizer, _ = learner.build_update(experiment)
+    self.assertIsNone(learner.initial_state(experiment, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
 
 
 class IterationTest(parameterized.TestCase):
@@ -80,13 +80,13 @@ class IterationTest(parameterized.TestCase):
   def make(self, **changes):
     config = tiny.get_config()
     config.model.depth = 1
-    config.align.update(edit=0, diagnose_every=0)
+    config.align.update(prompts=dict(edit=0), checks=dict(gradients_every=0))
     config.align.update(changes)
-    job = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
-    params, _, judge = noise.parameters(job)
-    aligner = learner.Learner(job, params, fit.fit_autoencoder(job), judge)
-    data = align.prompt_batches(job)
-    return aligner, align.draw(job, data, data)
+    experiment = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
+    params, _, judge = noise.parameters(experiment)
+    aligner = learner.Learner(experiment, params, fit.fit_autoencoder(experiment), judge)
+    data = align.prompt_batches(experiment)
+    return aligner, align.draw(experiment, data, data)
 
   @parameterized.parameters('nft', 'sde')
   def test_adapters_are_all_that_is_held_of_a_policy(self, objective):
@@ -235,7 +235,7 @@ class IterationTest(parameterized.TestCase):
       )
       batch['understand'] = batch['understand'].replace(reference_BGT=logp['understand'])
       off = {**aligner.frozen, 'factors': {**aligner.factors, 'answers': 0.0}}
-      loss = learner.alignment_loss(aligner.job)
+      loss = learner.alignment_loss(aligner.experiment)
       weights = loss.weights(batch)
 
       def objective(params):

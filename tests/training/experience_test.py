@@ -52,23 +52,23 @@ class Scene:
   """A job with samples of all its tasks."""
 
   def __init__(self, weights, **changes):
-    self.job = build(weights, **changes)
-    self.collector = experience.Collector(self.job)
-    self.params, self.vae, self.siglip = noise.parameters(self.job)
-    self.words = experiment_lib.word_table(self.job, self.siglip)
+    self.experiment = build(weights, **changes)
+    self.collector = experience.Collector(self.experiment)
+    self.params, self.vae, self.siglip = noise.parameters(self.experiment)
+    self.words = experiment_lib.word_table(self.experiment, self.siglip)
     rng = np.random.default_rng(1)
-    side = self.job.policy.image_size
+    side = self.experiment.policy.image_size
     self.pixels = jnp.asarray(rng.integers(0, 256, (ROWS, GROUP, side, side, 3)), jnp.uint8)
-    length = self.job.config.data.answer_words + 1
-    self.tokens = jnp.full((ROWS, GROUP, length), self.job.policy.eos, jnp.int32)
-    said = [self.job.data.tokenizer.encode(word)[0] for word in ('red', 'two', 'yes', 'circle')]
+    length = self.experiment.config.data.answer_tokens + 1
+    self.tokens = jnp.full((ROWS, GROUP, length), self.experiment.policy.eos, jnp.int32)
+    said = [self.experiment.data.tokenizer.encode(word)[0] for word in ('red', 'two', 'yes', 'circle')]
     self.tokens = self.tokens.at[:, :, 0].set(np.array(said))
 
   def tasks(self, *names, examples=None):
     """Prompts of tasks, of the data or of `examples`."""
-    rows = {t: examples or [self.job.data.prompt(t, i) for i in range(ROWS)] for t in names}
+    rows = {t: examples or [self.experiment.data.example(t, 'align', i) for i in range(ROWS)] for t in names}
     return experience.Tasks(
-      rows, {t: self.job.place(self.job.encoder(t, r).prompts) for t, r in rows.items()}
+      rows, {t: self.experiment.place(self.experiment.encoder(t, r).prompts) for t, r in rows.items()}
     )
 
   def judges(self, **changes):
@@ -129,7 +129,7 @@ class OwnDataTest(parameterized.TestCase):
   """Examples of a data class that knows less, or other things, than the shapes world."""
 
   def examples(self, scene, task, **changes):
-    return [dataclasses.replace(scene.job.data.prompt(task, 5 + i), **changes) for i in range(ROWS)]
+    return [dataclasses.replace(scene.experiment.data.example(task, 'align', 5 + i), **changes) for i in range(ROWS)]
 
   @parameterized.parameters('generate', 'edit')
   def test_no_spec_where_rules_have_no_weight(self, task):
@@ -172,8 +172,8 @@ class OwnDataTest(parameterized.TestCase):
     scene = Scene(dict(rules=1.0))
     examples = self.examples(scene, 'understand', answer='nothing')
     with (
-      mock.patch.object(scene.job.data, 'read_answer', {'red': 'nothing'}.get),
-      mock.patch.object(scene.job.data, 'well_formed', lambda text: text == 'two'),
+      mock.patch.object(scene.experiment.data, 'read_answer', {'red': 'nothing'}.get),
+      mock.patch.object(scene.experiment.data, 'well_formed', lambda text: text == 'two'),
     ):
       rewards, facts = scene.answers(examples=examples)
     np.testing.assert_array_equal(facts['correct'], [[1, 0, 0, 0]] * ROWS)
@@ -237,11 +237,11 @@ class TruncatedTest(absltest.TestCase):
 
   def test_statements_that_the_judge_cannot_hold_are_counted_and_logged(self):
     scene = Scene(dict(semantic=1.0))
-    limit = scene.job.config.data.prompt_words
+    limit = scene.experiment.config.data.prompt_tokens
     # Of the first prompt all statements fit, of the others those of two answers do not.
     say = lambda long: lambda word: ' '.join([word] * (limit + (long and word in ('red', 'two'))))
     examples = [
-      dataclasses.replace(scene.job.data.prompt('understand', i), statement=say(i > 0))
+      dataclasses.replace(scene.experiment.data.example('understand', 'align', i), statement=say(i > 0))
       for i in range(ROWS)
     ]
     with self.assertLogs(level='WARNING') as logged:
@@ -255,28 +255,28 @@ class TruncatedTest(absltest.TestCase):
     self.assertIn(f'{limit + 1} tokens, of which the judge reads {limit}', logged.output[0])
 
   def test_captions_that_fit_are_whole(self):
-    job = build(dict(semantic=1.0))
-    limit = job.config.data.prompt_words
-    ids, cut = job.captions_and_cut(['red ' * limit, 'red ' * (limit + 1), ''])
+    experiment = build(dict(semantic=1.0))
+    limit = experiment.config.data.prompt_tokens
+    ids, cut = experiment.captions_and_cut(['red ' * limit, 'red ' * (limit + 1), ''])
     np.testing.assert_array_equal(cut, [False, True, False])
     np.testing.assert_array_equal(ids[0], ids[1])
-    np.testing.assert_array_equal(ids[:, -1], [job.policy.eos] * 3)
-    np.testing.assert_array_equal(job.captions(['red ' * limit]), ids[:1])
+    np.testing.assert_array_equal(ids[:, -1], [experiment.policy.eos] * 3)
+    np.testing.assert_array_equal(experiment.dual_encoder.token_ids(['red ' * limit])[0], ids[:1])
 
 
 class AnswersTest(absltest.TestCase):
   def similarity(self, scene, images, texts):
     """Cosines of images and texts, each of its own."""
-    embed = jax.jit(lambda params, *pairs: scene.job.judge.apply({'params': params}, *pairs))
+    embed = jax.jit(lambda params, *pairs: scene.experiment.dual_encoder.module.apply({'params': params}, *pairs))
     image, text, _, _ = embed(
-      scene.siglip, policy.to_unit(np.stack(images)), scene.job.captions(texts)
+      scene.siglip, policy.to_unit(np.stack(images)), scene.experiment.dual_encoder.token_ids(texts)[0]
     )
     return np.sum(np.asarray(image) * np.asarray(text), axis=-1)
 
   def test_semantic_compares_the_image_with_the_answer_as_a_statement(self):
     scene = Scene(dict(semantic=1.0))
     scene.tokens = scene.tokens.at[:, 3].set(scene.tokens[:, 0])
-    examples = [scene.job.data.evaluation('understand', 'eval', 'color', i) for i in range(ROWS)]
+    examples = [scene.experiment.data.example('understand', 'eval', i, 'color') for i in range(ROWS)]
     pairs = [
       (e.source, e.statement(word)) for e in examples for word in ('red', 'two', 'yes', 'red')
     ]
@@ -298,21 +298,21 @@ class KnowledgeTest(absltest.TestCase):
       ['circle', 'no', 'one', 'red'],
       ['blue', 'blue', 'the', 'two'],
     ]  # 'the' answers nothing.
-    encode = scene.job.data.tokenizer.encode
+    encode = scene.experiment.data.tokenizer.encode
     scene.tokens = scene.tokens.at[:, :, 0].set(
       np.array([[encode(word)[0] for word in row] for row in words])
     )
     found = scene.answers()[0]['knowledge'].value_BG
-    ids = scene.job.answer_ids
-    ask = jax.jit(functools.partial(judging.first_token, scene.job))
+    ids = scene.experiment.answer_ids
+    ask = jax.jit(functools.partial(judging.first_token, scene.experiment))
     for b, row in enumerate(words):
-      example = scene.job.data.prompt('understand', b)
-      prompts = scene.job.encoder('understand', [example]).prompts
+      example = scene.experiment.data.example('understand', 'align', b)
+      prompts = scene.experiment.encoder('understand', [example]).prompts
       logits = np.asarray(ask(scene.judges(), scene.vae, prompts)[0], np.float64)[ids]
       p = np.exp(logits - logits.max())
       p /= p.sum()
       want = [
-        p[scene.job.data.answers.index(w)] if w in scene.job.data.answers else 0.0 for w in row
+        p[scene.experiment.data.answers.index(w)] if w in scene.experiment.data.answers else 0.0 for w in row
       ]
       np.testing.assert_allclose(found[b], want, rtol=1e-4, atol=1e-6)
     self.assertEqual(found[2, 2], 0.0)
@@ -323,20 +323,20 @@ class BlindTest(absltest.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.scene = Scene(dict(mutual=1.0))
-    cls.first_token = staticmethod(jax.jit(functools.partial(judging.first_token, cls.scene.job)))
+    cls.first_token = staticmethod(jax.jit(functools.partial(judging.first_token, cls.scene.experiment)))
 
   def logits(self, prompts):
     return np.asarray(self.first_token(self.scene.judges(), self.scene.vae, prompts))
 
   def test_the_reference_sees_no_image(self):
     scene = self.scene
-    examples = [scene.job.data.prompt('understand', i) for i in range(ROWS)]
-    blind = reference_qa.mask_images(scene.job, examples)
+    examples = [scene.experiment.data.example('understand', 'align', i) for i in range(ROWS)]
+    blind = reference_qa.mask_images(scene.experiment, examples)
     seen = scene.tasks('understand', examples=examples).prompts['understand']
     self.assertTrue(np.all(blind.vit.sample_BL == types.PADDING))
     self.assertFalse(np.any(seen.vit.sample_BL == types.PADDING))
     frame = np.isin(
-      blind.ids_BL, (scene.job.data.tokenizer.start_of_image, scene.job.data.tokenizer.end_of_image)
+      blind.ids_BL, (scene.experiment.data.tokenizer.start_of_image, scene.experiment.data.tokenizer.end_of_image)
     )
     self.assertTrue(np.all(np.asarray(blind.text.sample_BL)[frame] == types.PADDING))
     np.testing.assert_array_equal(*(np.asarray(p.text.sample_BL)[~frame] for p in (blind, seen)))
@@ -347,10 +347,10 @@ class BlindTest(absltest.TestCase):
 
   def test_the_gain_is_that_of_seeing(self):
     prompts = self.scene.tasks('understand')
-    blind = reference_qa.mask_images(self.scene.job, prompts.examples['understand'])
+    blind = reference_qa.mask_images(self.scene.experiment, prompts.examples['understand'])
     seen, without = (self.logits(p)[:, None] for p in (prompts.prompts['understand'], blind))
-    ids = self.scene.job.answer_ids
-    number = [self.scene.job.data.answers.index(word) for word in ('red', 'two', 'yes', 'circle')]
+    ids = self.scene.experiment.answer_ids
+    number = [self.scene.experiment.data.answers.index(word) for word in ('red', 'two', 'yes', 'circle')]
     want = mutual.gain(
       np.repeat(seen, GROUP, axis=1)[..., ids],
       without[..., ids],
@@ -399,27 +399,27 @@ class MetricsTest(absltest.TestCase):
 
 class DenseTest(absltest.TestCase):
   def test_key_words_of_prompts(self):
-    job = build(dict(dense=1.0))
-    row, count = experiment_lib.key_words(job, ['a red circle above a red cross', 'an image'])
-    self.assertEqual(row.shape, (2, job.config.data.prompt_words))
-    words = sorted(job.data.key_words)
+    experiment = build(dict(dense=1.0))
+    row, count = experiment_lib.key_words(experiment, ['a red circle above a red cross', 'an image'])
+    self.assertEqual(row.shape, (2, experiment.config.data.prompt_tokens))
+    words = sorted(experiment.data.key_words)
     found = {words[r]: n for r, n in zip(row[0], count[0]) if n}
     self.assertEqual(found, {'red': 2, 'circle': 1, 'above': 1, 'cross': 1})
     self.assertEqual(count[1].sum(), 0)
 
   def test_table_holds_the_key_words(self):
-    job = build(dict(dense=1.0))
-    siglip = noise.parameters(job)[2]
-    table = experiment_lib.word_table(job, siglip)
-    words = sorted(job.data.key_words)
+    experiment = build(dict(dense=1.0))
+    siglip = noise.parameters(experiment)[2]
+    table = experiment_lib.word_table(experiment, siglip)
+    words = sorted(experiment.data.key_words)
     self.assertEqual(table.shape[0], len(words))
     for word in ('blue', 'two', 'left'):
-      vector = job.judge.apply({'params': siglip}, job.captions([word]), method='embed_text')[0][0]
+      vector = experiment.dual_encoder.module.apply({'params': siglip}, experiment.dual_encoder.token_ids([word])[0], method='embed_text')[0][0]
       np.testing.assert_allclose(table[words.index(word)], vector, atol=1e-6)
 
   def test_nobody_pays_for_no_table(self):
-    job = build(dict(semantic=1.0))
-    self.assertLen(experiment_lib.word_table(job, None), 0)
+    experiment = build(dict(semantic=1.0))
+    self.assertLen(experiment_lib.word_table(experiment, None), 0)
 
   def test_more_patches_than_there_are_stop_before_any_work(self):
     patches = 4

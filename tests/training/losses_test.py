@@ -329,7 +329,7 @@ class LinearPolicyTest(parameterized.TestCase):
       np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-5)
 
   def test_penalty_of_steps_wants_steps(self):
-    with self.assertRaisesRegex(ValueError, "align.image_kl is 'gaussian', .* 'velocity'"):
+    with self.assertRaisesRegex(ValueError, "align.image.kl is 'gaussian', .* 'velocity'"):
       losses.alignment(fake_policy(), dataclasses.replace(NUMBERS, image_kl='gaussian'))
 
   def test_unknown_objective(self):
@@ -427,8 +427,8 @@ class ModelTest(absltest.TestCase):
     cls.addClassCleanup(folder.cleanup)
     config = tiny.get_config()
     config.model.depth = 1
-    cls.job = experiment_lib.build(config, pathlib.Path(folder.name))
-    policy = cls.job.policy
+    cls.experiment = experiment_lib.build(config, pathlib.Path(folder.name))
+    policy = cls.experiment.policy
     # The model's own start has a velocity head of zeros, which hides every gradient behind it.
     rng = np.random.default_rng(0)
     draw = lambda f: jax.tree.map(
@@ -438,7 +438,7 @@ class ModelTest(absltest.TestCase):
     cls.params = draw(lambda key: bagel.init(policy.config, key))
     vae = draw(lambda key: policy.vae.init(key, jnp.zeros((1, 32, 32, 3)))['params'])
     prompts = {
-      t: cls.job.encoder(t, [cls.job.data.prompt(t, i) for i in range(B)]).prompts
+      t: cls.experiment.encoder(t, [cls.experiment.data.example(t, 'align', i) for i in range(B)]).prompts
       for t in NUMBERS.weights
     }
     N, C = policy.latent_shape
@@ -461,7 +461,7 @@ class ModelTest(absltest.TestCase):
   def test_parts_of_groups_add_up(self):
     mixed = {t: b.replace(valid_BG=np.asarray(b.valid_BG).copy()) for t, b in self.batch.items()}
     mixed['understand'].valid_BG[0, :] = False
-    loss = losses.alignment(self.job.policy, NUMBERS)
+    loss = losses.alignment(self.experiment.policy, NUMBERS)
     weights = loss.weights(mixed)
     divided = lambda b: {t: np.asarray(b[t].valid_BG).sum() for t in b}
     parts = losses.split_group(mixed, G)

@@ -1,4 +1,9 @@
-"""The detector that reports: every blob is explained by a rendered shape, or left over."""
+"""Detector of the shapes world by fitting a rendered shape to every blob.
+
+It is the default detector of evaluation. A blob that no shape fits is reported as `UNKNOWN`.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -7,48 +12,49 @@ import numpy as np
 from scipy import ndimage
 
 from lvrpo_jax.data import detection as detection_lib
+from lvrpo_jax.data.shapes import palette
 from lvrpo_jax.data.shapes import render
 
 WINDOW = 8  # pixels each side of a candidate
-PEAK_SIGMA = 2.0  # pixels of smoothing before candidates are sought
-PEAK_REACH = 13  # pixels: a candidate is the maximum of a square of this side
+PEAK_SIGMA = 2.0  # pixels of smoothing before candidates are searched
+PEAK_REACH = 13  # pixels; a candidate is the maximum of a square of this side
 PEAK_MIN = 0.2  # smoothed contrast of the faintest candidate, as a share of CONTRAST
 CONTRAST = 250.0  # grey levels: length of a typical colour's difference to the background
 MISFIT_SCALE = 4.0  # score = exp(-MISFIT_SCALE * unexplained / explained energy)
-MIN_FIT = 0.3  # candidates of a lower score count as unexplained
+MIN_FIT = 0.3  # candidates with a lower score count as unexplained
 REMAINS = 0.12  # smoothed unexplained contrast that is visible, as a share of CONTRAST
 REMAINS_AREA = 8  # pixels
 REMAINS_FULL = 0.3  # unexplained contrast that scores 1
-MARGIN = 2.0  # pixels around a fitted object in which remains are its own blur
+MARGIN = 2.0  # pixels around a fitted object in which remains count as its own blur
 
 _OFFSETS = np.arange(-1.5, 1.6, 0.5)
 _RADII = np.arange(4.0, 6.6, 0.25)
 _GRID = np.arange(-WINDOW, WINDOW + 1, dtype=np.float32)
-# A triangle's centre of mass, where candidates appear, lies r/3 below the centre of its box.
+# Candidates appear at the centre of mass. Of a triangle it lies r/3 below the centre of the box.
 _MASS_OFFSET = {shape: (1 / 3 if shape == 'triangle' else 0.0) for shape in render.SHAPES}
 
 
 @functools.cache
 def _template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Templates_QP over a window, their parameters_Q3 (x, y, radius) and shape_Q."""
+  """Builds templates_QP over a window; returns them, parameters_Q3 (x, y, radius) and shape_Q."""
   dx, dy, radius = np.meshgrid(_OFFSETS, _OFFSETS, _RADII, indexing='ij')
-  templates, parameters, names = [], [], []
-  for number, shape in enumerate(render.SHAPES):
+  templates, parameters, shapes = [], [], []
+  for index, shape in enumerate(render.SHAPES):
     parameter_Q3 = np.stack(
       [dx.ravel(), (dy - _MASS_OFFSET[shape] * radius).ravel(), radius.ravel()], -1
     )
     templates.append(_render_windows(shape, parameter_Q3))
     parameters.append(parameter_Q3)
-    names.append(np.full(len(parameter_Q3), number))
+    shapes.append(np.full(len(parameter_Q3), index))
   return (
     np.concatenate(templates).astype(np.float32),
     np.concatenate(parameters),
-    np.concatenate(names),
+    np.concatenate(shapes),
   )
 
 
 def _render_windows(shape: str, parameter_M3: np.ndarray) -> np.ndarray:
-  """Opacity_MP of one shape in M flattened windows; parameters are x, y, radius in pixels."""
+  """Renders opacity_MP of one shape in M flattened windows; parameters are x, y, radius, pixels."""
   x, y, radius = (parameter_M3[:, i, None, None] for i in range(3))
   alpha = render.coverage(shape, _GRID[None, None, :] - x, _GRID[None, :, None] - y, radius)
   return alpha.reshape(len(parameter_M3), _GRID.size**2)
@@ -56,7 +62,15 @@ def _render_windows(shape: str, parameter_M3: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Fits:
-  """M fitted candidates: image, pixel of the window's centre, shape, colour, x, y, radius."""
+  """Arrays over M fitted candidates.
+
+  Attributes:
+    image_M: index of the image.
+    pixel_M2: pixel (y, x) at the centre of the window.
+    shape_M, color_M: indices of shape and colour.
+    parameter_M3: x and y relative to the centre of that pixel, and radius, pixels.
+    score_M: see `detect_by_rendering`.
+  """
 
   image_M: np.ndarray
   pixel_M2: np.ndarray
@@ -66,17 +80,17 @@ class _Fits:
   score_M: np.ndarray
 
   def centres(self) -> np.ndarray:
-    """Centre_M2 (x, y) in the image's pixel coordinates; pixel centres lie at one half."""
+    """Returns centre_M2 (x, y) in pixels of the image; pixel centres lie at one half."""
     return self.pixel_M2[:, ::-1] + 0.5 + self.parameter_M3[:, :2]
 
 
 def _find_candidates(difference_RYXC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Peaks of smoothed contrast: image_M, pixel_M2 (y, x)."""
+  """Finds peaks of smoothed contrast; returns image_M and pixel_M2 (y, x)."""
   smooth = ndimage.gaussian_filter(
     difference_RYXC, (0, PEAK_SIGMA, PEAK_SIGMA, 0), truncate=3.0, mode='nearest'
   )
   energy_RYX = np.sqrt(np.einsum('ryxc,ryxc->ryx', smooth, smooth)) / CONTRAST
-  # Symmetric objects have several equal pixels at the top; the ramp keeps one of them.
+  # Symmetric objects have several equal maxima; the ramp keeps one of them.
   energy_RYX += np.linspace(0.0, 1e-3, energy_RYX[0].size).reshape(energy_RYX.shape[1:])
   peak = ndimage.maximum_filter(energy_RYX, (1, PEAK_REACH, PEAK_REACH))
   image_M, y_M, x_M = np.nonzero((energy_RYX == peak) & (energy_RYX > PEAK_MIN))
@@ -86,7 +100,7 @@ def _find_candidates(difference_RYXC: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _cut_windows(
   difference_RYXC: np.ndarray, image_M: np.ndarray, pixel_M2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Windows_MPC around candidates, and weight_MP: 1 where no other candidate is nearer."""
+  """Cuts windows_MPC around candidates, and weight_MP: 1 where no other candidate is nearer."""
   _, height, width, channels = difference_RYXC.shape
   y_MY = pixel_M2[:, :1] + _GRID.astype(np.int64)
   x_MX = pixel_M2[:, 1:] + _GRID.astype(np.int64)
@@ -97,7 +111,7 @@ def _cut_windows(
   first_R = np.searchsorted(image_M, np.arange(len(difference_RYXC)))
   last_R = np.searchsorted(image_M, np.arange(len(difference_RYXC)), side='right')
   mine = inside
-  # Candidates of one image are neighbours in the list: compare with each by its rank.
+  # Candidates of one image follow each other in the list, so they are compared by their rank.
   for rank in range(int((last_R - first_R).max(initial=0))):
     other_M = np.minimum(first_R[image_M] + rank, last_R[image_M] - 1)
     far = (y_MY - pixel_M2[other_M, :1])[:, :, None] ** 2 + (x_MX - pixel_M2[other_M, 1:])[
@@ -116,10 +130,10 @@ def _refine(
   steps: int = 2,
   delta: float = 0.1,
 ) -> np.ndarray:
-  """Gauss-Newton on x, y and radius, with derivatives by finite differences of renders."""
+  """Refines x, y and radius by Gauss-Newton, with derivatives by finite differences of renders."""
   parameter_M3 = parameter_M3.copy()
-  for number, shape in enumerate(render.SHAPES):
-    at = np.nonzero(shape_M == number)[0]
+  for index, shape in enumerate(render.SHAPES):
+    at = np.nonzero(shape_M == index)[0]
     for _ in range(steps if len(at) else 0):
       here_MP = _render_windows(shape, parameter_M3[at])
       slope_M3P = (
@@ -146,30 +160,37 @@ def _fit(difference_RYXC: np.ndarray) -> _Fits:
   image_M, pixel_M2 = _find_candidates(difference_RYXC)
   windows_MPC, weight_MP = _cut_windows(difference_RYXC, image_M, pixel_M2)
   total_MC = np.einsum('mpc,mp->mc', windows_MPC, weight_MP)
-  color_M = (total_MC @ detection_lib.UNIT_KC.T).argmax(-1)
-  unit_MC, norm_M = detection_lib.UNIT_KC[color_M], detection_lib.NORM_K[color_M]
+  color_M = (total_MC @ palette.UNIT_KC.T).argmax(-1)
+  unit_MC, norm_M = palette.UNIT_KC[color_M], palette.NORM_K[color_M]
   alpha_MP = np.einsum('mpc,mc->mp', windows_MPC, unit_MC) / norm_M[:, None]
   bank_QP, parameter_Q3, shape_Q = _template_bank()
-  # sum w (a - t)^2 without the term that is the same for every template.
+  # Sum of w (a - t)^2 without the term that is the same for every template.
   misfit_MQ = weight_MP @ (bank_QP * bank_QP).T - 2 * ((weight_MP * alpha_MP) @ bank_QP.T)
   best_M = misfit_MQ.argmin(-1)
   shape_M = shape_Q[best_M]
   parameter_M3 = _refine(shape_M, parameter_Q3[best_M], alpha_MP, weight_MP)
   model_MP = np.zeros_like(alpha_MP)
-  for number, shape in enumerate(render.SHAPES):
-    at = shape_M == number
+  for index, shape in enumerate(render.SHAPES):
+    at = shape_M == index
     model_MP[at] = _render_windows(shape, parameter_M3[at])
   rest_MPC = windows_MPC / norm_M[:, None, None] - model_MP[..., None] * unit_MC[:, None]
   unexplained_M = np.einsum('mpc,mpc,mp->m', rest_MPC, rest_MPC, weight_MP)
   explained_M = np.maximum((model_MP * model_MP).sum(-1), 1.0)
   score_M = np.exp(-MISFIT_SCALE * unexplained_M / explained_M)
-  return _Fits(image_M, pixel_M2, shape_M, color_M, parameter_M3, score_M)
+  return _Fits(
+    image_M=image_M,
+    pixel_M2=pixel_M2,
+    shape_M=shape_M,
+    color_M=color_M,
+    parameter_M3=parameter_M3,
+    score_M=score_M,
+  )
 
 
 def _find_remains(
   difference_RYXC: np.ndarray, fits: _Fits
 ) -> list[tuple[int, detection_lib.Detection]]:
-  """Coloured blobs outside all fitted objects, as (image, detection) pairs."""
+  """Finds coloured blobs outside all fitted objects, as (image index, detection) pairs."""
   height, width = difference_RYXC.shape[1:3]
   y, x = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
   rest_RYXC = difference_RYXC.copy()
@@ -182,12 +203,12 @@ def _find_remains(
       fits.parameter_M3[m, 2] + MARGIN,
     )
     rest_RYXC[fits.image_M[m]][covered > 0] = 0.0
-  smooth_RYXC = detection_lib.smooth(rest_RYXC, np.full(5, 0.2))
+  smooth_RYXC = palette.smooth(rest_RYXC, np.full(5, 0.2))
   rest_RYX = np.sqrt(np.einsum('ryxc,ryxc->ryx', smooth_RYXC, smooth_RYXC)) / CONTRAST
-  ids_RYX, _ = ndimage.label(rest_RYX > REMAINS, detection_lib.PLANAR)
+  ids_RYX, _ = palette.label_regions(rest_RYX > REMAINS)
   result = []
-  for number, place in enumerate(ndimage.find_objects(ids_RYX), start=1):
-    inside = ids_RYX[place] == number
+  for region, place in enumerate(ndimage.find_objects(ids_RYX), start=1):
+    inside = ids_RYX[place] == region
     if inside.sum() < REMAINS_AREA:
       continue
     image, rows, cols = place
@@ -197,10 +218,10 @@ def _find_remains(
       (
         image.start,
         detection_lib.Detection(
-          detection_lib.UNKNOWN,
-          detection_lib.COLOR_NAMES[int((detection_lib.UNIT_KC @ mean_C).argmax())],
-          (float(cols.start), float(rows.start), float(cols.stop), float(rows.stop)),
-          score,
+          label=detection_lib.UNKNOWN,
+          color=palette.COLOR_NAMES[int((palette.UNIT_KC @ mean_C).argmax())],
+          box=(float(cols.start), float(rows.start), float(cols.stop), float(rows.stop)),
+          score=score,
         ),
       )
     )
@@ -217,9 +238,12 @@ def detect_by_rendering(images_RYXC: np.ndarray) -> list[list[detection_lib.Dete
     images_RYXC: uint8 or float in [0, 255].
 
   Returns:
-    One list of detections for each image, the most certain first, UNKNOWN ones last.
+    One list of detections for each image, the highest score first, UNKNOWN ones last.
+
+  Raises:
+    ValueError: the array does not have axes (R, Y, X, 3).
   """
-  difference_RYXC = detection_lib.difference_to_background(images_RYXC)
+  difference_RYXC = palette.difference_to_background(images_RYXC)
   fits = _fit(difference_RYXC)
   centre_M2 = fits.centres()
   result = [[] for _ in range(len(images_RYXC))]
@@ -228,10 +252,18 @@ def detect_by_rendering(images_RYXC: np.ndarray) -> list[list[detection_lib.Dete
       break
     x, y, radius = *centre_M2[m].tolist(), float(fits.parameter_M3[m, 2])
     item = render.Object(
-      render.SHAPES[fits.shape_M[m]], detection_lib.COLOR_NAMES[fits.color_M[m]], 0, 0, x, y, radius
+      shape=render.SHAPES[fits.shape_M[m]],
+      color=palette.COLOR_NAMES[fits.color_M[m]],
+      row=0,
+      col=0,
+      x=x,
+      y=y,
+      radius=radius,
     )
     result[fits.image_M[m]].append(
-      detection_lib.Detection(item.shape, item.color, item.box, float(fits.score_M[m]))
+      detection_lib.Detection(
+        label=item.shape, color=item.color, box=item.box, score=float(fits.score_M[m])
+      )
     )
   for image, detection in _find_remains(difference_RYXC, fits):
     result[image].append(detection)
@@ -239,8 +271,7 @@ def detect_by_rendering(images_RYXC: np.ndarray) -> list[list[detection_lib.Dete
 
 
 def leftovers(images_RYXC: np.ndarray) -> float:
-  """Mean number of coloured blobs an image that `detect_by_rendering` cannot explain."""
+  """Mean count per image of coloured blobs that `detect_by_rendering` cannot explain."""
   found = detect_by_rendering(images_RYXC)
-  return sum(d.label == detection_lib.UNKNOWN for image in found for d in image) / max(
-    len(found), 1
-  )
+  unknown = sum(item.label == detection_lib.UNKNOWN for image in found for item in image)
+  return unknown / max(len(found), 1)

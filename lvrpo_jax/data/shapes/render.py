@@ -1,9 +1,11 @@
-"""The shapes world: scenes of coloured shapes on a 2x2 grid, and their exact rendering.
+"""Scenes of coloured shapes on a 2x2 grid, and their exact rendering.
 
 A scene holds one to four objects, at most one in each cell. Every object lies wholly inside its
-cell (antialiasing included), so objects never overlap, drawing order does not matter, and changing
-one object leaves the pixels of all other cells untouched.
+cell, antialiasing included. Objects therefore never overlap, the drawing order does not matter, and
+changing one object leaves the pixels of all other cells unchanged.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -36,7 +38,14 @@ CORNERS = ('top left', 'top right', 'bottom left', 'bottom right')
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """One drawn shape. `x`, `y` and `radius` are in pixels; x grows to the right and y downwards."""
+  """One drawn shape; x grows to the right and y downwards.
+
+  Attributes:
+    shape, color: names in `SHAPES` and `COLORS`.
+    row, col: place of the cell on the grid.
+    x, y: centre, pixels.
+    radius: pixels.
+  """
 
   shape: str
   color: str
@@ -48,7 +57,7 @@ class Object:
 
   @property
   def cell(self) -> int:
-    """Number of the cell, row-major."""
+    """Index of the cell, row-major."""
     return self.row * GRID + self.col
 
   @property
@@ -68,7 +77,7 @@ class Scene:
   """One to four objects, at most one in each cell.
 
   Raises:
-    ValueError: if the number of objects is out of range or two objects share a cell.
+    ValueError: the number of objects is out of range, or two objects share a cell.
   """
 
   objects: tuple[Object, ...]
@@ -81,8 +90,8 @@ class Scene:
       raise ValueError('two objects share a cell')
 
   def content(self) -> frozenset[tuple[str, str, int]]:
-    """What the scene shows, without jitter and size: a set of (shape, colour, cell number)."""
-    return frozenset((o.shape, o.color, o.cell) for o in self.objects)
+    """Set of (shape, colour, cell index), which leaves out jitter and size."""
+    return frozenset((item.shape, item.color, item.cell) for item in self.objects)
 
 
 def draw_object(rng: np.random.Generator, shape: str, color: str, cell: int) -> Object:
@@ -103,11 +112,11 @@ def draw_object(rng: np.random.Generator, shape: str, color: str, cell: int) -> 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
   """Antialiased opacity in [0, 1] of a shape at offsets (dx, dy) from its centre, in pixels.
 
-  Opacity is clip(1/2 - signed distance, 0, 1). Signed distances are exact near edges and bounds
+  Opacity is clip(1/2 - signed distance, 0, 1). The signed distance is exact near edges and a bound
   near corners. All arguments broadcast.
 
   Raises:
-    ValueError: on an unknown shape.
+    ValueError: the shape is unknown.
   """
   if shape == 'circle':
     distance = np.sqrt(dx * dx + dy * dy) - radius
@@ -131,13 +140,13 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray | fl
 
 @functools.cache
 def _cell_pixels() -> tuple[np.ndarray, np.ndarray]:
-  """Pixel centres of one cell, as a column of y and a row of x."""
+  """Returns the pixel centres of one cell, as a column of y and a row of x."""
   centre = np.arange(CELL) + 0.5
   return centre[:, None], centre[None, :]
 
 
 def render(scene: Scene) -> np.ndarray:
-  """Draws a scene as a uint8 image_YXC of SIZE x SIZE x 3, exactly reproducible."""
+  """Draws a scene as a uint8 image_YXC of SIZE x SIZE x 3; the result is exactly reproducible."""
   image_YXC = np.full((SIZE, SIZE, 3), BACKGROUND, np.uint8)
   y, x = _cell_pixels()
   background_C = np.asarray(BACKGROUND, np.float64)

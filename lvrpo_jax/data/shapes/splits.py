@@ -1,17 +1,22 @@
-"""Train, eval and unseen: which meanings belong where, and random draws that respect it.
+"""Membership of meanings in train, eval and unseen, and random draws that respect it.
 
-Whether a meaning is held out depends only on a hash of the meaning, never on an index or a seed:
+Whether a meaning is held out depends only on a hash of the meaning, never on an index or a seed, so
 worlds of different seeds share one split. Pairs and relations listed as unseen occur in no image
 and no text of train and eval.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 import hashlib
+from typing import TypeVar
 
 import numpy as np
 
 from lvrpo_jax.data.shapes import render
 from lvrpo_jax.data.shapes import wording
+
+Item = TypeVar('Item')
 
 SPLITS = ('train', 'eval', 'unseen')
 UNSEEN_PAIRS = frozenset(
@@ -26,20 +31,20 @@ UNSEEN_RELATIONS = frozenset(
     ('square', 'above', 'cross'),
   }
 )
-ALL_PAIRS = tuple((s, c) for s in render.SHAPES for c in render.COLORS)
+ALL_PAIRS = tuple((shape, color) for shape in render.SHAPES for color in render.COLORS)
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in UNSEEN_PAIRS)
 MAX_DRAWS = 20_000
-_SALT = b'shapes-world-split-5:'  # leaves some captions of every kind, also of the small ones
+_SALT = b'shapes-world-split-5:'  # chosen so that every kind, also a small one, has eval captions
 
 
 def is_held_out(meaning: str, eval_fraction: float) -> bool:
-  """Whether a meaning belongs to eval: its 64-bit BLAKE2b hash, as a fraction, is small enough."""
+  """Whether a meaning belongs to eval: its 64-bit BLAKE2b hash is below that fraction of 2**64."""
   digest = hashlib.blake2b(_SALT + meaning.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') < eval_fraction * 2**64
 
 
 def canonical_relation(a: str, relation: str, b: str) -> tuple[str, str, str]:
-  """Writes 'right of' as 'left of' and 'below' as 'above', with the operands exchanged."""
+  """Rewrites 'right of' as 'left of' and 'below' as 'above', with the operands exchanged."""
   if relation in ('right of', 'below'):
     return b, wording.INVERSE[relation], a
   return a, relation, b
@@ -51,60 +56,62 @@ def is_unseen_relation(a: str, relation: str, b: str) -> bool:
 
 
 def scene_is_seen(objects: Iterable[render.Object]) -> bool:
-  """Whether objects hold no unseen pair and no unseen relation.
+  """Whether objects have no unseen pair and no unseen relation.
 
   Relations count in the loose sense here: any object of the left column is left of any object of
   the right column, also diagonally.
   """
   objects = tuple(objects)
-  if any((o.shape, o.color) in UNSEEN_PAIRS for o in objects):
+  if any((item.shape, item.color) in UNSEEN_PAIRS for item in objects):
     return False
-  for a in objects:
-    for b in objects:
-      if a.col < b.col and (a.shape, 'left of', b.shape) in UNSEEN_RELATIONS:
+  for first in objects:
+    for second in objects:
+      if first.col < second.col and (first.shape, 'left of', second.shape) in UNSEEN_RELATIONS:
         return False
-      if a.row < b.row and (a.shape, 'above', b.shape) in UNSEEN_RELATIONS:
+      if first.row < second.row and (first.shape, 'above', second.shape) in UNSEEN_RELATIONS:
         return False
   return True
 
 
 def scene_key(objects: Iterable[render.Object]) -> str:
   """Canonical text of the set of (cell, colour, shape), for use in meanings."""
-  return ' , '.join(sorted(f'{o.corner} {o.color} {o.shape}' for o in objects))
+  return ' , '.join(sorted(f'{item.corner} {item.color} {item.shape}' for item in objects))
 
 
 def draw_pair(
   rng: np.random.Generator, shape: str | None = None, color: str | None = None, unseen: bool = False
 ) -> tuple[str, str]:
-  """Uniform (shape, colour), with what is given kept; seen pairs only unless `unseen`.
+  """Draws a uniform (shape, colour) that has the given shape and colour.
+
+  Without `unseen`, only seen pairs are drawn.
 
   Raises:
-    ValueError: if the given shape and colour leave no pair.
+    ValueError: the given shape and colour leave no pair.
   """
   pairs = ALL_PAIRS if unseen else SEEN_PAIRS
   if shape is not None or color is not None:
-    pairs = [p for p in pairs if shape in (None, p[0]) and color in (None, p[1])]
+    pairs = [pair for pair in pairs if shape in (None, pair[0]) and color in (None, pair[1])]
   if not pairs:
     raise ValueError(f'no seen pair is left for {shape} and {color}')
   return wording.pick(rng, pairs)
 
 
-def shuffled(rng: np.random.Generator, items: Iterable) -> list:
-  """A shuffled list; Fisher-Yates on Python objects is faster than NumPy for a few items."""
-  items = list(items)
-  for last in range(len(items) - 1, 0, -1):
+def shuffled(rng: np.random.Generator, items: Iterable[Item]) -> list[Item]:
+  """Returns a shuffled list; Fisher-Yates in Python is faster than NumPy for a few items."""
+  order = list(items)
+  for last in range(len(order) - 1, 0, -1):
     other = int(rng.random() * (last + 1))
-    items[last], items[other] = items[other], items[last]
-  return items
+    order[last], order[other] = order[other], order[last]
+  return order
 
 
 def draw_cells(rng: np.random.Generator, count: int) -> list[int]:
-  """Distinct random cells."""
+  """Draws distinct cells."""
   return shuffled(rng, range(render.MAX_OBJECTS))[:count]
 
 
 def relation_cells(rng: np.random.Generator, relation: str) -> tuple[int, int]:
-  """Cells (of a, of b) in the same row or column such that a is `relation` b."""
+  """Draws cells (of a, of b) in the same row or column such that a is `relation` b."""
   line = int(rng.random() * render.GRID)
   if relation in ('left of', 'right of'):
     first, second = line * render.GRID, line * render.GRID + 1
@@ -116,14 +123,13 @@ def relation_cells(rng: np.random.Generator, relation: str) -> tuple[int, int]:
 def name_object(
   rng: np.random.Generator, item: render.Object, objects: Iterable[render.Object]
 ) -> str | None:
-  """A name that fits only `item` among `objects`: 'circle' or 'red circle'; None if there is none.
+  """Draws a name that fits only `item` among `objects`: 'circle' or 'red circle'; else None.
 
-  Where the class alone would do, the colour is added half of the time.
+  Where the class alone identifies the object, the colour is added half of the time.
   """
-  objects = tuple(objects)
-  same_shape = [o for o in objects if o.shape == item.shape]
+  same_shape = [other for other in objects if other.shape == item.shape]
   if len(same_shape) == 1 and rng.random() < 0.5:
     return item.shape
-  if sum(o.color == item.color for o in same_shape) == 1:
+  if sum(other.color == item.color for other in same_shape) == 1:
     return f'{item.color} {item.shape}'
   return None

@@ -1,21 +1,29 @@
 """TFDS builder of the shapes world, readable by `tfds.data_source` and grain without TensorFlow.
 
 Build with `ShapesWorld(config='generate', data_dir=..., file_format='array_record')` followed by
-`download_and_prepare()`. TFDS shuffles examples when it writes; `index` tells which item of the
-`World` an example is. Texts are read back as bytes.
+`download_and_prepare()`. TFDS shuffles examples when it writes; the field `index` is the index of
+the item in the `World`. Texts are read back as bytes.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
 import io
 import json
+from typing import cast
 
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from lvrpo_jax.data.shapes import edits
+from lvrpo_jax.data.shapes import questions
 from lvrpo_jax.data.shapes import render
 from lvrpo_jax.data.shapes import world as world_lib
+
+Item = world_lib.GenerateItem | questions.QuestionItem | edits.EditItem
+Fields = dict[str, int | str | bytes]
 
 TASKS = ('generate', 'question', 'edit')
 _TEXTS = {
@@ -27,31 +35,31 @@ _JSONS = {'generate': ('spec',), 'question': ('record',), 'edit': ('spec',)}
 
 
 def encode_png(image_YXC: np.ndarray) -> bytes:
-  """PNG bytes of a uint8 image; lossless."""
+  """Encodes a uint8 image as PNG, which is lossless."""
   buffer = io.BytesIO()
   Image.fromarray(image_YXC).save(buffer, format='png')
   return buffer.getvalue()
 
 
-def to_example(task: str, item: object) -> dict[str, int | str | bytes]:
-  """An item of the world as a flat record: texts, JSON texts, and PNG bytes.
+def to_example(task: str, item: Item) -> Fields:
+  """Converts an item of the world to a flat record of texts, JSON texts and PNG bytes.
 
   Args:
     task: one of TASKS.
-    item: a `GenerateItem`, `QuestionItem` or `EditItem`, whichever belongs to the task.
+    item: an item of the task.
   """
   fields = vars(item)
-  example = {'index': fields['index'], 'image': encode_png(render.render(fields['scene']))}
+  example: Fields = {'index': item.index, 'image': encode_png(render.render(item.scene))}
   example.update({name: fields[name] for name in _TEXTS[task]})
   example.update({name: json.dumps(fields[name], sort_keys=True) for name in _JSONS[task]})
-  if task == 'edit':
-    example['target'] = encode_png(render.render(fields['target']))
+  if isinstance(item, edits.EditItem):
+    example['target'] = encode_png(render.render(item.target))
   return example
 
 
 @dataclasses.dataclass(kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-  """Which task to write, how many items a split, and the seed of the world."""
+  """The task to write, the items of each split, and the seed of the world."""
 
   task: str
   train_items: int = 10_000
@@ -67,8 +75,12 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     ShapesConfig(name=task, task=task, description=f'{task} items') for task in TASKS
   ]
 
+  @property
+  def _config(self) -> ShapesConfig:
+    return cast(ShapesConfig, self.builder_config)
+
   def _info(self) -> tfds.core.DatasetInfo:
-    task = self.builder_config.task
+    task = self._config.task
     shape = (render.SIZE, render.SIZE, 3)
     features = {
       'index': tfds.features.Scalar(np.int64),
@@ -83,15 +95,17 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
       description='Coloured shapes on a 2x2 grid.',
     )
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator[tuple[int, Fields]]]:
     del dl_manager
-    config = self.builder_config
+    config = self._config
     counts = {'train': config.train_items, 'eval': config.eval_items, 'unseen': config.eval_items}
     return {split: self._generate_examples(split, count) for split, count in counts.items()}
 
-  def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict]]:
-    world = world_lib.World(seed=self.builder_config.seed)
-    task = self.builder_config.task
+  def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, Fields]]:
+    world = world_lib.World(seed=self._config.seed)
+    task = self._config.task
     draw = {'generate': world.generate, 'question': world.question, 'edit': world.edit}[task]
     for index in range(count):
       yield index, to_example(task, draw(index, split))

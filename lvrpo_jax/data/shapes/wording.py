@@ -1,13 +1,18 @@
 """Words of the shapes world: phrases, templates, the vocabulary, and the strict answer reader.
 
-All text is lower case, words are separated by single spaces, and punctuation is a word of its own.
+All text is lower case. Words are separated by single spaces, and punctuation is a word of its own.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from lvrpo_jax.data.shapes import render
+
+Item = TypeVar('Item')
 
 MAX_WORDS = 14  # the longest caption, question or instruction
 
@@ -24,9 +29,12 @@ REGION_CELLS = {
   'top': (0, 1),
   'bottom': (2, 3),
 }
-# The first phrase is the plain one: statements, derived questions and long captions use it.
+# The first phrase is the plain one, used by statements, derived questions and long captions.
 REGION_PHRASES = {
-  **{c: (f'in the {c}', f'in the {c} corner', f'at the {c}') for c in render.CORNERS},
+  **{
+    corner: (f'in the {corner}', f'in the {corner} corner', f'at the {corner}')
+    for corner in render.CORNERS
+  },
   'left': ('on the left', 'on the left side'),
   'right': ('on the right', 'on the right side'),
   'top': ('at the top', 'in the top half'),
@@ -196,27 +204,27 @@ CONTENT_WORDS = (
 
 
 def vocabulary() -> tuple[str, ...]:
-  """All words that any text of the world can contain, sorted."""
+  """Returns all words that any text of the world can contain, sorted."""
   words = set(_EXTRA_WORDS.split()) | CONTENT_WORDS | set(ANSWERS) | {'are', 'yes', 'no'}
   families = [CAPTIONS, CHATTY, DESCRIBE, tuple(STATEMENTS.values())]
   for table in (QUESTIONS, EDITS, REGION_PHRASES, RELATION_PHRASES):
     families.extend(table.values())
   for family in families:
     for template in family:
-      words.update(w for w in template.replace('}', '} ').split() if '{' not in w)
+      words.update(word for word in template.replace('}', '} ').split() if '{' not in word)
   return tuple(sorted(words))
 
 
-def pick(rng: np.random.Generator, items: Sequence) -> object:
-  """Uniform choice from a sequence; much faster than `rng.choice`."""
+def pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
+  """Draws uniformly from a sequence; this is much faster than `rng.choice`."""
   return items[int(rng.random() * len(items))]
 
 
 def pick_text(rng: np.random.Generator, texts: Sequence[str]) -> str:
-  """Uniform choice among the texts of at most MAX_WORDS words.
+  """Draws uniformly from the texts of at most MAX_WORDS words.
 
   Raises:
-    ValueError: if all of them are longer.
+    ValueError: all texts are longer.
   """
   short = [text for text in texts if text.count(' ') < MAX_WORDS]
   if not short:
@@ -225,7 +233,7 @@ def pick_text(rng: np.random.Generator, texts: Sequence[str]) -> str:
 
 
 def noun(shape: str | None, color: str | None, count: int = 1) -> str:
-  """'red circle', 'circles', 'red shapes' and so on; a missing class is called 'shape'."""
+  """Names objects: 'red circle', 'circles', 'red shapes'; a missing class is called 'shape'."""
   if shape is None:
     name = 'shape' if count == 1 else 'shapes'
   else:
@@ -241,10 +249,10 @@ def singular(text: str) -> str:
 
 
 def read_answer(text: str) -> tuple[str | None, bool]:
-  """Reads a reply as (answer word or None, whether the format was obeyed).
+  """Reads a reply as (answer word or None, whether the reply is well-formed).
 
   A well-formed reply is exactly one answer word, or 'think : <plan> ; <answer>' with a plan that
-  is not empty. From any other text the last answer word is taken, with the flag False.
+  is not empty. From any other text the last answer word is taken, and the flag is False.
   """
   words = text.split()
   if len(words) == 1 and words[0] in ANSWERS:

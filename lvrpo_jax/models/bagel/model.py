@@ -1,18 +1,17 @@
-"""The unified model: embeds text, ViT and latent tokens, runs the trunk, reads both heads.
+"""Unified model: embeds text, ViT and latent tokens, runs the trunk, and applies both heads.
 
-Ways through one set of weights, which give the same numbers:
+Its methods are passes with the same weights, and agree where they compute the same outputs:
   * `__call__`: a whole sequence at once (the packed training forward);
-  * `prefill`: the same, keeping keys and values, as the context of what follows;
+  * `prefill`: a whole sequence whose keys and values become the context of later tokens;
   * `read` (text rows), `decode` (one token) and `velocity` (an image): new tokens that attend to a
-    context which all rows of a prompt share;
-  * `joint`: contexts, images and texts after them in one pass over the layers.
+    context, which all rows of a prompt share;
+  * `joint`: contexts, and the images and texts after them, in one pass over the layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 from flax import linen as nn
 import jax
@@ -24,12 +23,18 @@ from lvrpo_jax.models import layers
 from lvrpo_jax.models.bagel import trunk as trunk_lib
 from lvrpo_jax.models.bagel import vit as vit_lib
 
-Array = jax.Array
+Array = types.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-  """Sizes of the vision tower; `side` is the number of patches along its position table."""
+  """Sizes of the vision tower.
+
+  Attributes:
+    patch: side of a patch in pixels.
+    side: patches along each side of the position table.
+    eps: epsilon of the layer norms.
+  """
 
   width: int
   depth: int
@@ -47,9 +52,13 @@ class ModelConfig:
   Attributes:
     latent_channels: values of a latent token (patch * patch * channels of the autoencoder).
     latent_side: latent tokens along a side of the position table.
-    interpolate_pos: stretches every image over the whole position tables, so that the few tokens of
-      a small grid differ; False starts at the first row and column, as the released models do.
     start_of_image, end_of_image: ids of the frame tokens.
+    eps: epsilon of the RMS norms.
+    dtype: compute dtype; parameters are float32.
+    unroll, remat, freeze_und, attention: as in `trunk.Trunk`.
+    interpolate_pos: stretches every image over the whole position tables, so that the few tokens of
+      a small grid get distant positions; False starts at the first row and column, as the released
+      models do.
   """
 
   vocab: int
@@ -74,81 +83,86 @@ class ModelConfig:
 
 
 class Unified(nn.Module):
-  """See the module's docstring. `config.dtype` is the compute dtype; parameters are float32."""
+  """Unified model of text and images; the module docstring lists its passes."""
 
   config: ModelConfig
 
-  def setup(self):
-    c, dtype = self.config, jnp.dtype(self.config.dtype)
-    linear = lambda width, **kw: layers.Linear(width, dtype=dtype, **kw)
-    table = lambda side: lambda *_: jnp.asarray(layers.sincos_table(side, c.width))
-    self.embed_tokens = self.param('embed_tokens', layers.normal(0.5), (c.vocab, c.width))
+  def setup(self) -> None:
+    config, dtype = self.config, jnp.dtype(self.config.dtype)
+
+    linear = functools.partial(layers.Linear, dtype=dtype)
+
+    def table(key: Array, side: int) -> Array:
+      del key  # The table is a formula.
+      return jnp.asarray(layers.sincos_table(side, config.width))
+
+    self.embed_tokens = self.param('embed_tokens', layers.normal(0.5), (config.vocab, config.width))
     self.trunk = trunk_lib.Trunk(
-      depth=c.depth,
-      heads=c.heads,
-      kv_heads=c.kv_heads,
-      head_width=c.width // c.heads,
-      ff_width=c.ff_width,
-      eps=c.eps,
-      rope_theta=c.rope_theta,
+      depth=config.depth,
+      heads=config.heads,
+      kv_heads=config.kv_heads,
+      head_width=config.width // config.heads,
+      ff_width=config.ff_width,
+      eps=config.eps,
+      rope_theta=config.rope_theta,
       dtype=dtype,
-      unroll=c.unroll,
-      remat=c.remat,
-      freeze_und=c.freeze_und,
-      attention=c.attention,
+      unroll=config.unroll,
+      remat=config.remat,
+      freeze_und=config.freeze_und,
+      attention=config.attention,
     )
-    self.lm_head = linear(c.vocab, use_bias=False)
-    self.time_embedder = layers.TimeEmbedder(c.width, dtype)
-    self.vae2llm = linear(c.width)
-    # Zero, so that the first velocity is exactly 0.
-    self.llm2vae = linear(c.latent_channels, kernel_init=nn.initializers.zeros_init())
-    self.latent_pos_embed = self.param('latent_pos_embed', table(c.latent_side))
-    self.vit_pos_embed = self.param('vit_pos_embed', table(c.vit.side))
-    self.connector_fc1 = linear(c.width)
-    self.connector_fc2 = linear(c.width)
+    self.lm_head = linear(config.vocab, use_bias=False)
+    self.time_embedder = layers.TimeEmbedder(config.width, dtype)
+    self.vae2llm = linear(config.width)
+    # A zero kernel makes the velocity of fresh parameters exactly 0.
+    self.llm2vae = linear(config.latent_channels, kernel_init=nn.initializers.zeros_init())
+    self.latent_pos_embed = self.param('latent_pos_embed', table, config.latent_side)
+    self.vit_pos_embed = self.param('vit_pos_embed', table, config.vit.side)
+    self.connector_fc1 = linear(config.width)
+    self.connector_fc2 = linear(config.width)
     self.vit = vit_lib.Vit(
-      width=c.vit.width,
-      depth=c.vit.depth,
-      heads=c.vit.heads,
-      ff_width=c.vit.ff_width,
-      side=c.vit.side,
-      eps=c.vit.eps,
+      width=config.vit.width,
+      depth=config.vit.depth,
+      heads=config.vit.heads,
+      ff_width=config.vit.ff_width,
+      side=config.vit.side,
+      eps=config.vit.eps,
       dtype=dtype,
-      unroll=c.unroll,
-      remat=c.remat,
-      attention=c.attention,
+      unroll=config.unroll,
+      remat=config.remat,
+      attention=config.attention,
     )
 
   def embed_text(self, ids: Array) -> Array:
-    """Embeddings of text and frame tokens, (..., D)."""
+    """Embeds text and frame tokens, (..., D)."""
     x = self.embed_tokens[ids].astype(self.config.dtype)
     return jax.lax.stop_gradient(x) if self.config.freeze_und else x
 
   def embed_patches(self, patches_BNP: Array, position_BN: Array, image_BN: Array) -> Array:
-    """ViT tokens: connector(vit(x)) plus the sin-cos table at the same rows."""
+    """Embeds patches as ViT tokens: connector(vit(x)) plus the sin-cos table at the same rows."""
     x, _ = self.vit(patches_BNP, position_BN, image_BN)
     x = self.connector_fc2(vit_lib.gelu(self.connector_fc1(x)))
-    # The released tables are frozen; they are parameters because checkpoints hold them.
+    # The tables are frozen as in the release; they are parameters because checkpoints hold them.
     return x + jax.lax.stop_gradient(self.vit_pos_embed)[position_BN].astype(x.dtype)
 
   def embed_latents(self, latents: Array, time: Array, position: Array) -> Array:
-    """Latent tokens (..., N, C) at times (..., N); clean ones are embedded with time 0."""
+    """Embeds latent tokens (..., N, C) at times (..., N); clean ones have time 0."""
     x = self.vae2llm(latents) + self.time_embedder(time)
     return x + jax.lax.stop_gradient(self.latent_pos_embed)[position].astype(x.dtype)
 
-  def forward(self, seq: types.Sequence) -> tuple[Array, Array, dict[str, Any]]:
+  def forward(self, seq: types.Sequence) -> tuple[Array, Array, trunk_lib.Outputs]:
     """Runs a whole sequence.
 
     Returns:
       Final hidden states (B, U, D) of text and ViT tokens, (B, N, D) of latent tokens, and the
-      trunk's per-layer outputs, whose arrays keep an axis of length 1 after B.
+      trunk's outputs of every layer, which keep an axis of length 1 (the row) after B.
     """
     stream, shared = self._context(seq)
     h_und, h_gen, out = self.trunk(*stream, shared)
     return h_und[:, 0], h_gen[:, 0], out
 
   def _context(self, seq: types.Sequence) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
-    """A whole sequence as a stream of one row a prompt."""
+    """Lays out a whole sequence as a stream with one row per prompt."""
     und = attention_lib.join(seq.text, seq.vit)
     everything = attention_lib.join(und, seq.gen)
     x_und = self.embed_text(seq.ids_BL)
@@ -162,27 +176,33 @@ class Unified(nn.Module):
     )
 
   def __call__(self, seq: types.Sequence) -> tuple[Array, Array]:
-    """Logits (B, U, V) at text and ViT tokens and velocities (B, N, C) at latent tokens."""
+    """Returns logits (B, U, V) at text and ViT tokens, velocities (B, N, C) at latent tokens."""
     h_und, h_gen, _ = self.forward(seq)
     return self.lm_head(h_und), self.llm2vae(h_gen)
 
   def prefill(self, seq: types.Sequence) -> types.Cache:
-    """Encodes a context once. The cached order is the memory order: text, ViT, latents."""
+    """Encodes a context; the cache has the order in memory: text, ViT, latents."""
     k, v = self.forward(seq)[2]['kv']
-    return types.Cache(k[:, :, 0], v[:, :, 0], _valid(seq), seq.next_position_B)
+    return types.Cache(
+      k_EBSJK=k[:, :, 0],
+      v_EBSJK=v[:, :, 0],
+      valid_BS=_valid(seq),
+      next_position_B=seq.next_position_B,
+    )
 
   def read(self, cache: types.Cache, ids_BML: Array) -> Array:
-    """Logits (B, M, L, V) of text rows that follow the context; padding stands at the end."""
+    """Returns logits (B, M, L, V) of text rows after the context; padding is at their end."""
     stream, shared = self._text(cache.valid_BS, cache.next_position_B, ids_BML)
     return self.lm_head(self._extend(cache, stream, shared)[0])
 
   def decode(
     self, cache: types.Cache, row: tuple[Array, Array], index: Array, token_BM: Array
   ) -> tuple[Array, tuple[Array, Array]]:
-    """One decoding step: feeds token number `index` of every row.
+    """Runs one decoding step, which feeds one token of every row.
 
     Args:
       row: keys and values (E, B, M, T, J, K) of the tokens decoded so far; see `empty_row`.
+      index: index of the token within its row.
 
     Returns:
       Logits (B, M, V) of the next token, and the updated `row`.
@@ -196,24 +216,25 @@ class Unified(nn.Module):
       row_index=index,
     )
     x = self.embed_text(token_BM[..., None])
-    x_und, _, out = self.trunk(
-      x, x[:, :, :0], shared, trunk_lib.LayerCache((cache.k_EBSJK, cache.v_EBSJK), row)
-    )
+    layer_cache = trunk_lib.LayerCache(context=(cache.k_EBSJK, cache.v_EBSJK), row=row)
+    x_und, _, out = self.trunk(x, x[:, :, :0], shared, layer_cache)
+    assert out['row'] is not None
     return self.lm_head(x_und[:, :, 0]), out['row']
 
   def velocity(
     self, cache: types.Cache, x_BMNC: Array, time_BM: Array, position_BN: Array
   ) -> Array:
-    """Velocities (B, M, N, C), float32, of noised images that follow the context.
+    """Returns velocities (B, M, N, C), float32, of noised images after the context.
 
-    An image is `[start_of_image] latents [end_of_image]`, all at one position and never cached.
+    An image is `[start_of_image] latents [end_of_image]`; all its tokens have one RoPE position,
+    and none is cached.
     """
     return self.velocity_and_states(cache, x_BMNC, time_BM, position_BN)[0]
 
   def velocity_and_states(
     self, cache: types.Cache, x_BMNC: Array, time_BM: Array, position_BN: Array
   ) -> tuple[Array, Array]:
-    """`velocity`, and the latent tokens' states (E, B, M, N, D) after every layer."""
+    """Returns `velocity` and the latent tokens' states (E, B, M, N, D) after every layer."""
     stream, shared = self._image(
       cache.valid_BS, cache.next_position_B, x_BMNC, time_BM, position_BN
     )
@@ -226,10 +247,10 @@ class Unified(nn.Module):
     images: dict[str, tuple[Array, Array, Array]],
     texts: dict[str, Array],
   ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Contexts and all that follows them in one pass over the layers.
+    """Runs contexts, and the images and texts after them, in one pass over the layers.
 
-    The numbers are those of `prefill`, then `velocity` and `read`, but every layer's weights are
-    used once: what a mesh moves to train a mixed batch is then what one pass moves.
+    The results are those of `prefill` followed by `velocity` and `read`. Here every weight is used
+    once, so that training on a mixed batch over a mesh communicates as much as a single pass.
 
     Args:
       contexts: by task.
@@ -239,17 +260,26 @@ class Unified(nn.Module):
     Returns:
       Velocities of the images and logits of the texts, by task.
     """
-    names = list(contexts)
-    streams = [self._context(contexts[name]) for name in names]
-    follow = lambda name: dict(source=names.index(name))
-    state = lambda name: (_valid(contexts[name]), contexts[name].next_position_B)
-    streams += [self._image(*state(name), *x, **follow(name)) for name, x in images.items()]
-    streams += [self._text(*state(name), ids, **follow(name)) for name, ids in texts.items()]
-    out = self.trunk.joint(*(tuple(x) for x in zip(*streams)))[len(names) :]
-    drawn, read = out[: len(images)], out[len(images) :]
+    sources = {name: source for source, name in enumerate(contexts)}
+    streams = [self._context(seq) for seq in contexts.values()]
+    for name, (x_BMNC, time_BM, position_BN) in images.items():
+      valid_BS, next_position_B = _valid(contexts[name]), contexts[name].next_position_B
+      streams.append(
+        self._image(valid_BS, next_position_B, x_BMNC, time_BM, position_BN, sources[name])
+      )
+    for name, ids_BML in texts.items():
+      valid_BS, next_position_B = _valid(contexts[name]), contexts[name].next_position_B
+      streams.append(self._text(valid_BS, next_position_B, ids_BML, sources[name]))
+    out = self.trunk.joint(
+      tuple(stream for stream, _ in streams), tuple(shared for _, shared in streams)
+    )[len(contexts) :]
+    image_out, text_out = out[: len(images)], out[len(images) :]
     return (
-      {name: self.llm2vae(x[1]).astype(jnp.float32) for name, x in zip(images, drawn)},
-      {name: self.lm_head(x[0]) for name, x in zip(texts, read)},
+      {
+        name: self.llm2vae(gen).astype(jnp.float32)
+        for name, (_, gen) in zip(images, image_out, strict=True)
+      },
+      {name: self.lm_head(und) for name, (und, _) in zip(texts, text_out, strict=True)},
     )
 
   def _image(
@@ -259,43 +289,43 @@ class Unified(nn.Module):
     x_BMNC: Array,
     time_BM: Array,
     position_BN: Array,
-    **shared: Any,
+    source: int | None = None,
   ) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
-    """Noised images after a context, as a stream."""
+    """Lays out noised images after a context as a stream; `source` as in `trunk.Shared`."""
     B, M, N, _ = x_BMNC.shape
-    c = self.config
-    frame = jnp.broadcast_to(jnp.array([c.start_of_image, c.end_of_image]), (B, M, 2))
+    frame_ids = jnp.array([self.config.start_of_image, self.config.end_of_image])
+    frame = jnp.broadcast_to(frame_ids, (B, M, 2))
     gen = self.embed_latents(x_BMNC, time_BM[..., None], position_BN[:, None])
     position = jnp.broadcast_to(next_position_B[:, None, None], (B, 1, N + 2))
     return (self.embed_text(frame), gen), trunk_lib.Shared(
       rope=self.trunk.rope(position[:, :, :2], position[:, :, 2:]),
       mask=attention_lib.Mask(),
       context_mask=attention_lib.Mask(keys=valid_BS),
-      **shared,
+      source=source,
     )
 
   def _text(
-    self, valid_BS: Array, next_position_B: Array, ids_BML: Array, **shared: Any
+    self, valid_BS: Array, next_position_B: Array, ids_BML: Array, source: int | None = None
   ) -> tuple[trunk_lib.Stream, trunk_lib.Shared]:
-    """Texts after a context, as a stream."""
+    """Lays out texts after a context as a stream; `source` as in `trunk.Shared`."""
     position = next_position_B[:, None, None] + jnp.arange(ids_BML.shape[-1])
     x = self.embed_text(ids_BML)
     return (x, x[:, :, :0]), trunk_lib.Shared(
       rope=self.trunk.rope(position, position[:, :, :0]),
       mask=attention_lib.Mask(causal=True),
       context_mask=attention_lib.Mask(keys=valid_BS),
-      **shared,
+      source=source,
     )
 
   def _extend(
     self, cache: types.Cache, stream: trunk_lib.Stream, shared: trunk_lib.Shared
-  ) -> tuple[Array, Array, dict[str, Any]]:
-    """Runs new tokens against a context."""
-    return self.trunk(*stream, shared, trunk_lib.LayerCache((cache.k_EBSJK, cache.v_EBSJK)))
+  ) -> tuple[Array, Array, trunk_lib.Outputs]:
+    """Runs new tokens that attend to a context."""
+    return self.trunk(*stream, shared, trunk_lib.LayerCache(context=(cache.k_EBSJK, cache.v_EBSJK)))
 
 
 def _valid(seq: types.Sequence) -> Array:
-  """Which places (B, S) of a context hold a token."""
+  """Returns True (B, S) where a context holds a token and False on padding."""
   return (
     jnp.concatenate([seq.text.sample_BL, seq.vit.sample_BL, seq.gen.sample_BL], axis=1)
     != types.PADDING
@@ -303,15 +333,24 @@ def _valid(seq: types.Sequence) -> Array:
 
 
 def empty_row(config: ModelConfig, rows: tuple[int, int], length: int) -> tuple[Array, Array]:
-  """An empty decode cache for (B, M) rows of at most `length` tokens."""
+  """Creates an empty decode cache for (B, M) rows of at most `length` tokens."""
   shape = (config.depth, *rows, length, config.kv_heads, config.width // config.heads)
   return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
 
 def dummy_sequence(config: ModelConfig) -> types.Sequence:
-  """The smallest sequence with all kinds of tokens, for initialisation and abstract shapes."""
-  layout = types.Layout(*(jnp.zeros((1, 1), jnp.int32) for _ in range(5)))
-  zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+  """Creates the smallest sequence with all kinds of tokens, to initialise and to infer shapes."""
+
+  def zeros(*shape: int) -> Array:
+    return jnp.zeros(shape, jnp.int32)
+
+  layout = types.Layout(
+    sample_BL=zeros(1, 1),
+    order_BL=zeros(1, 1),
+    split_BL=zeros(1, 1),
+    mode_BL=zeros(1, 1),
+    position_BL=zeros(1, 1),
+  )
   return types.Sequence(
     ids_BL=zeros(1, 1),
     text=layout,
@@ -329,7 +368,7 @@ def dummy_sequence(config: ModelConfig) -> types.Sequence:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: Array) -> types.Params:
-  """Fresh parameters; the generation expert starts as a copy of the understanding expert."""
+  """Creates parameters; the generation expert starts as a copy of the understanding expert."""
   params = Unified(config).init(key, dummy_sequence(config))['params']
   trunk = params['trunk']
   trunk['layers']['gen'] = jax.tree.map(jnp.copy, trunk['layers']['und'])

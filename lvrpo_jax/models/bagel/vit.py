@@ -1,19 +1,23 @@
-"""The vision tower that reads images: SigLIP's encoder on packed patches (NaViT)."""
+"""Vision tower of the understanding expert: SigLIP's encoder on packed patches (NaViT)."""
 
 from __future__ import annotations
 
 import functools
 
 from flax import linen as nn
-import jax
 from jax import numpy as jnp
 
+from lvrpo_jax import types
 from lvrpo_jax.models import attention as attention_lib
 from lvrpo_jax.models import layers
 from lvrpo_jax.parallel import activations
 
-Array = jax.Array
-gelu = functools.partial(nn.gelu, approximate=True)
+Array = types.Array
+
+
+def gelu(x: Array) -> Array:
+  """Applies the tanh approximation of GELU."""
+  return nn.gelu(x, approximate=True)
 
 
 class VitLayer(nn.Module):
@@ -29,7 +33,10 @@ class VitLayer(nn.Module):
   def __call__(self, x_BND: Array, mask_BNN: Array) -> tuple[Array, Array]:
     B, N, D = x_BND.shape
     linear = functools.partial(layers.Linear, dtype=self.dtype)
-    split = lambda y: y.reshape(B, 1, N, self.heads, D // self.heads)
+
+    def split(y: Array) -> Array:
+      return y.reshape(B, 1, N, self.heads, D // self.heads)
+
     y = layers.LayerNorm(self.eps, name='layer_norm1')(x_BND)
     q, k, v = (split(linear(D, name=f'{n}_proj')(y)) for n in 'qkv')
     block = attention_lib.Block(k, v, attention_lib.Mask(mask_BNN[:, None]))
@@ -42,9 +49,11 @@ class VitLayer(nn.Module):
 
 
 class Vit(nn.Module):
-  """Patches to features; attention is bidirectional inside each image only.
+  """Encoder of patches; attention is bidirectional inside each image only.
 
-  `side` is the number of patches along a side of the position table.
+  Attributes:
+    side: patches along each side of the position table.
+    unroll, remat, attention: as in `trunk.Trunk`.
   """
 
   width: int
@@ -62,22 +71,25 @@ class Vit(nn.Module):
   def __call__(
     self, patches_BNP: Array, position_BN: Array, image_BN: Array
   ) -> tuple[Array, Array]:
-    """Returns (features_BND after the post norm, outputs of all layers (E, B, N, D)).
+    """Encodes patches.
 
-    Patches of one image share its number in `image_BN`; negative numbers are padding.
+    Args:
+      position_BN: rows of the position table.
+      image_BN: index of the image that a patch belongs to; negative on padding.
+
+    Returns:
+      Features (B, N, D) after the post norm, and the outputs (E, B, N, D) of all layers.
     """
     x = layers.Linear(self.width, name='patch_embedding', dtype=self.dtype)(patches_BNP)
     table = self.param('position_embedding', layers.normal(0.02), (self.side**2, self.width))
     x = activations.constrain(x + table[position_BN].astype(self.dtype), 'rows')
     mask_BNN = (image_BN[:, :, None] == image_BN[:, None, :]) & (image_BN >= 0)[:, None, :]
-    stack = nn.scan(
+    stack = layers.scan(
       layers.remat(VitLayer, self.remat),
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
+      self,
       in_axes=nn.broadcast,
       length=self.depth,
       unroll=self.unroll,
-      **layers.traced_once(self),
     )
     x, outputs = stack(
       self.heads, self.ff_width, self.eps, self.dtype, self.attention, name='layers'

@@ -1,11 +1,13 @@
-"""The SigLIP dual encoder: images and texts as unit vectors whose inner product is a similarity.
+"""SigLIP dual encoder: maps images and texts to unit vectors whose inner product is a similarity.
 
-Both released families are covered: SigLIP (Zhai et al. 2023, arXiv 2303.15343), which takes square
-images of one size, and SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786), whose variable-size
-models take padded patch sequences and resize the position table to the grid of every image.
+Both released families are covered. SigLIP (Zhai et al. 2023, arXiv 2303.15343) takes square images
+of one size. The variable-size models of SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786) take
+padded patch sequences and resize the position table to the grid of every image.
 
 Axes beyond the common legend: `U`, `V` rows and columns of the position table, `M` attention keys.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
@@ -14,8 +16,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from lvrpo_jax import types
 from lvrpo_jax.models import layers as layers_lib
 from lvrpo_jax.models import vae as vae_lib
+
+Array = types.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,8 @@ class SiglipVisionConfig:
     mlp: feed-forward width.
     layers: number of blocks.
     heads: attention heads; divides `hidden`.
-    image_size: side in pixels of the images, or of the square that the position table covers.
+    image_size: side in pixels of the images, or of the square that the position table covers. If
+      it is no multiple of `patch`, the rest at the bottom and at the right is not seen.
     patch: patch side in pixels.
     eps: layer-norm epsilon.
   """
@@ -42,7 +48,7 @@ class SiglipVisionConfig:
 
   @property
   def side(self) -> int:
-    """Rows, and columns, of the position table."""
+    """Rows, and also columns, of the position table: the whole patches along a side."""
     return self.image_size // self.patch
 
 
@@ -55,7 +61,7 @@ class SiglipTextConfig:
     mlp: feed-forward width.
     layers: number of blocks.
     heads: attention heads; divides `hidden`.
-    vocab: number of token ids.
+    vocab: size of the vocabulary.
     max_positions: longest text in tokens.
     projection: width of the joint space, the `hidden` of the image encoder.
     eps: layer-norm epsilon.
@@ -79,10 +85,7 @@ def _layer_norm(config: SiglipTowerConfig, name: str | None = None) -> nn.LayerN
 
 
 class Attention(nn.Module):
-  """Multi-head attention with biases, scores scaled by head_width ** -0.5.
-
-  `values` gives what a query would read if a single position were all there is to attend to.
-  """
+  """Multi-head attention with biases; scores are scaled by head_width ** -0.5."""
 
   heads: int
   hidden: int
@@ -96,9 +99,7 @@ class Attention(nn.Module):
     self.v_proj = nn.DenseGeneral(split)
     self.out_proj = nn.DenseGeneral(self.hidden, axis=(-2, -1))
 
-  def __call__(
-    self, query_BLD: jax.Array, memory_BMD: jax.Array, mask_BM: jax.Array | None
-  ) -> jax.Array:
+  def __call__(self, query_BLD: Array, memory_BMD: Array, mask_BM: Array | None) -> Array:
     q_BLHK, k_BMHK = self.q_proj(query_BLD), self.k_proj(memory_BMD)
     scores_BHLM = jnp.einsum('BLHK,BMHK->BHLM', q_BLHK, k_BMHK) * q_BLHK.shape[-1] ** -0.5
     if mask_BM is not None:
@@ -107,29 +108,30 @@ class Attention(nn.Module):
     weights_BHLM = jax.nn.softmax(scores_BHLM)
     return self.out_proj(jnp.einsum('BHLM,BMHK->BLHK', weights_BHLM, self.v_proj(memory_BMD)))
 
-  def values(self, memory_BMD: jax.Array) -> jax.Array:
+  def values(self, memory_BMD: Array) -> Array:
+    """Returns the output at every position of a query that attends to this position alone."""
     return self.out_proj(self.v_proj(memory_BMD))
 
 
 class Mlp(nn.Module):
-  """Two layers with the tanh approximation of GELU."""
+  """Two linear layers with the tanh approximation of GELU between them."""
 
   mlp: int
   hidden: int
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+  def __call__(self, x_BLD: Array) -> Array:
     hidden_BLF = nn.gelu(nn.Dense(self.mlp, name='fc1')(x_BLD), approximate=True)
     return nn.Dense(self.hidden, name='fc2')(hidden_BLF)
 
 
 class Block(nn.Module):
-  """A pre-norm transformer block; attention is bidirectional."""
+  """Pre-norm transformer block with bidirectional attention."""
 
   config: SiglipTowerConfig
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
+  def __call__(self, x_BLD: Array, mask_BL: Array | None) -> Array:
     config = self.config
     n_BLD = _layer_norm(config, 'norm1')(x_BLD)
     x_BLD += Attention(config.heads, config.hidden, name='attention')(n_BLD, n_BLD, mask_BL)
@@ -138,7 +140,7 @@ class Block(nn.Module):
 
 
 class PoolingHead(nn.Module):
-  """Attention pooling: a learned probe reads all patches, then a residual MLP."""
+  """Attention pooling: a learned query attends to all patches; a residual MLP follows."""
 
   config: SiglipVisionConfig
 
@@ -150,23 +152,23 @@ class PoolingHead(nn.Module):
     self.norm = _layer_norm(config)
     self.mlp = Mlp(config.mlp, config.hidden)
 
-  def __call__(self, hidden_BND: jax.Array, mask_BN: jax.Array | None) -> jax.Array:
+  def __call__(self, hidden_BND: Array, mask_BN: Array | None) -> Array:
     probe_B1D = jnp.broadcast_to(self.probe, (len(hidden_BND), 1, self.config.hidden))
     return self._finish(self.attention(probe_B1D, hidden_BND, mask_BN))[:, 0]
 
-  def each(self, hidden_BND: jax.Array) -> jax.Array:
-    """The pooled vector of every patch as if it were the whole image, shape (B, N, D)."""
+  def each(self, hidden_BND: Array) -> Array:
+    """Pools every patch on its own, as if it were the whole image: (B, N, D)."""
     return self._finish(self.attention.values(hidden_BND))
 
-  def _finish(self, x_BLD: jax.Array) -> jax.Array:
+  def _finish(self, x_BLD: Array) -> Array:
     return x_BLD + self.mlp(self.norm(x_BLD))
 
 
-def _interpolation(position_BN: jax.Array, size_B: jax.Array, source: int) -> jax.Array:
-  """Weights (B, N, source) of an antialiased linear resize of `source` samples to `size_B`.
+def _interpolation(position_BN: Array, size_B: Array, source: int) -> Array:
+  """Computes weights (B, N, source) of an antialiased linear resize of `source` samples to `size_B`.
 
-  Row n is a triangle around the centre of target sample `position_BN`, as wide as a target sample
-  when shrinking and as a source sample when growing, normalised over the source samples.
+  Row n is a triangle around the centre of target sample `position_BN`, normalised over the source
+  samples. It is as wide as a target sample when shrinking, as a source sample when growing.
   """
   scale_B1 = (source / size_B)[:, None]
   centre_BN1 = ((position_BN + 0.5) * scale_B1)[..., None]
@@ -175,7 +177,7 @@ def _interpolation(position_BN: jax.Array, size_B: jax.Array, source: int) -> ja
   return weight_BNU / weight_BNU.sum(axis=-1, keepdims=True)
 
 
-def resize_positions(table_UVD: jax.Array, grid_B2: jax.Array, patches: int) -> jax.Array:
+def resize_positions(table_UVD: Array, grid_B2: Array, patches: int) -> Array:
   """Resizes a square position table to the grid of every image.
 
   Args:
@@ -184,7 +186,7 @@ def resize_positions(table_UVD: jax.Array, grid_B2: jax.Array, patches: int) -> 
     patches: length N of the padded patch sequences.
 
   Returns:
-    Shape (B, N, D), row by row; entries past rows * columns repeat the first.
+    Shape (B, N, D), row-major; entries past rows * columns repeat the first.
   """
   rows_B, columns_B = grid_B2[:, 0], grid_B2[:, 1]
   index_BN = jnp.broadcast_to(jnp.arange(patches)[None], (len(grid_B2), patches))
@@ -195,7 +197,7 @@ def resize_positions(table_UVD: jax.Array, grid_B2: jax.Array, patches: int) -> 
 
 
 class VisionTower(nn.Module):
-  """Image encoder; the patch embedding is linear over (row, column, channel) of a patch."""
+  """Image encoder, whose patch embedding is linear over (row, column, channel) of a patch."""
 
   config: SiglipVisionConfig
 
@@ -208,8 +210,10 @@ class VisionTower(nn.Module):
     self.post_norm = _layer_norm(config)
     self.head = PoolingHead(config)
 
-  def __call__(self, image_BYXC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, image_BYXC: Array) -> tuple[Array, Array]:
     """Encodes square images.
+
+    As in a strided convolution without padding, pixels beyond the last whole patch are not seen.
 
     Returns:
       (hidden_BND, pooled_BD): patch states after the last norm, and the pooled state.
@@ -220,19 +224,22 @@ class VisionTower(nn.Module):
     size = self.config.image_size
     if image_BYXC.shape[1:3] != (size, size):
       raise ValueError(f'images are {image_BYXC.shape[1:3]} pixels, not {size} x {size}')
+    extent = self.config.side * self.config.patch
+    if extent < size:
+      image_BYXC = image_BYXC[:, :extent, :extent]
     patches_BND = vae_lib.patchify(image_BYXC, self.config.patch)
     return self._encode(self.patch_embedding(patches_BND) + self.positions[None], None)
 
   def embed_patches(
-    self, patches_BND: jax.Array, mask_BN: jax.Array, grid_B2: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+    self, patches_BND: Array, mask_BN: Array, grid_B2: Array
+  ) -> tuple[Array, Array]:
     """Encodes padded patch sequences; arguments as in `Siglip.embed_patches`."""
     side = self.config.side
     table_UVD = self.positions.reshape(side, side, self.config.hidden)
     positions_BND = resize_positions(table_UVD, grid_B2, patches_BND.shape[1])
     return self._encode(self.patch_embedding(patches_BND) + positions_BND, mask_BN)
 
-  def _encode(self, x_BND: jax.Array, mask_BN: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  def _encode(self, x_BND: Array, mask_BN: Array | None) -> tuple[Array, Array]:
     for layer in self.layers:
       x_BND = layer(x_BND, mask_BN)
     hidden_BND = self.post_norm(x_BND)
@@ -240,14 +247,12 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-  """Text encoder: attention sees all tokens, and the last position is the pooled state."""
+  """Text encoder with bidirectional attention; the state at the last position is the pooled one."""
 
   config: SiglipTextConfig
 
   @nn.compact
-  def __call__(
-    self, ids_BL: jax.Array, mask_BL: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, ids_BL: Array, mask_BL: Array | None = None) -> tuple[Array, Array]:
     """Encodes texts.
 
     Returns:
@@ -270,14 +275,15 @@ class TextTower(nn.Module):
     return hidden_BLD, nn.Dense(config.projection, name='head')(hidden_BLD)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: Array) -> Array:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class Siglip(nn.Module):
-  """Both towers and the scale and bias of their inner product.
+  """Dual encoder: both towers, and the scale and bias of their inner product.
 
-  All vectors in the joint space have norm 1. `logit_scale` holds the logarithm of the scale.
+  All vectors in the joint space have norm 1. The parameter `logit_scale` is the logarithm of the
+  scale.
   """
 
   vision_config: SiglipVisionConfig
@@ -286,30 +292,26 @@ class Siglip(nn.Module):
   def setup(self) -> None:
     self.vision = VisionTower(self.vision_config)
     self.text = TextTower(self.text_config)
-    # Start values of arXiv 2303.15343: nearly all pairs are negatives.
+    # Initial values of arXiv 2303.15343, for batches in which nearly all pairs are negatives.
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(10.0)), ())
     self.logit_bias = self.param('logit_bias', nn.initializers.constant(-10.0), ())
 
-  def __call__(
-    self, image_BYXC: jax.Array, ids_BL: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The arguments of `siglip_loss`: (image_BD, text_BD, scale, bias)."""
+  def __call__(self, image_BYXC: Array, ids_BL: Array) -> tuple[Array, Array, Array, Array]:
+    """Returns the arguments of `siglip_loss`: (image_BD, text_BD, scale, bias)."""
     image_BD, text_BD = self.embed_image(image_BYXC)[0], self.embed_text(ids_BL)[0]
     return image_BD, text_BD, *self.scale_and_bias()
 
-  def scale_and_bias(self) -> tuple[jax.Array, jax.Array]:
-    """Scale (not its logarithm) and bias of the logits, scalars."""
+  def scale_and_bias(self) -> tuple[Array, Array]:
+    """Returns scale (not its logarithm) and bias of the logits, scalars."""
     return jnp.exp(self.logit_scale), self.logit_bias
 
-  def embed_image(
-    self, image_BYXC: jax.Array, projected: bool = True
-  ) -> tuple[jax.Array, jax.Array]:
+  def embed_image(self, image_BYXC: Array, projected: bool = True) -> tuple[Array, Array]:
     """Embeds square images in [-1, 1], shape (B, image_size, image_size, channels).
 
     Args:
       image_BYXC: the images.
-      projected: True puts every patch through the pooling head on its own, as if it were the
-        whole image, so that patches live in the joint space; False returns the tower's states.
+      projected: True applies the pooling head to every patch on its own, as if it were the whole
+        image, so that patches are in the joint space; False returns the tower's states.
 
     Returns:
       (pooled_BD, patches_BND): unit vectors, except that unprojected patches keep their length.
@@ -318,52 +320,49 @@ class Siglip(nn.Module):
 
   def embed_patches(
     self,
-    patches_BND: jax.Array,
-    mask_BN: jax.Array,
-    grid_B2: jax.Array,
+    patches_BND: Array,
+    mask_BN: Array,
+    grid_B2: Array,
     projected: bool = True,
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[Array, Array]:
     """Embeds images of different sizes, given as padded patch sequences.
 
     Args:
       patches_BND: patches in the order of `patchify`, padded at the end of each sequence.
-      mask_BN: boolean, True for real patches; at least one an image.
+      mask_BN: boolean, True for real patches; every image has at least one.
       grid_B2: integer patch rows and patch columns of every image, rows * columns <= N.
       projected: see `embed_image`.
 
     Returns:
-      (pooled_BD, patches_BND) as in `embed_image`; patches outside the mask mean nothing.
+      (pooled_BD, patches_BND) as in `embed_image`; patches outside the mask are undefined.
     """
     hidden_BND, pooled_BD = self.vision.embed_patches(patches_BND, mask_BN, grid_B2)
     return self._image_features(hidden_BND, pooled_BD, projected)
 
-  def embed_text(
-    self, ids_BL: jax.Array, mask_BL: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+  def embed_text(self, ids_BL: Array, mask_BL: Array | None = None) -> tuple[Array, Array]:
     """Embeds texts.
 
     Args:
-      ids_BL: token ids. The released models were trained on texts padded to `max_positions`, and
-        the last position, padding or not, is the pooled one.
-      mask_BL: boolean, True where attention may look; None attends to padding, as released.
+      ids_BL: token ids. The released models were trained on texts padded to `max_positions`; the
+        last position, padding or not, is the pooled one.
+      mask_BL: boolean, True on tokens that attention may see; None lets it see padding too, as in
+        the released models.
 
     Returns:
-      (pooled_BD, tokens_BLD): unit vectors in the joint space, the head applied to each token.
+      (pooled_BD, tokens_BLD): unit vectors in the joint space; the head is applied to each token.
     """
     tokens_BLD = _unit(self.text(ids_BL, mask_BL)[1])
     return tokens_BLD[:, -1], tokens_BLD
 
   def _image_features(
-    self, hidden_BND: jax.Array, pooled_BD: jax.Array, projected: bool
-  ) -> tuple[jax.Array, jax.Array]:
+    self, hidden_BND: Array, pooled_BD: Array, projected: bool
+  ) -> tuple[Array, Array]:
     patches_BND = _unit(self.vision.head.each(hidden_BND)) if projected else hidden_BND
     return _unit(pooled_BD), patches_BND
 
 
-def siglip_loss(
-  image_BD: jax.Array, text_BD: jax.Array, scale: jax.Array, bias: jax.Array
-) -> jax.Array:
-  """Sigmoid loss over all pairs, summed and divided by B (Zhai et al. 2023, arXiv 2303.15343).
+def siglip_loss(image_BD: Array, text_BD: Array, scale: Array, bias: Array) -> Array:
+  """Computes the sigmoid loss of all pairs, divided by B (Zhai et al. 2023, arXiv 2303.15343).
 
   -1/B sum_ij log sigmoid(z_ij (scale * x_i . y_j + bias)), z_ij = 1 for i = j and -1 otherwise.
 

@@ -1,34 +1,38 @@
-"""SigLIP and SigLIP-2 dual encoders: Hugging Face safetensors, read and written.
+"""Checkpoints of SigLIP and SigLIP 2: Hugging Face safetensors, read and written.
 
-One ordered table pairs tensor names with paths of our parameters, in both directions. The pooling
-head's fused projection holds three of our parameters.
+One ordered table pairs tensor names with paths of our parameters and is read in both directions.
+The fused projection of the pooling head holds three of our parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import cast, NamedTuple, TypeVar
 
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from lvrpo_jax import types
 from lvrpo_jax.models import safetensors as safetensors_lib
 from lvrpo_jax.models.siglip import model as siglip
 
+_ArrayT = TypeVar('_ArrayT', jax.Array, np.ndarray)
+
 
 class Row(NamedTuple):
-  """A tensor name and a parameter path with the same fields.
+  """Templates of a tensor name and of a parameter path with the same `{field}`s.
 
-  `kind`: 'plain', 'linear' (out, in), 'patch' (a linear layer, or a convolution of one stride), or
-  'fused' (linear layers below each other, of which this is number `part`).
+  Attributes:
+    kind: 'plain', 'linear' (out, in), 'patch' (a linear layer, or a convolution whose stride is its
+      kernel size), or 'fused' (several linear layers concatenated along the outputs).
+    part: index of the layer in a fused tensor.
   """
 
   tensor: str
@@ -50,6 +54,7 @@ _HEAD = 'vision_model.head.'
 
 
 def _affine(tensor: str, path: str, kind: str = 'linear') -> list[Row]:
+  """Returns the rows of a layer with a bias; 'plain' ones are layer norms."""
   weight = 'scale' if kind == 'plain' else 'kernel'
   return [Row(f'{tensor}.weight', f'{path}/{weight}', kind), Row(f'{tensor}.bias', f'{path}/bias')]
 
@@ -66,10 +71,10 @@ ROWS = (
   Row(_HEAD + 'probe', 'vision/head/probe'),
   *(
     Row(
-      f'{_HEAD}attention.in_proj_{theirs}',
-      f'vision/head/attention/{proj}_proj/{ours}',
-      'fused',
-      part,
+      tensor=f'{_HEAD}attention.in_proj_{theirs}',
+      path=f'vision/head/attention/{proj}_proj/{ours}',
+      kind='fused',
+      part=part,
     )
     for part, proj in enumerate('qkv')
     for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
@@ -81,31 +86,44 @@ ROWS = (
   *_affine('text_model.head', 'text/head'),
 )
 IGNORED = r'.*\.position_ids'
-"""Tables of indices that some files hold."""
+"""Regular expression of tensors that are not read: tables of indices in some files."""
+_FLOATS = safetensors_lib.FLOATS | {'F64'}
 
 
 def _row(path: str) -> tuple[Row, str]:
-  """The row of one of our paths, and the tensor's name."""
+  """Returns the row of one of our paths, and the name of its tensor."""
+
+  def group(field: re.Match[str]) -> str:
+    return f'(?P<{field[1]}>{_FIELDS[field[1]]})'
+
   for row in ROWS:
-    pattern = re.sub(
-      r'\\\{(\w+)\\\}', lambda m: f'(?P<{m[1]}>{_FIELDS[m[1]]})', re.escape(row.path)
-    )
+    pattern = re.sub(r'\\\{(\w+)\\\}', group, re.escape(row.path))
     if found := re.fullmatch(pattern, path):
       return row, row.tensor.format(**found.groupdict())
-  raise KeyError(f'{path} stands in no row of the table')
+  raise KeyError(f'no row of the table matches parameter {path}')
 
 
-@functools.cache
-def _spec(model: siglip.Siglip) -> dict[str, tuple[int, ...]]:
-  """Shapes of our parameters by path."""
+def _parameter_shapes(model: siglip.Siglip) -> dict[str, tuple[int, ...]]:
+  """Returns shapes of our parameters by path."""
   size = model.vision_config.image_size
   args = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 1), jnp.int32)
   tree = jax.eval_shape(model.init, jax.random.key(0), *args)['params']
-  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep='/').items()}
+  return {path: leaf.shape for path, leaf in _flatten(tree).items()}
+
+
+# Flax modules are hashable, but their type stubs lack `__hash__`.
+_spec = cast(
+  Callable[[siglip.Siglip], dict[str, tuple[int, ...]]], functools.cache(_parameter_shapes)
+)
+
+
+def _flatten(tree: types.Tree) -> dict[str, types.Tree]:
+  """Returns the leaves of nested dicts by path."""
+  return cast(dict[str, types.Tree], traverse_util.flatten_dict(tree, sep='/'))
 
 
 def from_tensor(row: Row, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """One of our parameters from a tensor."""
+  """Converts a tensor to one of our parameters, of the given shape."""
   if row.kind == 'fused':
     value = np.split(value, 3)[row.part]
   if row.kind == 'patch' and value.ndim == 4:
@@ -114,14 +132,12 @@ def from_tensor(row: Row, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
   return (value.T if transposed else value).reshape(shape)
 
 
-def to_tensor(
-  path: str, row: Row, value: np.ndarray, model: siglip.Siglip, conv: bool
-) -> np.ndarray:
-  """A tensor, or one part of a fused one, from our parameter."""
+def to_tensor(path: str, row: Row, value: _ArrayT, model: siglip.Siglip, conv: bool) -> _ArrayT:
+  """Converts our parameter to a tensor, or to its part of a fused tensor."""
   if path.endswith('/bias') and value.ndim > 1:
     return value.reshape(-1)
   if path.endswith('/kernel'):
-    # Attention kernels are (in, heads, head width), and (heads, head width, out) behind it.
+    # Attention kernels are (in, heads, head width); those of `out_proj` (heads, head width, out).
     inputs = -1 if path.endswith('out_proj/kernel') else value.shape[0]
     value = value.reshape(inputs, value.shape[-1] if inputs == -1 else -1).T
     if row.kind == 'patch' and conv:
@@ -136,10 +152,11 @@ def to_tensor(
 def expected_shapes(
   path: str, row: Row, shape: tuple[int, ...], model: siglip.Siglip
 ) -> list[tuple[int, ...]]:
-  """Shapes that the tensor of one of our parameters may have."""
+  """Returns the shapes that the tensor of one of our parameters may have."""
   ours, out = jax.ShapeDtypeStruct(shape, jnp.float32), []
   for conv in (True, False):
-    made = jax.eval_shape(lambda x, c=conv: to_tensor(path, row, x, model, c), ours).shape
+    convert = functools.partial(to_tensor, path, row, model=model, conv=conv)
+    made = jax.eval_shape(convert, ours).shape
     out.append((3 * made[0], *made[1:]) if row.kind == 'fused' else made)
   if path.startswith('logit_'):
     out.append(())
@@ -149,43 +166,34 @@ def expected_shapes(
 def load(
   path: str | os.PathLike, model: siglip.Siglip, sharding: types.Params | None = None
 ) -> types.Params:
-  """Parameters from `model.safetensors` or its index, tensor by tensor.
+  """Reads parameters from `model.safetensors` or its index, tensor by tensor.
 
   Args:
     path: the file, an `.index.json`, or their folder.
     sharding: a tree of shardings like the parameters; None puts all on the default device.
 
   Raises:
-    ValueError: a tensor is missing, unknown or misshapen, or a file cannot be read.
+    ValueError: a tensor is missing, unknown, misshapen or not of floats, or a file cannot be read.
   """
-  handles, left = _open(pathlib.Path(path)), {}
-  for handle in handles:
-    left.update((name, handle) for name in handle.keys() if not re.fullmatch(IGNORED, name))
-  known, flat = dict(left), {}
-  where = None if sharding is None else traverse_util.flatten_dict(sharding, sep='/')
+  stored = {
+    name: tensor
+    for name, tensor in safetensors_lib.open_tensors(_files(pathlib.Path(path))).items()
+    if not re.fullmatch(IGNORED, name)
+  }
+  shapes = {}
   for ours, shape in _spec(model).items():
     row, name = _row(ours)
-    if name not in known:
-      raise ValueError(f'tensor {name} is missing from {path}')
-    left.pop(name, None)
-    value = known[name].get_tensor(name)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-      raise ValueError(f'tensor {name} in {path} has dtype {value.dtype}; expected floats')
-    expected = expected_shapes(ours, row, shape, model)
-    if value.shape not in expected:
-      raise ValueError(
-        f'tensor {name} in {path} has shape {list(value.shape)}; expected '
-        f'{" or ".join(str(list(s)) for s in expected)} for {ours}'
-      )
-    value = from_tensor(row, value.astype(np.float32), shape)
-    flat[ours] = (
-      jnp.asarray(value)
-      if where is None
-      else jax.make_array_from_callback(shape, where[ours], lambda i, v=value: v[i])
+    shapes[name] = expected_shapes(ours, row, shape, model)
+  safetensors_lib.check_names(stored, shapes, path)
+  shardings, params = {} if sharding is None else _flatten(sharding), {}
+  for ours, shape in _spec(model).items():
+    row, name = _row(ours)
+    safetensors_lib.check_tensor(stored[name], shapes[name], _FLOATS)
+    value = from_tensor(row, stored[name].read(), shape)
+    params[ours] = safetensors_lib.make_array(
+      value.__getitem__, shape, None if sharding is None else shardings[ours]
     )
-  if left:
-    raise ValueError(f'tensor {min(left)} in {path} is not of this model')
-  return traverse_util.unflatten_dict(flat, sep='/')
+  return traverse_util.unflatten_dict(params, sep='/')
 
 
 def save(
@@ -194,10 +202,10 @@ def save(
   """Writes float32 safetensors.
 
   Args:
-    conv: the patch embedding is a convolution (SigLIP), not a linear layer (SigLIP-2 NaFlex).
+    conv: the patch embedding is a convolution (SigLIP), not a linear layer (SigLIP 2 NaFlex).
   """
   parts: dict[str, dict[int, np.ndarray]] = {}
-  for ours, value in traverse_util.flatten_dict(params, sep='/').items():
+  for ours, value in _flatten(params).items():
     row, name = _row(ours)
     parts.setdefault(name, {})[row.part] = to_tensor(ours, row, np.asarray(value), model, conv)
   tensors = {
@@ -211,13 +219,9 @@ def save(
   os.replace(partial, path)
 
 
-def _open(path: pathlib.Path) -> list[Any]:
-  """Handles of the files of a checkpoint, nothing read yet."""
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files of a checkpoint; in a folder a single file has precedence over an index."""
   if path.is_dir():
     single = path / 'model.safetensors'
     path = single if single.exists() else path / 'model.safetensors.index.json'
-  try:
-    parts = safetensors_lib.indexed(path) if path.name.endswith('.index.json') else [path]
-    return [safetensors.safe_open(file, 'np') for file in parts]
-  except (OSError, safetensors.SafetensorError) as error:
-    raise ValueError(f'{path} cannot be read: {error}') from error
+  return safetensors_lib.indexed(path) if path.name.endswith('.index.json') else [path]

@@ -1,4 +1,4 @@
-"""Values of a judge by content, in memory and in a file."""
+"""Keeps values of a remote judge by content, in memory and in a file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ MOST = 100_000
 
 
 class Cache:
-  """The values used last, by key.
+  """Holds the values used last, by key.
 
   The file, if there is one, holds one JSON object a line, {"key": "<hex>", "value": 0.7}, and is
-  only appended to. A line that a crash cut short is passed over. The file is locked until `close`
-  or the end of the process: nobody repairs a line that another is still writing.
+  only appended to. A line that a crash cut short is skipped. The file is locked until `close` or
+  the end of the process, so that no process repairs a line that another is still writing.
   """
 
   def __init__(self, path: str):
     """Reads the file, which is created with its folders if it is missing.
+
+    Args:
+      path: of the file; '' keeps values in memory alone.
 
     Raises:
       BlockingIOError: another cache on this host has it open.
@@ -36,9 +39,10 @@ class Cache:
     if not path:
       return
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(path, 'ab', buffering=0)
+    # It stays open until `close`.
+    self._file = open(path, 'ab', buffering=0)  # noqa: SIM115
     try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # A dead process holds no lock.
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # It ends with the process.
     except OSError:
       self._close()
       raise
@@ -47,17 +51,17 @@ class Cache:
       for line in lines:
         self._read(line)
     if not line.endswith(b'\n'):
-      self._file.write(b'\n')  # or the next value would be lost with the torn line
+      self._file.write(b'\n')  # Else the next value would be lost with the torn line.
 
   def get(self, key: str) -> float | None:
-    """The value, or None."""
+    """Returns the value of a key, or None."""
     with self._lock:
       if key in self._values:
         self._values.move_to_end(key)
       return self._values.get(key)
 
   def put(self, key: str, value: float) -> None:
-    """Keeps a finite value. A disk that cannot be written to ends the file, not the run."""
+    """Keeps a finite value; where the disk cannot be written to, in memory alone from then on."""
     with self._lock:
       self._keep(key, value)
       if self._file is None:
@@ -73,7 +77,7 @@ class Cache:
         self._close()
 
   def close(self) -> None:
-    """Closes the file; values are kept in memory alone from here on."""
+    """Closes the file; values are kept in memory alone from then on."""
     with self._lock:
       self._close()
 
@@ -89,6 +93,7 @@ class Cache:
       self._values.popitem(last=False)
 
   def _read(self, line: bytes) -> None:
+    """Takes the value of a line of the file; a line of another form is skipped."""
     try:
       entry = json.loads(line)
       key, value = entry['key'], entry['value']

@@ -1,6 +1,6 @@
 """Remote judges: scores of images and answers from a server, as JSON over HTTP.
 
-The protocol `batch` posts some samples at once to an endpoint of your own:
+The protocol `batch` posts several samples at once to an endpoint of your own:
 
     {"task": "generate",
      "samples": [{"id": "0", "prompt": "a red fox", "answer": null, "image": "<base64 PNG>",
@@ -8,37 +8,44 @@ The protocol `batch` posts some samples at once to an endpoint of your own:
                   "questions": [{"question": "is there a fox ?", "answer": "yes"}]}]}
     -> {"scores": [{"id": "0", "value": 0.7}]}      or {"id": "0", "error": "out of memory"}
 
-`image` is what was drawn, `source` what was shown, `answer` what was answered, `reference` the
-right answer, `questions` what may be asked about an image of the prompt, with the right answers.
-`chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request; with a template
-that names {question} and {expected} it judges knowledge, by one of those questions an iteration.
-A sample without a usable score is invalid, never 0. `launch/judge_server.py` speaks both.
+`image` is the generated image, `source` the image that was given, `answer` the sampled answer,
+`reference` the right answer, and `questions` are those that a prompt implies about its image, with
+the right answers.
+
+The protocol `chat` asks an OpenAI-compatible `/v1/chat/completions` about one sample a request.
+With a template that names {question} and {expected} it judges knowledge, by one of those questions
+an iteration.
+
+A sample without a usable score is invalid, never 0. `launch/judge_server.py` serves both protocols.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 import os
 import queue
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 import numpy as np
 
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.rewards.remote import cache as remote_cache
+from lvrpo_jax.rewards.remote import call as call_lib
+from lvrpo_jax.rewards.remote import endpoint as endpoint_lib
 from lvrpo_jax.rewards.remote import http as remote_http
 from lvrpo_jax.rewards.remote import protocols as remote_protocols
 
 WARN_EVERY_S = 60.0
+"""Seconds between two warnings about samples without a value."""
 
 DEADLINE = 'deadline'
-"""Cause of a sample that nothing was known of when the deadline of its call passed."""
+"""Cause of a sample without a verdict when the deadline of its call passed."""
 
 CAUSES = (
   remote_http.UNREACHABLE,
@@ -48,51 +55,14 @@ CAUSES = (
   *remote_protocols.ANSWERED,
   remote_protocols.UNASKED,
 )
-"""Why a sample has no value; each is counted as `failed_<cause>`."""
+"""Reasons why a sample has no value; each is counted as `failed_<cause>`."""
 
 
 class JudgeUnavailable(RuntimeError):
-  """No sample gets a value, so that training on would mean training on nothing."""
+  """Raised when no sample gets a value, so that training cannot go on."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-  """Where a judge answers, and what is taken for an answer.
-
-  Attributes:
-    url: full address, such as http://localhost:8000/v1/chat/completions.
-    protocol: 'batch' or 'chat'.
-    model: sent with chat requests; in either protocol a new name leaves the cached values behind.
-    template: text of a chat request, see FIELDS in `judge_protocols`; '' takes its TEMPLATES.
-    templates: the same for single tasks, before `template`; '' leaves the task to that.
-    batch: samples a request; 'chat' always sends one.
-    concurrency: requests under way at once, over all calls.
-    retries: further tries after a connection error, a timeout, 429 or 5xx.
-    timeout_s: seconds one try may take, from connecting to the last byte of the reply.
-    deadline_s: seconds from `submit` until the result is there, whatever the server does.
-    low, high: smallest and largest value that is valid; a chat's 'no' is low, its 'yes' high.
-    garbage_limit: calls in a row for one task that may get replies but no value; 0 for any number.
-    cache: local file that values are kept in over restarts, '' for memory alone; of one judge.
-    api_key_env: name of the environment variable that holds the key, '' for no key.
-    body: members added to every chat request; None takes one of ours away.
-  """
-
-  url: str
-  protocol: str = 'batch'
-  model: str = ''
-  template: str = ''
-  templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  batch: int = 8
-  concurrency: int = 8
-  retries: int = 3
-  timeout_s: float = 60.0
-  deadline_s: float = 300.0
-  low: float = 0.0
-  high: float = 1.0
-  garbage_limit: int = 3
-  cache: str = ''
-  api_key_env: str = ''
-  body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+Endpoint = endpoint_lib.Endpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +72,9 @@ class Scored:
   Attributes:
     value_BG: float32, 0 where invalid.
     valid_BG: bool.
-    stats: counts as numbers: 'samples'; 'asked', those sent; 'cached', those with a value from the
-      cache or equal to another sample of the call; 'retried' requests; 'failed' samples and
-      'failed_<cause>' for each of `CAUSES`; 'seconds' since `submit`.
+    stats: counts: 'samples'; 'asked', those sent; 'cached', those with a value from the cache or
+      equal to another sample of the call; 'retried' requests; 'failed' samples and
+      'failed_<cause>' for each of `CAUSES`; and 'seconds' since `submit`.
   """
 
   value_BG: np.ndarray
@@ -112,63 +82,27 @@ class Scored:
   stats: dict[str, float]
 
 
-class _Call:
-  """What one `submit` waits for. Verdicts are a float or a cause, by content."""
+class _Job(NamedTuple):
+  """One request to be made: samples of a call, each with its key."""
 
-  def __init__(self, deadline_s: float):
-    self.start = time.monotonic()
-    self.deadline = self.start + deadline_s
-    self.over = threading.Event()
-    self.refused = False  # whether the last failure was a status that no retry changes
-    self.retried = 0
-    self.last_error = 'no complete reply within the deadline'
-    self.said = ''  # start of the last reply that lacked a value
-    self.broken: Exception | None = None  # a fault of ours
-    self.verdicts: dict[str, float | str] = {}
-    self._lock = threading.Lock()
-    self._waiting: set[str] = set()
-
-  def expect(self, keys: Sequence[str]) -> None:
-    """Names what verdicts are missing; with none, the call is over."""
-    self._waiting = set(keys)
-    if not keys:
-      self.over.set()
-
-  def settle(self, verdicts: Mapping[str, float | str]) -> None:
-    """Takes verdicts; what comes after the deadline is dropped."""
-    with self._lock:
-      if not self.over.is_set():
-        self.verdicts.update(verdicts)
-        self._waiting -= verdicts.keys()
-        if not self._waiting:
-          self.over.set()
-
-  def note(self, failure: remote_http.Failure, again: bool = True) -> None:
-    """Remembers a failed try, `again` if another one is to follow."""
-    with self._lock:
-      self.last_error, self.refused = str(failure), failure.refused
-      self.retried += again
-
-  def stop(self, error: Exception | None = None) -> None:
-    """Ends the call, with a fault of ours or none."""
-    with self._lock:
-      self.broken = self.broken or error
-      self.over.set()
+  call: call_lib.Call
+  task: str
+  items: list[tuple[str, remote_protocols.Sample]]
 
 
 class Judge:
-  """A client of one endpoint. Its threads are daemons and never hold up the process's exit."""
+  """A client of one endpoint; its threads are daemons and do not delay the process's exit."""
 
   def __init__(self, endpoint: Endpoint, key: str):
-    """Reads the secret and the cache; the server is first asked by `submit`.
+    """Reads the secret and the cache; sends no request.
 
     Args:
       endpoint: the server.
       key: config key of the endpoint, for messages.
 
     Raises:
-      ValueError: a setting is not allowed, the named environment variable is not set, or another
-        judge has the cache file open.
+      ValueError: a setting is not allowed, the environment variable of the key is not set, or
+        another judge has the cache file open.
       OSError: the cache file cannot be read or written.
     """
     remote_protocols.check(endpoint, key)
@@ -181,20 +115,20 @@ class Judge:
         f'{key}.cache is {endpoint.cache!r}, which another run has open; allowed: a '
         'file of its own for every run'
       ) from None
-    self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+    self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
     self._lock = threading.Lock()
-    self._calls: set[_Call] = set()
-    self._missed: collections.Counter = collections.Counter()
-    self._valueless: collections.Counter = collections.Counter()  # calls in a row, by task
+    self._calls: set[call_lib.Call] = set()
+    self._missed: collections.Counter[str] = collections.Counter()
+    self._valueless: collections.Counter[str] = collections.Counter()  # Calls in a row, by task.
     self._warned = -WARN_EVERY_S
-    self._heard = -np.inf  # when the last reply came, to whichever call, good or not
+    self._last_reply_time = -np.inf  # Of any call, whether the reply was usable or not.
     self._closed = False
-    for number in range(endpoint.concurrency):
-      threading.Thread(target=self._work, name=f'{key}-{number}', daemon=True).start()
+    for index in range(endpoint.concurrency):
+      threading.Thread(target=self._work, name=f'{key}-{index}', daemon=True).start()
 
   def submit(
     self, task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any, iteration: int = 0
-  ) -> futures.Future:
+  ) -> futures.Future[Scored]:
     """Starts to score samples and returns at once.
 
     Args:
@@ -202,20 +136,20 @@ class Judge:
       examples: B prompts.
       outputs_BG: uint8 images (B, G, Y, X, 3); for 'understand', B lists of G answers. Images are
         copied, so a device array is fetched here and not held.
-      iteration: decides which of its questions a prompt is asked, see `examples.Example.asked`.
+      iteration: selects the question of a prompt that is asked, see `examples.Example.asked`.
 
     Returns:
-      A future of `Scored`, done by `deadline_s`. It raises `JudgeUnavailable` if no sample got an
-      answer, or if this is the call at which answers without any value reach `garbage_limit`; and
+      A future that is done by `deadline_s`. It raises `JudgeUnavailable` if no sample got a reply,
+      or if with this call the calls in a row without any value reach `garbage_limit`. It raises
       RuntimeError if the judge is closed meanwhile.
 
     Raises:
-      ValueError: the outputs have another form.
+      ValueError: the task is unknown, or the outputs have another form.
       RuntimeError: the judge is closed.
     """
-    call = _Call(self._endpoint.deadline_s)
+    call = call_lib.Call(self._endpoint.deadline_s)
     samples, shape = remote_protocols.samples_of(task, examples, outputs_BG, iteration)
-    future = futures.Future()
+    future: futures.Future[Scored] = futures.Future()
     future.set_running_or_notify_cancel()
     with self._lock:
       if self._closed:
@@ -230,7 +164,7 @@ class Judge:
     return future
 
   def close(self) -> None:
-    """Ends all calls. Requests under way are left to their timeouts."""
+    """Ends all calls; requests under way run until their timeouts."""
     with self._lock:
       if self._closed:
         return
@@ -243,17 +177,17 @@ class Judge:
 
   def _run(
     self,
-    call: _Call,
+    call: call_lib.Call,
     task: str,
     samples: list[remote_protocols.Sample],
     shape: tuple[int, int],
-    future: futures.Future,
+    future: futures.Future[Scored],
   ) -> None:
-    """The life of a call, in a thread of its own: hands out requests and waits for them."""
+    """Hands out the requests of a call and waits for them, in a thread of its own."""
     try:
       keys = list(remote_protocols.keys_of(self._endpoint, task, samples))
-      todo = {}
-      for key, sample in zip(keys, samples):
+      todo: dict[str, remote_protocols.Sample] = {}
+      for key, sample in zip(keys, samples, strict=True):
         value = self._cache.get(key)
         if not remote_protocols.complete(self._endpoint, task, sample):
           call.verdicts[key] = remote_protocols.UNASKED
@@ -268,7 +202,7 @@ class Judge:
       items = list(todo.items())
       size = self._endpoint.batch if self._endpoint.protocol == 'batch' else 1
       for start in range(0, len(items), size):
-        self._jobs.put((call, task, items[start : start + size]))
+        self._jobs.put(_Job(call=call, task=task, items=items[start : start + size]))
       call.over.wait(max(0.0, call.deadline - time.monotonic()))
       call.stop()
       if call.broken:
@@ -282,31 +216,31 @@ class Judge:
         self._calls.discard(call)
 
   def _finish(
-    self, call: _Call, task: str, keys: list[str], asked: int, shape: tuple[int, int]
+    self, call: call_lib.Call, task: str, keys: list[str], asked: int, shape: tuple[int, int]
   ) -> Scored:
-    """The scores of a call that is over.
+    """Returns the scores of a call that is over.
 
     Raises:
       JudgeUnavailable: no sample has a value, and the server has not replied since the start; or
         its replies held no value too often.
     """
     verdicts = [call.verdicts.get(key, DEADLINE) for key in keys]
-    failed = collections.Counter(v for v in verdicts if isinstance(v, str))
+    failed = collections.Counter(verdict for verdict in verdicts if isinstance(verdict, str))
     scorable = len(keys) - failed[remote_protocols.UNASKED]
     seconds = time.monotonic() - call.start
-    e = self._endpoint
-    if asked and len(keys) == failed.total() and self._heard < call.start:
-      what = 'Correct the address, the model or the key' if call.refused else 'Start it'
+    if asked and len(keys) == failed.total() and self._last_reply_time < call.start:
+      remedy = 'Correct the address, the model or the key' if call.refused else 'Start it'
       raise JudgeUnavailable(
-        f'{self._key}: the judge at {remote_protocols.address(e)} answered for none of '
-        f'{scorable} samples in {seconds:.1f} s ({self._key}.deadline_s = {e.deadline_s:g}); '
-        f'last error: {call.last_error}. {what}, then run the same command: the run resumes from '
-        'its checkpoint.'
+        f'{self._key}: the judge at {remote_protocols.address(self._endpoint)} answered for none '
+        f'of {scorable} samples in {seconds:.1f} s '
+        f'({self._key}.deadline_s = {self._endpoint.deadline_s:g}); last error: '
+        f'{call.last_error}. {remedy}, then run the same command: the run resumes from its '
+        'checkpoint.'
       )
     self._bound_valueless(call, task, failed, len(keys))
     self._warn(failed, len(keys), call.last_error)
-    value = [0.0 if isinstance(v, str) else v for v in verdicts]
-    valid = [not isinstance(v, str) for v in verdicts]
+    value = [0.0 if isinstance(verdict, str) else verdict for verdict in verdicts]
+    valid = [not isinstance(verdict, str) for verdict in verdicts]
     stats = {
       'samples': len(keys),
       'asked': asked,
@@ -317,20 +251,21 @@ class Judge:
       'seconds': seconds,
     }
     return Scored(
-      np.array(value, np.float32).reshape(shape), np.array(valid, bool).reshape(shape), stats
+      value_BG=np.array(value, np.float32).reshape(shape),
+      valid_BG=np.array(valid, bool).reshape(shape),
+      stats=stats,
     )
 
   def _bound_valueless(
-    self, call: _Call, task: str, failed: collections.Counter, samples: int
+    self, call: call_lib.Call, task: str, failed: collections.Counter[str], samples: int
   ) -> None:
     """Counts calls in a row that got replies but no value, as from a login page.
 
-    Tasks are counted apart: a text that no model answers with a number may be that of one task.
+    Each task has its own count, because the template of one task alone may be at fault.
 
     Raises:
       JudgeUnavailable: there were `garbage_limit` of them.
     """
-    e = self._endpoint
     with self._lock:
       if failed.total() < samples:
         self._valueless[task] = 0
@@ -338,15 +273,16 @@ class Judge:
         return
       self._valueless[task] += 1
       count = self._valueless[task]
-    if e.garbage_limit and count >= e.garbage_limit:
+    limit = self._endpoint.garbage_limit
+    if limit and count >= limit:
       raise JudgeUnavailable(
-        f'{self._key}: the judge at {remote_protocols.address(e)} has answered {count} times in a row '
-        f'for {task!r} without one valid score ({self._key}.garbage_limit = {e.garbage_limit}); '
-        f'its last reply begins: {call.said or call.last_error!r}. Correct the address, the '
+        f'{self._key}: the judge at {remote_protocols.address(self._endpoint)} has answered {count} '
+        f'times in a row for {task!r} without one valid score ({self._key}.garbage_limit = {limit}); '
+        f'its last reply begins: {call.last_reply or call.last_error!r}. Correct the address, the '
         'template or the server, then run the same command: the run resumes from its checkpoint.'
       )
 
-  def _warn(self, failed: collections.Counter, samples: int, last_error: str) -> None:
+  def _warn(self, failed: collections.Counter[str], samples: int, last_error: str) -> None:
     """Logs how many samples failed since the last warning, at most once in `WARN_EVERY_S`."""
     with self._lock:
       self._missed.update(failed, samples=samples)
@@ -366,48 +302,47 @@ class Judge:
     )
 
   def _work(self) -> None:
-    """A thread of the pool: asks for one part of a call after the other."""
-    e = self._endpoint
-    link = remote_http.Link(e.url, self._secret, e.retries, e.timeout_s)
+    """Makes one request after the other, in a thread of the pool."""
+    link = remote_http.Link(
+      url=self._endpoint.url,
+      secret=self._secret,
+      retries=self._endpoint.retries,
+      timeout_s=self._endpoint.timeout_s,
+    )
     while (job := self._jobs.get()) is not None:
-      call, task, items = job
-      if not call.over.is_set():
+      if not job.call.over.is_set():
         try:
-          self._ask(link, call, task, items)
-        except Exception as error:  # A fault of ours; the thread must live on for other calls.
-          call.stop(error)
-      del job, call, task, items  # The next wait may be long, and these hold images.
+          self._ask(link, job)
+        except Exception as error:  # Unexpected; the thread goes on with other calls.
+          job.call.stop(error)
+      del job  # The next wait may be long, and a job holds images.
     link.close()
 
-  def _ask(
-    self,
-    link: remote_http.Link,
-    call: _Call,
-    task: str,
-    items: list[tuple[str, remote_protocols.Sample]],
-  ) -> None:
-    keys, samples = zip(*items)
+  def _ask(self, link: remote_http.Link, job: _Job) -> None:
+    """Makes a request and settles its samples."""
+    call = job.call
+    keys, samples = zip(*job.items, strict=True)
     try:
-      body = remote_protocols.encode(self._endpoint, task, samples)
+      body = remote_protocols.encode(self._endpoint, job.task, samples)
       reply = link.post(body, call.deadline, call.over, call.note)
-      self._heard = time.monotonic()
+      self._last_reply_time = time.monotonic()
       verdicts = remote_protocols.read(self._endpoint, reply, len(samples))
       if any(isinstance(verdict, str) for verdict in verdicts):
-        call.said = link.clean(reply.decode(errors='replace'))
-        call.last_error = f'the reply {call.said!r}'
+        call.last_reply = link.clean(reply.decode(errors='replace'))
+        call.last_error = f'the reply {call.last_reply!r}'
     except remote_http.Failure as failure:
       call.note(failure, again=False)
       if failure.cause == remote_http.GARBAGE:
-        self._heard = time.monotonic()
+        self._last_reply_time = time.monotonic()
       verdicts = [failure.cause] * len(samples)
-    for key, verdict in zip(keys, verdicts):
+    for key, verdict in zip(keys, verdicts, strict=True):
       if not isinstance(verdict, str):
         self._cache.put(key, verdict)
-    call.settle(dict(zip(keys, verdicts)))
+    call.settle(dict(zip(keys, verdicts, strict=True)))
 
 
 def _secret(name: str, key: str) -> str:
-  """The bearer token in an environment variable; no message may hold it."""
+  """Reads the bearer token from an environment variable; no message may hold it."""
   secret = os.environ.get(name, '').strip() if name else ''
   if name and not secret:
     raise ValueError(f'{key}.api_key_env is {name!r}, but that environment variable is not set')

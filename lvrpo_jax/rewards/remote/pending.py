@@ -1,4 +1,4 @@
-"""What a remote judge was asked in an iteration, and waits that end where a run should stop."""
+"""Scores of remote rewards to come, and waits that end where a run should stop."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOOK_S = 0.02
 
 
 def until_ready(x: jax.Array, check: Callable[[], None]) -> None:
-  """Waits for what devices compute, and asks meanwhile whether to stop; `check` may raise.
+  """Waits for what devices compute, and calls `check`, which may raise, meanwhile.
 
-  Of several processes none may look by itself, for all have to stop at one place.
+  With several processes, no process may poll alone: all must stop at the same point.
   """
   while jax.process_count() == 1 and not x.is_ready():
     check()
@@ -30,33 +30,32 @@ def until_ready(x: jax.Array, check: Callable[[], None]) -> None:
 
 
 class PendingRewards:
-  """Scores to come, by task."""
+  """Scores to come, by task and name of the reward."""
 
-  def __init__(self, scores: Mapping[str, futures.Future], check: Callable[[], None]):
-    """Args:
-    scores: futures of `client.Scored`.
-    check: called now and then during a wait, by all processes; may raise.
+  def __init__(self, scores: Mapping[tuple[str, str], futures.Future], check: Callable[[], None]):
+    """Keeps the futures.
+
+    Args:
+      scores: futures of `client.Scored` by (task, name).
+      check: called now and then during a wait, by all processes; may raise.
     """
     self._scores, self._check = scores, check
 
-  def __contains__(self, task: str) -> bool:
-    return task in self._scores
-
-  def result(self, task: str) -> remote_client.Scored:
-    """Waits for the scores of a task. All processes call this, for the same tasks in turn.
+  def result(self, task: str, name: str) -> remote_client.Scored:
+    """Waits for the scores of a reward. All processes call this, for the same ones in turn.
 
     Raises:
-      remote.JudgeUnavailable: the judge of this process is away, or that of another one: all of
+      client.JudgeUnavailable: the server of this process is away, or that of another one: all of
         them stop after the same iteration.
       RuntimeError: anything else has failed, here (it is the cause) or in another process.
       Exception: what `check` raises.
     """
-    future = self._scores[task]
+    future = self._scores[task, name]
     while multihost.any_process(bool(futures.wait([future], POLL_S).not_done)):
       self._check()
     error = future.exception()
     away = isinstance(error, remote_client.JudgeUnavailable)
-    # A judge that is away ends a run with its state saved, which all processes do together. Of any
+    # A server that is away ends a run with its state saved, which all processes do together. Of any
     # other error only the process that has it can say what it means, so nobody saves.
     if multihost.any_process(error is not None and not away):
       raise RuntimeError(
@@ -71,13 +70,13 @@ class PendingRewards:
     return future.result()
 
   def until_ready(self, x: jax.Array) -> None:
-    """Waits for samples, see above."""
+    """Waits for what devices compute, see `until_ready`."""
     until_ready(x, self._check)
 
   def metrics(self) -> dict[str, float]:
     """Counts of all calls, see `client.Scored`; after `result`."""
     return {
       f'judge/{task}/{name}': value
-      for task, future in self._scores.items()
+      for (task, _), future in self._scores.items()
       for name, value in future.result().stats.items()
     }

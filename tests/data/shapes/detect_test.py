@@ -1,4 +1,4 @@
-"""Both detectors read renders exactly, lose confidence as images degrade, and see faint remains."""
+"""Both detectors read renders exactly, lower scores as images degrade, and find faint remains."""
 
 import time
 
@@ -28,14 +28,25 @@ def make_scenes(count):
 
 
 def found_content(detections):
-  """What the detections say, in the form of `Scene.content`, with repetitions."""
+  """Content of the detections in the form of `Scene.content`, with repetitions."""
   return sorted(
-    (d.label, d.color, int(d.centre[1] > 16) * 2 + int(d.centre[0] > 16)) for d in detections
+    (found.label, found.color, int(found.centre[1] > 16) * 2 + int(found.centre[0] > 16))
+    for found in detections
   )
 
 
+def read_exactly(results, scenes):
+  """Whether the detections of each image are the content of its scene."""
+  return [
+    found_content(result) == sorted(scene.content())
+    for result, scene in zip(results, scenes, strict=True)
+  ]
+
+
 def mean_score(results):
-  scores = [d.score for r in results for d in r if d.label != detection.UNKNOWN]
+  scores = [
+    found.score for result in results for found in result if found.label != detection.UNKNOWN
+  ]
   return np.mean(scores) if scores else 0.0
 
 
@@ -55,9 +66,8 @@ class DetectTest(parameterized.TestCase):
     scenes = make_scenes(1000)
     images = np.stack([render.render(scene) for scene in scenes])
     results = DETECTORS[name](images)
-    exact = [found_content(r) == sorted(s.content()) for r, s in zip(results, scenes)]
-    self.assertGreaterEqual(np.mean(exact), 0.995)
-    scores = [d.score for r in results for d in r]
+    self.assertGreaterEqual(np.mean(read_exactly(results, scenes)), 0.995)
+    scores = [found.score for result in results for found in result]
     self.assertGreater(np.mean(scores), 0.95)
     self.assertGreater(np.mean(np.asarray(scores) > 0.9), 0.995)
     floats = DETECTORS[name](images[:8].astype(np.float64))
@@ -66,9 +76,11 @@ class DetectTest(parameterized.TestCase):
   @parameterized.parameters(*DETECTORS)
   def test_boxes_are_right_to_a_pixel(self, name):
     scenes = make_scenes(100)
-    for scene, found in zip(scenes, DETECTORS[name](np.stack(list(map(render.render, scenes))))):
+    results = DETECTORS[name](np.stack([render.render(scene) for scene in scenes]))
+    for scene, found in zip(scenes, results, strict=True):
       for item in scene.objects:
-        nearest = min(found, key=lambda d: np.hypot(d.centre[0] - item.x, d.centre[1] - item.y))
+        distances = [np.hypot(*np.subtract(other.centre, (item.x, item.y))) for other in found]
+        nearest = found[int(np.argmin(distances))]
         self.assertLess(np.abs(np.subtract(nearest.box, item.box)).max(), 1.3)
 
   @parameterized.product(name=tuple(DETECTORS), kind=('blur', 'noise', 'mix'))
@@ -76,7 +88,7 @@ class DetectTest(parameterized.TestCase):
     images = np.stack([render.render(scene) for scene in make_scenes(120)])
     amounts = {'blur': BLURS, 'noise': NOISES, 'mix': MIXES}[kind]
     scores = [mean_score(DETECTORS[name](images))]
-    scores += [mean_score(DETECTORS[name](degraded(images, kind, a))) for a in amounts]
+    scores += [mean_score(DETECTORS[name](degraded(images, kind, amount))) for amount in amounts]
     self.assertEqual(scores, sorted(scores, reverse=True))
     self.assertGreater(scores[0] - scores[-1], 0.2)
 
@@ -87,8 +99,7 @@ class DetectTest(parameterized.TestCase):
     scenes = make_scenes(200)
     images = np.stack([render.render(scene) for scene in scenes])
     results = DETECTORS[name](degraded(images, *case))
-    exact = [found_content(r) == sorted(s.content()) for r, s in zip(results, scenes)]
-    self.assertGreaterEqual(np.mean(exact), 0.98)
+    self.assertGreaterEqual(np.mean(read_exactly(results, scenes)), 0.98)
 
   @parameterized.parameters(0.25, 0.4)
   def test_rendering_sees_faint_remains(self, opacity):
@@ -98,7 +109,8 @@ class DetectTest(parameterized.TestCase):
       colors = rng.choice(tuple(render.COLORS), 2)
       kinds = rng.choice(render.SHAPES, 2)
       first, second = (
-        render.draw_object(rng, s, c, cell) for s, c, cell in zip(kinds, colors, (0, 3))
+        render.draw_object(rng, shape, color, cell)
+        for shape, color, cell in zip(kinds, colors, (0, 3), strict=True)
       )
       image = render.render(render.Scene((first,))).astype(np.float32)
       faint = render.render(render.Scene((second,))).astype(np.float32) - render.BACKGROUND
@@ -109,8 +121,8 @@ class DetectTest(parameterized.TestCase):
     self.assertGreater(detect_rendering.leftovers(ghost), 0.95)
     spec = {'tag': 'single_object', 'include': [], 'exclude': []}
     passed = [
-      geneval.evaluate(r, spec, strict=True).correct
-      for r in detect_rendering.detect_by_rendering(ghost)
+      geneval.evaluate(result, spec, strict=True).correct
+      for result in detect_rendering.detect_by_rendering(ghost)
     ]
     self.assertLess(np.mean(passed), 0.05)
 
@@ -122,13 +134,14 @@ class DetectTest(parameterized.TestCase):
       image = render.render(render.Scene((item,)))
       images.append(np.minimum(image, np.roll(image, 4, axis=1)))
     for found in detect_rendering.detect_by_rendering(np.stack(images)):
-      self.assertLess(max([d.score for d in found if d.label != detection.UNKNOWN] or [0.0]), 0.8)
+      scores = [item.score for item in found if item.label != detection.UNKNOWN]
+      self.assertLess(max(scores, default=0.0), 0.8)
 
   @parameterized.parameters(*DETECTORS)
   def test_empty_images_and_other_sizes(self, name):
     empty = np.full((2, 48, 40, 3), render.BACKGROUND, np.uint8)
     self.assertEqual(DETECTORS[name](empty), [[], []])
-    item = render.Object('cross', 'blue', 0, 0, 8.0, 8.0, 5.0)
+    item = render.Object(shape='cross', color='blue', row=0, col=0, x=8.0, y=8.0, radius=5.0)
     empty[1, 20:36, 16:32] = render.render(render.Scene((item,)))[:16, :16]
     first, (found,) = DETECTORS[name](empty)
     self.assertEmpty(first)

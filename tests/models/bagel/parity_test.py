@@ -41,13 +41,27 @@ TOLERANCE = 1e-4  # both absolute and relative
 GREY_LEVEL_SHARE = 0.01  # of the bytes of an image may differ, by one grey level
 MISTAKE = 1000 * TOLERANCE  # a mistake moves some number by more than this
 THINK_POINTS = 4  # of the time grid of the think case; the golden folder's notes fix three steps
-GROUPS = ('train/grad', 'train/', 'pack/', 'und/', 'und2/', 'gen/batch', 'gen/', 'cfgmix/', 'edit/',
-          'think/', 'vit/', 'vae/', 'misc/')
+GROUPS = (
+  'train/grad',
+  'train/',
+  'pack/',
+  'und/',
+  'und2/',
+  'gen/batch',
+  'gen/',
+  'cfgmix/',
+  'edit/',
+  'think/',
+  'vit/',
+  'vae/',
+  'misc/',
+)
 
 setUpModule, tearDownModule = jax_settings.of_module(
-    jax_default_matmul_precision='highest',
-    # Compilation takes nearly all the time; the numbers agree with full optimization too.
-    jax_disable_most_optimizations=True)
+  jax_default_matmul_precision='highest',
+  # Compilation takes nearly all the time; the numbers agree with full optimization too.
+  jax_disable_most_optimizations=True,
+)
 
 to_last = lambda image_CYX: np.moveaxis(image_CYX, -3, -1)
 to_first = lambda image_YXC: np.moveaxis(np.asarray(image_YXC), -1, -3)
@@ -73,21 +87,30 @@ class World:
     special, self.patch = self.config['special_tokens'], self.config['latent_patch_size']
     self.special = special
     self.form = packing.Format(
-        bos=special['bos_token_id'], eos=special['eos_token_id'],
-        start_of_image=special['start_of_image'], end_of_image=special['end_of_image'],
-        patch_values=self.model_config.vit.patch ** 2 * 3,
-        latent_channels=self.model_config.latent_channels)
+      bos=special['bos_token_id'],
+      eos=special['eos_token_id'],
+      start_of_image=special['start_of_image'],
+      end_of_image=special['end_of_image'],
+      patch_values=self.model_config.vit.patch**2 * 3,
+      latent_channels=self.model_config.latent_channels,
+    )
 
     self.prefill = jax.jit(self._prefill)
-    self.velocity = jax.jit(lambda params, cache, x, t, position: self.apply(
-        params, cache, x[None, None], t[None, None], position[None], method='velocity')[0, 0])
+    self.velocity = jax.jit(
+      lambda params, cache, x, t, position: self.apply(
+        params, cache, x[None, None], t[None, None], position[None], method='velocity'
+      )[0, 0]
+    )
     self.read = jax.jit(functools.partial(self.apply, method='read'))
-    self.encode = jax.jit(lambda image, eps: self.vae.apply(
-        {'params': self.vae_params}, image, eps, method='encode'))
-    self.moments = jax.jit(lambda image: self.vae.apply(
-        {'params': self.vae_params}, image, method='moments'))
-    self.decode_image = jax.jit(lambda latent: self.vae.apply(
-        {'params': self.vae_params}, latent, method='decode'))
+    self.encode = jax.jit(
+      lambda image, eps: self.vae.apply({'params': self.vae_params}, image, eps, method='encode')
+    )
+    self.moments = jax.jit(
+      lambda image: self.vae.apply({'params': self.vae_params}, image, method='moments')
+    )
+    self.decode_image = jax.jit(
+      lambda latent: self.vae.apply({'params': self.vae_params}, latent, method='decode')
+    )
 
   def apply(self, params, *args, method):
     return self.model.apply({'params': params}, *args, method=method)
@@ -104,8 +127,9 @@ class World:
     patch = self.model_config.vit.patch
     patches = vae_lib.patchify(to_last(image_CYX)[None], patch)[0]
     rows, columns = (side // patch for side in image_CYX.shape[-2:])
-    return packing.Vit(patches, layers.grid_positions(rows, columns, self.model_config.vit.side),
-                       **kwargs)
+    return packing.Vit(
+      patches, layers.grid_positions(rows, columns, self.model_config.vit.side), **kwargs
+    )
 
   def grid(self, image_hw) -> tuple[int, int]:
     """Latent tokens (rows, columns) of an image."""
@@ -128,16 +152,29 @@ class World:
   @functools.cached_property
   def lengths(self) -> packing.Lengths:
     """Room for any context of the inference cases, so that they share compiled calls."""
-    und = [[self.text('und2/system_ids'), *self.vits('und2'), self.text('und2/prompt_ids')],
-           [*self.vits('und'), self.text('und/prompt_ids')]]
-    prompts = [[self.text(name)] for name in self.inputs if '/prompt_ids' in name
-               or '/batch_prompt_ids' in name]
+    und = [
+      [self.text('und2/system_ids'), *self.vits('und2'), self.text('und2/prompt_ids')],
+      [*self.vits('und'), self.text('und/prompt_ids')],
+    ]
+    prompts = [
+      [self.text(name)]
+      for name in self.inputs
+      if '/prompt_ids' in name or '/batch_prompt_ids' in name
+    ]
     thought = packing.Text(self.outputs['think/thought_ids'])
     edits = [segments['main'] for segments in (self.edit_segments, self.think_segments)]
-    return packing.Lengths(*np.max([
-        [array.shape[1] for array in (s.ids_BL, s.patches_BNP, s.latents_BNC)]
-        for s in (packing.pack([[*segments, thought]], self.form).sequence
-                  for segments in und + prompts + edits)], axis=0))
+    return packing.Lengths(
+      *np.max(
+        [
+          [array.shape[1] for array in (s.ids_BL, s.patches_BNP, s.latents_BNC)]
+          for s in (
+            packing.pack([[*segments, thought]], self.form).sequence
+            for segments in und + prompts + edits
+          )
+        ],
+        axis=0,
+      )
+    )
 
   def vits(self, case: str) -> list[packing.Vit]:
     names = sorted(name for name in self.inputs if name.startswith(f'{case}/image_'))
@@ -155,16 +192,21 @@ class World:
     rules = self.config['cases']['transform']
     vae_rule, vit_rule = (image_files.ResizeRule(*rules[name]) for name in ('vae', 'vit'))
     source = self.inputs['think/image_u8']
-    return (to_first(image_files.transform(source, vae_rule)),
-            to_first(image_files.transform(image_files.resize(source, vae_rule), vit_rule)))
+    return (
+      to_first(image_files.transform(source, vae_rule)),
+      to_first(image_files.transform(image_files.resize(source, vae_rule), vit_rule)),
+    )
 
   @functools.cached_property
   def think_segments(self) -> dict[str, list[packing.Segment]]:
     vae_pixels, vit_pixels = self.think_pixels
     system, prompt = self.text('think/system_ids'), self.text('think/prompt_ids')
     picture = [self.clean(vae_pixels, self.inputs['think/vae_eps']), self.vit(vit_pixels)]
-    return dict(main=[system, *picture, prompt], without_text=[system, *picture],
-                without_images=[system, prompt])
+    return dict(
+      main=[system, *picture, prompt],
+      without_text=[system, *picture],
+      without_images=[system, prompt],
+    )
 
   def context(self, segments):
     """Cache, hidden states and the places of the tokens in logical order."""
@@ -181,12 +223,15 @@ class World:
   @functools.cached_property
   def answer(self):
     """Compiled greedy decoding; the length is static."""
+
     def run(params, cache, eos, length):
       decode = lambda row, index, token: self.apply(
-          params, cache, row, index, token, method='decode')
+        params, cache, row, index, token, method='decode'
+      )
       row = bagel.empty_row(self.model_config, (1, 1), length)
       keys = jax.random.split(jax.random.key(0), (1, 1))
-      return text_rollout.sample(decode, row, keys, self.form.bos, eos, length, 0.)
+      return text_rollout.sample(decode, row, keys, self.form.bos, eos, length, 0.0)
+
     return jax.jit(run, static_argnames='length')
 
   def greedy(self, cache, length: int, eos: int) -> np.ndarray:
@@ -198,11 +243,14 @@ class World:
   @functools.cached_property
   def walk(self):
     """Compiled guided sampling from noise (N, C); the renormalisation type is static."""
+
     def run(params, caches, guidance, noise, position, grid):
-      branch = lambda cache: lambda x, time: self.apply(
-          params, cache, x, time, position[None], method='velocity')
+      branch = lambda cache: (
+        lambda x, time: self.apply(params, cache, x, time, position[None], method='velocity')
+      )
       branches = guidance_lib.Branches(**{name: branch(cache) for name, cache in caches.items()})
       return guidance_lib.sample_guided(branches, guidance, noise[None, None], grid)
+
     return jax.jit(run)
 
 
@@ -214,6 +262,7 @@ def world() -> World:
 @dataclasses.dataclass(frozen=True)
 class Train:
   """The packed training sequence, built from the raw texts and images of the plan."""
+
   samples: list
   packed: packing.Packed
   padded_YXC: np.ndarray
@@ -232,17 +281,22 @@ class Train:
   @property
   def sequence(self):
     return self.packed.sequence.replace(
-        latents_BNC=np.asarray(self.x_t)[None], time_BN=self.time[None])
+      latents_BNC=np.asarray(self.x_t)[None], time_BN=self.time[None]
+    )
 
   @property
   def batch(self):
     """What `train_losses` takes, arrays only."""
-    places, = np.nonzero(self.packed.label_BL[0] >= 0)
-    target, = np.nonzero(self.packed.target_BN[0])
+    (places,) = np.nonzero(self.packed.label_BL[0] >= 0)
+    (target,) = np.nonzero(self.packed.target_BN[0])
     return dict(
-        seq=self.sequence, places=places, labels=self.packed.label_BL[0][places],
-        weights=self.packed.weight_BL[0][places], target=target,
-        v_target=flow.velocity_target(self.clean, self.noise)[target])
+      seq=self.sequence,
+      places=places,
+      labels=self.packed.label_BL[0][places],
+      weights=self.packed.weight_BL[0][places],
+      target=target,
+      v_target=flow.velocity_target(self.clean, self.noise)[target],
+    )
 
   @property
   def order(self):
@@ -260,15 +314,22 @@ def train_samples(w: World, latents=None) -> list:
   samples, count = collections.defaultdict(list), 0
   for sample, kind, index, loss, end_loss, end_label, droppable in w.inputs['train/plan'].tolist():
     if kind == 0:
-      segment = w.text(f'train/raw_text_{index}', loss=bool(loss), droppable=bool(droppable),
-                       end_label=end_label if end_loss else None)
+      segment = w.text(
+        f'train/raw_text_{index}',
+        loss=bool(loss),
+        droppable=bool(droppable),
+        end_label=end_label if end_loss else None,
+      )
     elif kind == 1:
       segment = w.vit(w.inputs[f'train/raw_image_{index}'], droppable=bool(droppable))
     else:
       hw = w.inputs[f'train/raw_image_{index}'].shape[-2:]
       segment = packing.Latent(
-          w.latent_position(hw), target=bool(loss), droppable=bool(droppable),
-          tokens=None if latents is None else w.tokens(latents[count], hw))
+        w.latent_position(hw),
+        target=bool(loss),
+        droppable=bool(droppable),
+        tokens=None if latents is None else w.tokens(latents[count], hw),
+      )
       count += 1
     samples[sample].append(segment)
   return [samples[i] for i in sorted(samples)]
@@ -278,14 +339,25 @@ def build_train(w: World) -> Train:
   plan = w.inputs['train/plan'].tolist()
   raw = [w.inputs[f'train/raw_image_{row[2]}'] for row in plan if row[1] == 2]
   height, width = np.max([image.shape[-2:] for image in raw], axis=0)
-  padded = np.stack([np.pad(image, ((0, 0), (0, height - image.shape[1]),
-                                    (0, width - image.shape[2]))) for image in raw])
+  padded = np.stack(
+    [
+      np.pad(image, ((0, 0), (0, height - image.shape[1]), (0, width - image.shape[2])))
+      for image in raw
+    ]
+  )
   latent = np.asarray(w.encode(to_last(padded), to_last(w.inputs['train/vae_eps'])))
   samples = train_samples(w, latent)
   time = flow.logit_normal_time(
-      jnp.asarray(w.inputs['train/packed_timesteps']), w.config['timestep_shift'])
-  return Train(samples, packing.pack(samples, w.form), to_last(padded), latent,
-               w.inputs['train/noise'], np.asarray(time))
+    jnp.asarray(w.inputs['train/packed_timesteps']), w.config['timestep_shift']
+  )
+  return Train(
+    samples,
+    packing.pack(samples, w.form),
+    to_last(padded),
+    latent,
+    w.inputs['train/noise'],
+    np.asarray(time),
+  )
 
 
 @functools.cache
@@ -295,6 +367,7 @@ def train() -> Train:
 
 def train_losses(w: World, params, batch):
   """Total loss, and everything on the way to it."""
+
   def both(model, seq):
     h_und, h_gen, out = model.forward(seq)
     hidden = jnp.concatenate([h_und, h_gen], axis=1)
@@ -308,19 +381,24 @@ def train_losses(w: World, params, batch):
   loss_mse = ops.divide(*sft.flow_matching(v, v_target))
   total = w.config['ce_weight'] * loss_ce + w.config['mse_weight'] * loss_mse
   return total, {
-      'last_hidden': hidden[0], 'text_logits_all': logits,
-      'layer_outputs': jnp.concatenate([x[:, 0, 0] for x in inner], axis=1),
-      'text_logits_at_loss': logits_at_loss, 'ce_per_token': ce, 'velocity_pred': v,
-      'velocity_target': v_target, 'mse_elementwise': jnp.square(v - v_target),
-      'loss_ce': loss_ce, 'loss_mse': loss_mse,
-      'loss_ce_reweighted': ops.masked_mean(ce, batch['weights'])}
+    'last_hidden': hidden[0],
+    'text_logits_all': logits,
+    'layer_outputs': jnp.concatenate([x[:, 0, 0] for x in inner], axis=1),
+    'text_logits_at_loss': logits_at_loss,
+    'ce_per_token': ce,
+    'velocity_pred': v,
+    'velocity_target': v_target,
+    'mse_elementwise': jnp.square(v - v_target),
+    'loss_ce': loss_ce,
+    'loss_mse': loss_mse,
+    'loss_ce_reweighted': ops.masked_mean(ce, batch['weights']),
+  }
 
 
 @functools.cache
 def train_results():
   """((total, details), gradients) of the training loss."""
-  run = jax.jit(jax.value_and_grad(
-      functools.partial(train_losses, world()), has_aux=True))
+  run = jax.jit(jax.value_and_grad(functools.partial(train_losses, world()), has_aux=True))
   return run(world().params, train().batch)
 
 
@@ -343,15 +421,15 @@ class ParityTest(absltest.TestCase):
     self.assertEqual(value.shape, want.shape, name)
     if want.dtype.kind in 'biU':
       np.testing.assert_array_equal(value, want, name)
-      self.checked[name] = 0.
+      self.checked[name] = 0.0
     elif want.dtype == np.uint8:
       away = np.abs(value.astype(int) - want.astype(int))
       self.assertLessEqual(away.max(), 1, name)
       self.assertLessEqual(np.mean(away > 0), GREY_LEVEL_SHARE, name)
-      self.checked[name] = 0.
+      self.checked[name] = 0.0
     else:
       np.testing.assert_allclose(value, want, atol=TOLERANCE, rtol=TOLERANCE, err_msg=name)
-      self.checked[name] = float(np.max(np.abs(value - want), initial=0.))
+      self.checked[name] = float(np.max(np.abs(value - want), initial=0.0))
 
   def finish(self, *groups):
     """Every array of the groups was checked; prints their largest deviations."""
@@ -360,8 +438,10 @@ class ParityTest(absltest.TestCase):
       done = {name for name in self.checked if group_of(name) == group}
       self.assertEmpty(names - done, 'not checked')
       worst = max(done, key=self.checked.get)
-      print(f'parity: {group:12} {len(done):3} arrays, largest deviation '
-            f'{self.checked[worst]:.1e} in {worst}')
+      print(
+        f'parity: {group:12} {len(done):3} arrays, largest deviation '
+        f'{self.checked[worst]:.1e} in {worst}'
+      )
       type(self).total += len(done)
 
   def test_every_array_has_a_group(self):
@@ -379,22 +459,31 @@ class ParityTest(absltest.TestCase):
     connector = lambda m, *args: m.embed_patches(*args)
     vit_tokens = embed(connector, *vit)[0]
     position = w.params['vit_pos_embed'][seq.patch_position_BN[0]]
-    inputs = np.concatenate([
-        embed('embed_text', seq.ids_BL)[0], vit_tokens,
-        embed('embed_latents', seq.latents_BNC, seq.time_BN, seq.latent_position_BN)[0]])
+    inputs = np.concatenate(
+      [
+        embed('embed_text', seq.ids_BL)[0],
+        vit_tokens,
+        embed('embed_latents', seq.latents_BNC, seq.time_BN, seq.latent_position_BN)[0],
+      ]
+    )
     everything = attention.join(attention.join(seq.text, seq.vit), seq.gen)
     back = np.argsort(t.order)
     (total, details), _ = train_results()
     for name, value in {
-        'attention_keep': np.asarray(attention.keep_mask(everything, everything)[0])[back][:, back],
-        'padded_latent': to_first(t.latent_YXC), 'latents_clean': t.clean,
-        'timesteps_shifted': t.time, 'x_t': t.x_t,
-        'timestep_embed': embed(lambda m, x: m.time_embedder(x), t.time),
-        'latent_pos_embed': w.params['latent_pos_embed'][seq.latent_position_BN[0]],
-        'vae2llm': embed(lambda m, x: m.vae2llm(x), t.x_t),
-        'vit_features': embed(lambda m, *args: m.vit(*args)[0], *vit)[0],
-        'connector': vit_tokens - position, 'vit_pos_embed': position,
-        'input_sequence': inputs[back], 'loss_total': total}.items():
+      'attention_keep': np.asarray(attention.keep_mask(everything, everything)[0])[back][:, back],
+      'padded_latent': to_first(t.latent_YXC),
+      'latents_clean': t.clean,
+      'timesteps_shifted': t.time,
+      'x_t': t.x_t,
+      'timestep_embed': embed(lambda m, x: m.time_embedder(x), t.time),
+      'latent_pos_embed': w.params['latent_pos_embed'][seq.latent_position_BN[0]],
+      'vae2llm': embed(lambda m, x: m.vae2llm(x), t.x_t),
+      'vit_features': embed(lambda m, *args: m.vit(*args)[0], *vit)[0],
+      'connector': vit_tokens - position,
+      'vit_pos_embed': position,
+      'input_sequence': inputs[back],
+      'loss_total': total,
+    }.items():
       self.check(f'train/{name}', value)
     for name, value in details.items():
       inside = name in ('last_hidden', 'text_logits_all', 'layer_outputs')
@@ -408,7 +497,7 @@ class ParityTest(absltest.TestCase):
     self.check('train/grad_names', names)
     self.check('train/grad_l2', np.array([norm(name) for name in names]))
     for name in gradients.keys() - set(names):
-      self.assertEqual(norm(name), 0., name)
+      self.assertEqual(norm(name), 0.0, name)
     for name in self.w.outputs:
       if name.startswith('train/grad/'):
         self.check(name, gradients[name.removeprefix('train/grad/')])
@@ -426,16 +515,24 @@ class ParityTest(absltest.TestCase):
     for case in ('loss', 'cond'):
       prefix = f'pack/frames_{case}'
       position = w.latent_position(w.inputs[f'{prefix}/frame_hw'])
-      frames = [packing.Latent(position, target=case == 'loss', frame_delta=delta)
-                for delta in (*w.inputs[f'{prefix}/frame_delta'].tolist(), None)]
+      frames = [
+        packing.Latent(position, target=case == 'loss', frame_delta=delta)
+        for delta in (*w.inputs[f'{prefix}/frame_delta'].tolist(), None)
+      ]
       packs[f'frames_{case}'] = packing.pack(
-          [[w.text(f'{prefix}/text_0'), *frames, w.text(f'{prefix}/text_1')]], w.form)
+        [[w.text(f'{prefix}/text_0'), *frames, w.text(f'{prefix}/text_1')]], w.form
+      )
     for name in (name for name in w.outputs if name.startswith('pack/')):
       _, case, array = name.split('/')
       packed = packs[case]
       draws = np.where(packed.target_BN, packed.sequence.gen.split_BL, -1)
-      self.check(name, {**packing.reference_arrays(packed), 'number_of_distinct_timesteps':
-                        np.int32(len(np.unique(draws)))}[array])
+      self.check(
+        name,
+        {
+          **packing.reference_arrays(packed),
+          'number_of_distinct_timesteps': np.int32(len(np.unique(draws))),
+        }[array],
+      )
     self.finish('pack/')
 
   def check_cache(self, case, cache, places):
@@ -466,10 +563,13 @@ class ParityTest(absltest.TestCase):
   def check_walk(self, prefix, settings, caches, noise, position, plain=False):
     """Runs guided sampling with the settings of a case; returns the final latent tokens."""
     w = self.w
-    scale = lambda name: 1. if plain else settings.get(name, 1.)
+    scale = lambda name: 1.0 if plain else settings.get(name, 1.0)
     guidance = guidance_lib.Guidance(
-        scale('cfg_text_scale'), scale('cfg_img_scale'), *settings['interval'],
-        renorm=settings['renorm_type'])
+      scale('cfg_text_scale'),
+      scale('cfg_img_scale'),
+      *settings['interval'],
+      renorm=settings['renorm_type'],
+    )
     grid = flow.time_grid(settings['num_timesteps'], settings['shift'])
     walk = w.walk(w.params, caches, guidance, noise, position, grid)
     if f'{prefix}_timesteps' in w.outputs:
@@ -495,19 +595,21 @@ class ParityTest(absltest.TestCase):
     segments['without_images'] = segments['main']
     caches = w.contexts(segments)
     query = packing.Latent(position, target=True)
-    packed = {name: packing.reference_arrays(packing.pack([[*value, query]], w.form))
-              for name, value in segments.items()}
-    rope = {name: arrays['packed_position_ids'][-(len(position) + 2):]
-            for name, arrays in packed.items()}
+    packed = {
+      name: packing.reference_arrays(packing.pack([[*value, query]], w.form))
+      for name, value in segments.items()
+    }
+    rope = {
+      name: arrays['packed_position_ids'][-(len(position) + 2) :] for name, arrays in packed.items()
+    }
     self.check('gen/packed_position_ids', rope['main'])
     self.check('gen/cfg_text_position_ids', rope['without_text'])
     self.check('gen/packed_vae_position_ids', packed['main']['packed_latent_position_ids'])
     self.check('gen/packed_text_ids', packed['main']['packed_text_ids'][-2:])
     for name, cache in caches.items():
       self.assertEqual(cache.next_position_B[0], rope[name][0])
-    velocity = lambda name, t: w.velocity(
-        w.params, caches[name], noise, jnp.float32(t), position)
-    v, u = velocity('main', 1.), velocity('without_text', 1.)
+    velocity = lambda name, t: w.velocity(w.params, caches[name], noise, jnp.float32(t), position)
+    v, u = velocity('main', 1.0), velocity('without_text', 1.0)
     self.check('gen/v_t1', v)
     self.check('gen/v_t1_uncond', u)
     settings = w.config['cases']['gen']
@@ -516,8 +618,8 @@ class ParityTest(absltest.TestCase):
       if time := re.fullmatch(r'gen/v_t(0\.\d+)', name):
         self.check(name, velocity('main', float(time[1])))
       elif setting := re.fullmatch(r'gen/v_t1_cfg_(\w+)_min([\d.]+)', name):
-        self.check(name, flow.guide(v, u, v, scale, 1., setting[1], float(setting[2])))
-    self.check('gen/v_t1_cfg_norenorm', flow.guide(v, u, v, scale, 1., 'global', 1.))
+        self.check(name, flow.guide(v, u, v, scale, 1.0, setting[1], float(setting[2])))
+    self.check('gen/v_t1_cfg_norenorm', flow.guide(v, u, v, scale, 1.0, 'global', 1.0))
     self.check_walk('gen/plain', settings, caches, noise, position, plain=True)
     final = self.check_walk('gen/cfg', settings, caches, noise, position)
     latent, image = self.decoded(final, hw)
@@ -531,17 +633,18 @@ class ParityTest(absltest.TestCase):
     empty = w.context([])[0]
     for i, hw in enumerate(w.inputs['gen/batch_image_hw']):
       position = w.latent_position(hw)
-      noise = w.inputs['gen/batch_noise'][start:start + len(position)]
+      noise = w.inputs['gen/batch_noise'][start : start + len(position)]
       start += len(position)
       cache = w.context([w.text(f'gen/batch_prompt_ids_{i}')])[0]
-      branches.append([w.velocity(w.params, c, noise, jnp.float32(1.), position)
-                       for c in (cache, empty)])
+      branches.append(
+        [w.velocity(w.params, c, noise, jnp.float32(1.0), position) for c in (cache, empty)]
+      )
     # The global norm is taken over all images of the batch.
     v, u = (jnp.concatenate(parts) for parts in zip(*branches))
     scale = w.config['cases']['gen']['cfg_text_scale']
     self.check('gen/batch_v_t1', v)
     for renorm in ('global', 'channel'):
-      self.check(f'gen/batch_v_t1_cfg_{renorm}', flow.guide(v, u, v, scale, 1., renorm, 0.))
+      self.check(f'gen/batch_v_t1_cfg_{renorm}', flow.guide(v, u, v, scale, 1.0, renorm, 0.0))
     self.finish('gen/batch')
 
   def test_guidance_formula(self):
@@ -559,34 +662,49 @@ class ParityTest(absltest.TestCase):
     segments = w.edit_segments
     caches = w.contexts(segments)
     clean, vit, _ = segments['main']
-    start, end = w.apply(w.params, np.array([[w.form.start_of_image], [w.form.end_of_image]]),
-                         method='embed_text')
-    latents = w.apply(w.params, clean.tokens, np.zeros(len(clean.tokens)), clean.position_ids,
-                      method='embed_latents')
-    patches = w.apply(w.params, vit.patches[None], vit.position_ids[None],
-                      np.zeros((1, len(vit.patches)), int), method='embed_patches')[0]
+    start, end = w.apply(
+      w.params, np.array([[w.form.start_of_image], [w.form.end_of_image]]), method='embed_text'
+    )
+    latents = w.apply(
+      w.params,
+      clean.tokens,
+      np.zeros(len(clean.tokens)),
+      clean.position_ids,
+      method='embed_latents',
+    )
+    patches = w.apply(
+      w.params,
+      vit.patches[None],
+      vit.position_ids[None],
+      np.zeros((1, len(vit.patches)), int),
+      method='embed_patches',
+    )[0]
     self.check('edit/vae_context_input', jnp.concatenate([start, latents, end]))
     self.check('edit/vit_context_input', jnp.concatenate([start, patches, end]))
     _, _, places = w.context(segments['main'])
     self.check_cache('edit', caches['main'], places)
-    for ours, name in (('main', 'main'), ('without_text', 'cfg_text'),
-                       ('without_images', 'cfg_img')):
+    for ours, name in (
+      ('main', 'main'),
+      ('without_text', 'cfg_text'),
+      ('without_images', 'cfg_img'),
+    ):
       self.check(f'edit/{name}_kv_len', np.sum(caches[ours].valid_BS, dtype=np.int32))
       self.check(f'edit/{name}_rope_next', caches[ours].next_position_B[0])
     velocity = lambda name, x, t: w.velocity(w.params, caches[name], x, jnp.float32(t), position)
-    v, v_text, v_image = (velocity(name, noise, 1.) for name in segments)
+    v, v_text, v_image = (velocity(name, noise, 1.0) for name in segments)
     self.check('edit/v_t1', v)
     self.check('edit/v_t1_cfg_text_branch', v_text)
     self.check('edit/v_t1_cfg_img_branch', v_image)
-    self.check('edit/check_v', velocity('main', w.inputs['edit/check_x_t'],
-                                        w.inputs['edit/check_t']))
+    self.check(
+      'edit/check_v', velocity('main', w.inputs['edit/check_x_t'], w.inputs['edit/check_t'])
+    )
     settings = w.config['cases']['edit']
     a, b = settings['cfg_text_scale'], settings['cfg_img_scale']
     for name in w.outputs:
       if both := re.fullmatch(r'edit/v_t1_both_([a-z_]+?)(?:_min([\d.]+))?', name):
-        self.check(name, flow.guide(v, v_text, v_image, a, b, both[1], float(both[2] or 0.)))
-    self.check('edit/v_t1_text_only_global', flow.guide(v, v_text, v_image, a, 1., 'global', 0.))
-    self.check('edit/v_t1_img_only', flow.guide(v, v_text, v_image, 1., b, 'global', 0.))
+        self.check(name, flow.guide(v, v_text, v_image, a, b, both[1], float(both[2] or 0.0)))
+    self.check('edit/v_t1_text_only_global', flow.guide(v, v_text, v_image, a, 1.0, 'global', 0.0))
+    self.check('edit/v_t1_img_only', flow.guide(v, v_text, v_image, 1.0, b, 'global', 0.0))
     _, image = self.decoded(self.check_walk('edit/cfg', settings, caches, noise, position), hw)
     self.check('edit/cfg_decoded', to_first(image))
     self.check('edit/cfg_image_u8', image_files.to_bytes(image))
@@ -604,7 +722,8 @@ class ParityTest(absltest.TestCase):
     caches = w.contexts({**segments, 'main': [*segments['main'], packing.Text(thought)]})
     settings = {**w.config['cases']['edit'], 'num_timesteps': THINK_POINTS}
     final = self.check_walk(
-        'think', settings, caches, w.inputs['think/noise'], w.latent_position(hw))
+      'think', settings, caches, w.inputs['think/noise'], w.latent_position(hw)
+    )
     self.check('think/image_u8', image_files.to_bytes(self.decoded(final, hw)[1]))
     self.finish('think/')
 
@@ -631,8 +750,9 @@ class ParityTest(absltest.TestCase):
     self.check('vae/mean_a', to_first(w.moments(a)[0]))
     self.check('vae/moments_b', moments(b))
     self.check('vae/moments_padded_batch', moments(np.concatenate([a, np.pad(b, padding)])))
-    self.check('vae/latent_mean_a', to_first(w.vae.apply(
-        {'params': w.vae_params}, a, method='encode_mean')))
+    self.check(
+      'vae/latent_mean_a', to_first(w.vae.apply({'params': w.vae_params}, a, method='encode_mean'))
+    )
     self.check('vae/latent_sampled_a', to_first(w.encode(a, to_last(w.inputs['vae/eps_a']))))
     self.check('vae/decode_out', to_first(w.decode_image(to_last(w.inputs['vae/decode_in']))))
     self.finish('vae/')
@@ -643,7 +763,8 @@ class ParityTest(absltest.TestCase):
     self.check('misc/sinusoid', layers.time_features(t))
     self.check('misc/time_embed', w.apply(w.params, t, method=lambda m, x: m.time_embedder(x)))
     cos, sin = attention.rope_table(
-        jnp.asarray(w.inputs['misc/rope_positions']), c.width // c.heads, c.rope_theta)
+      jnp.asarray(w.inputs['misc/rope_positions']), c.width // c.heads, c.rope_theta
+    )
     self.check('misc/rope_cos', cos)
     self.check('misc/rope_sin', sin)
     positions = dict(extrapolate=layers.grid_positions, interpolate=layers.interpolated_positions)
@@ -656,13 +777,20 @@ class ParityTest(absltest.TestCase):
       elif rule := re.fullmatch(r'misc/resize_[a-z]+_(\d+)_(\d+)_(\d+)', name):
         self.check(name, self.resized(image_files.ResizeRule(*map(int, rule.groups()))))
       elif rule := re.fullmatch(
-          r'misc/resize_[a-z]+_(\d+)_(\d+)_(\d+)_px(\d+)_imgnum(\d+)_and_(\d+)', name):
+        r'misc/resize_[a-z]+_(\d+)_(\d+)_(\d+)_px(\d+)_imgnum(\d+)_and_(\d+)', name
+      ):
         *sizes, first, second = map(int, rule.groups())
-        self.check(name, np.stack([self.resized(image_files.ResizeRule(*sizes, number))
-                                   for number in (first, second)], axis=1))
+        self.check(
+          name,
+          np.stack(
+            [self.resized(image_files.ResizeRule(*sizes, number)) for number in (first, second)],
+            axis=1,
+          ),
+        )
     rule = image_files.ResizeRule(*w.config['cases']['transform']['vae'])
-    self.check('misc/pixels_transformed',
-               to_first(image_files.transform(w.inputs['misc/pixels_u8'], rule)))
+    self.check(
+      'misc/pixels_transformed', to_first(image_files.transform(w.inputs['misc/pixels_u8'], rule))
+    )
     self.finish('misc/')
 
   def resized(self, rule):
@@ -673,8 +801,10 @@ class ParityTest(absltest.TestCase):
 def guidance_results(w: World) -> np.ndarray:
   """All combinations of the guidance case."""
   fields = [w.inputs[f'cfgmix/v_{name}'] for name in ('main', 'cfg_text', 'cfg_img')]
-  settings = (w.outputs[f'cfgmix/{name}'].tolist()
-              for name in ('text_scale', 'img_scale', 'renorm_type', 'renorm_min'))
+  settings = (
+    w.outputs[f'cfgmix/{name}'].tolist()
+    for name in ('text_scale', 'img_scale', 'renorm_type', 'renorm_min')
+  )
   return np.stack([flow.guide(*fields, *setting) for setting in zip(*settings)])
 
 
@@ -691,7 +821,8 @@ class MistakesTest(absltest.TestCase):
   def test_mask(self):
     honest = attention.keep_mask
     visible = lambda query, key: honest(
-        query, key.replace(mode_BL=jnp.minimum(key.mode_BL, types.FULL)))
+      query, key.replace(mode_BL=jnp.minimum(key.mode_BL, types.FULL))
+    )
     with mock.patch.object(attention, 'keep_mask', visible):
       self.assertGreater(self.deviation(), MISTAKE)
 
@@ -719,7 +850,8 @@ class MistakesTest(absltest.TestCase):
     w = world()
     honest = flow.guide
     late = lambda v, u, w, a, b, renorm, floor: honest(
-        v, u, w, a, b, 'channel' if renorm == 'text_channel' else renorm, floor)
+      v, u, w, a, b, 'channel' if renorm == 'text_channel' else renorm, floor
+    )
     with mock.patch.object(flow, 'guide', late):
       away = np.abs(guidance_results(w) - w.outputs['cfgmix/result'])
     self.assertGreater(away.max(), MISTAKE)

@@ -15,28 +15,28 @@ from lvrpo_jax.data import encoding
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
 from lvrpo_jax.models import layers
-from lvrpo_jax.models.bagel import policy as policy_lib
+from lvrpo_jax.models import contexts
 from lvrpo_jax.runtime import experiment as experiment_lib
 from tests.helpers import noise
 
 
 @functools.cache
-def job():
+def experiment():
   return experiment_lib.build(tiny.get_config(), pathlib.Path('unused'))
 
 
 @functools.cache
 def parameters():
   """Parameters of the model and of the autoencoder, noise on every leaf."""
-  return noise.parameters(job(), 0.2)[:2]
+  return noise.parameters(experiment(), 0.2)[:2]
 
 
 @functools.cache
 def prompts(task, uniform, count=2, **changes):
   """Encoded alignment prompts; `changes` go to the examples."""
-  template = job().encoder.template
+  template = experiment().encoder.template
   encoder = encoding.Encoder(
-    job().data.tokenizer,
+    experiment().data.tokenizer,
     encoding.Template(
       template.prompt_words,
       template.answer_words,
@@ -46,7 +46,7 @@ def prompts(task, uniform, count=2, **changes):
       template.image_size,
     ),
   )
-  examples = [job().data.prompt(task, i) for i in range(count)]
+  examples = [experiment().data.example(task, 'align', i) for i in range(count)]
   return encoder(
     task, [examples_lib.Example(**{**e.__dict__, **changes}) for e in examples]
   ).prompts
@@ -54,7 +54,7 @@ def prompts(task, uniform, count=2, **changes):
 
 class PositionsTest(absltest.TestCase):
   def test_small_images_are_stretched_over_the_tables(self):
-    policy = job().policy
+    policy = experiment().policy
     side = policy.config.latent_side
     np.testing.assert_array_equal(
       policy.latent_position(2), [[0, side // 2, side**2 // 2, side * (side + 1) // 2]] * 2
@@ -67,18 +67,18 @@ class PositionsTest(absltest.TestCase):
 
 @jax.jit
 def prefill(params, vae_params, p):
-  return job().policy.prefill(params, vae_params, p)
+  return experiment().policy.prefill(params, vae_params, p)
 
 
 @jax.jit
 def outputs(params, cache, ids, x, time):
   """Text logits and velocities after a context."""
-  return (job().policy.read(params, cache, ids), job().policy.velocity(params, cache, x, time))
+  return (experiment().policy.text_logits(params, cache, ids), experiment().policy.velocity(params, cache, x, time))
 
 
 def inputs(rows=2):
   rng = np.random.default_rng(5)
-  N, C = job().policy.latent_shape
+  N, C = experiment().policy.latent_shape
   return (
     jnp.asarray(rng.integers(0, 100, (rows, 2, 4)), jnp.int32),
     jnp.asarray(rng.normal(size=(rows, 2, N, C)), jnp.float32),
@@ -104,7 +104,7 @@ class ContextTest(parameterized.TestCase):
   def test_without_text_equals_dropping_it(self, task):
     params, vae_params = parameters()
     p = prompts(task, True)
-    hidden = policy_lib.without_text(prefill(params, vae_params, p), p)
+    hidden = contexts.without_text(prefill(params, vae_params, p), p)
     dropped = answers(prompts(task, True, drop_text=True))
     close(answers(None, hidden), dropped)
     with_text = answers(p)
@@ -127,7 +127,7 @@ class ContextTest(parameterized.TestCase):
 
 class SeveralTasksTest(absltest.TestCase):
   def test_one_pass_equals_separate_passes(self):
-    policy = job().policy
+    policy = experiment().policy
     params, vae_params = parameters()
     p = {task: prompts(task, True) for task in tasks.TASKS}
     together = jax.jit(policy.prefill_all)(params, vae_params, p)
@@ -149,10 +149,10 @@ class SeveralTasksTest(absltest.TestCase):
     xs, times = {'generate': x, 'edit': x + 1.0}, {'generate': time, 'edit': 1.0 - time}
 
     def run(joint):
-      policy = dataclasses.replace(job().policy, joint=joint)
+      policy = dataclasses.replace(experiment().policy, joint=joint)
 
       def total(params):
-        out = policy.follow(params, vae_params, p, xs, times, {'understand': ids})
+        out = policy.forward(params, vae_params, p, xs, times, {'understand': ids})
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(out)), out
 
       (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
@@ -170,13 +170,13 @@ class SeveralTasksTest(absltest.TestCase):
 
   def test_alike(self):
     shapes = {'a': np.zeros((2, 3)), 'b': np.zeros((5, 4)), 'c': np.zeros((7, 3))}
-    self.assertEqual(policy_lib.group_by_shape(shapes), [['a', 'c'], ['b']])
-    self.assertEqual(policy_lib.group_by_shape({}), [])
+    self.assertEqual(contexts.group_by_shape(shapes), [['a', 'c'], ['b']])
+    self.assertEqual(contexts.group_by_shape({}), [])
 
 
 class PixelsTest(absltest.TestCase):
   def test_the_vision_tower_sees_no_more_than_its_table_holds(self):
-    policy = job().policy
+    policy = experiment().policy
     vit = dataclasses.replace(policy.config.vit, patch=14, side=70)
     at = lambda size: (
       dataclasses.replace(
@@ -189,14 +189,14 @@ class PixelsTest(absltest.TestCase):
 
   def test_to_unit(self):
     np.testing.assert_allclose(
-      policy_lib.to_unit(np.array([0, 255, 51], np.uint8)), [-1.0, 1.0, -0.6], atol=1e-6
+      contexts.to_unit(np.array([0, 255, 51], np.uint8)), [-1.0, 1.0, -0.6], atol=1e-6
     )
 
   def test_decode_truncates_and_clips(self):
-    policy, vae_params = job().policy, parameters()[1]
+    policy, vae_params = experiment().policy, parameters()[1]
     N, C = policy.latent_shape
     latents = 3 * np.random.default_rng(0).normal(size=(2, 3, N, C)).astype(np.float32)
-    got = policy.decode(vae_params, latents)
+    got = policy.decode_image(vae_params, latents)
     side = policy.image_size
     self.assertEqual((got.shape, got.dtype), ((2, 3, side, side, 3), jnp.uint8))
     # The small autoencoder keeps one latent pixel a token, in row-major order.
@@ -207,7 +207,7 @@ class PixelsTest(absltest.TestCase):
     self.assertGreater(np.mean(np.asarray(got).reshape(want.shape) == want), 0.999)
 
   def test_patches_are_row_major(self):
-    policy = job().policy
+    policy = experiment().policy
     side, patch = policy.image_size, policy.config.vit.patch
     image = np.zeros((1, side, side, 3), np.uint8)
     image[0, :patch, patch : 2 * patch] = 255  # The second patch of the first row.

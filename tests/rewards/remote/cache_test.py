@@ -126,8 +126,8 @@ class CacheTest(fixtures.JudgeTestCase):
   @parameterized.parameters((1, 0, ''), (2, 0, '.0'), (2, 1, '.1'))
   def test_processes_have_files_of_their_own(self, count, index, suffix):
     collector = mock.Mock(_remote_tasks=['generate'])
-    collector.job.config = base.get_config()
-    collector.job.config.align.remote.update(url='http://x', cache=str(self.folder / 'scores'))
+    collector.experiment.config = base.get_config()
+    collector.experiment.config.align.remote.update(url='http://x', cache=str(self.folder / 'scores'))
     with mock.patch.multiple('jax', process_count=lambda: count, process_index=lambda: index):
       judge = experience.Collector.remote.func(collector)
     judge.close()

@@ -113,10 +113,10 @@ class QuestionsTest(fixtures.JudgeTestCase):
 
 class ConfigTest(parameterized.TestCase):
   def test_the_config_holds_every_setting(self):
-    settings = base.get_config().align.remote.to_dict()
+    settings = base.get_config().align.remote_judge.to_dict()
     endpoint = remote_client.Endpoint(**{**settings, 'url': 'http://x'})
     self.assertEqual(endpoint.templates, dict.fromkeys(tasks_lib.TASKS, ''))
-    remote_protocols.check(endpoint, 'config.align.remote')
+    remote_protocols.check(endpoint, 'config.align.remote_judge')
 
   @parameterized.parameters(
     ('template', 'template'), ('templates.understand', r'templates\.understand')
@@ -126,20 +126,20 @@ class ConfigTest(parameterized.TestCase):
     config.align.remote.update(url='http://x', protocol='chat', model='m')
     config.align.rewards.understand.remote = 1.0
     validate.validate(config)
-    config.align.remote.update_from_flattened_dict({key: KNOWLEDGE})
+    config.align.remote_judge.update_from_flattened_dict({key: KNOWLEDGE})
     with self.assertRaisesRegex(ValueError, rf'remote\.{named} is .*\{{answer\}}'):
       validate.validate(config)
-    config.align.remote.templates.understand = '{prompt} {answer}'
+    config.align.remote_judge.templates.understand = '{prompt} {answer}'
     validate.validate(config)
 
   def test_runs_at_once_share_no_cache(self):
     config = base.get_config()
-    config.align.remote.cache = 'scores'
+    config.align.remote_judge.cache = 'scores'
     for program, workers in (('study', 1), ('run', 2)):
       config.update(program=program, workers=workers)
       validate.validate(config)
     config.program = 'study'
-    with self.assertRaisesRegex(ValueError, "remote.cache is 'scores'; .*config.workers = 2"):
+    with self.assertRaisesRegex(ValueError, "remote.cache is 'scores'; .*config.study.workers = 2"):
       validate.validate(config)
 
   def test_collector_asks_for_its_iteration(self):

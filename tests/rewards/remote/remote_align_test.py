@@ -30,17 +30,7 @@ FLOOR = 0.05
 def make_config(url):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(
-    steps=STEPS,
-    group=GROUP,
-    generate=ROWS,
-    understand=0,
-    edit=0,
-    window=1,
-    steps_per_image=3,
-    save_every=STEPS,
-    floor=FLOOR,
-  )
+  config.align.update(iterations=STEPS, rollout=dict(group_size=GROUP, window=1, steps=3), prompts=dict(generate=ROWS, understand=0, edit=0), checkpoints=dict(every=STEPS), advantage=dict(floor=FLOOR))
   config.align.rewards.generate.update(rules=0.0, semantic=0.0, knowledge=0.0, remote=1.0)
   config.align.remote.update(url=url, batch=1, retries=0, timeout_s=0.6, deadline_s=20.0)
   validate.validate(config)
@@ -92,10 +82,10 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
   def run_job(self, url, name):
     """Runs the loop; returns final parameters, and (batch, pictures) of every iteration."""
     config = make_config(url)
-    config.align.remote.cache = str(self.folder / f'{name}.scores')  # A stopped run leaves no lock.
-    job = experiment_lib.build(config, self.folder / name)
-    job.workdir.mkdir(exist_ok=True)
-    writer, seen = metrics_lib.MetricWriter(job.workdir, 0), []
+    config.align.remote_judge.cache = str(self.folder / f'{name}.scores')  # A stopped run leaves no lock.
+    experiment = experiment_lib.build(config, self.folder / name)
+    experiment.workdir.mkdir(exist_ok=True)
+    writer, seen = metrics_lib.MetricWriter(experiment.workdir, 0), []
     collect = learner.Learner.collect
 
     def spy(aligner, *args):
@@ -105,7 +95,7 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
 
     try:
       with mock.patch.object(learner.Learner, 'collect', spy):
-        params = align.run(job, *parameters(), writer)
+        params = align.run(experiment, *parameters(), writer)
     finally:
       writer.close()
     return jax.tree.map(np.asarray, params), seen
@@ -134,7 +124,7 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
       return script(number, body, handler)
 
     start = time.monotonic()
-    with self.assertRaisesRegex(remote_client.JudgeUnavailable, 'config.align.remote'):
+    with self.assertRaisesRegex(remote_client.JudgeUnavailable, 'config.align.remote_judge'):
       self.run_job(self.script(dying).url, 'stopped')
     self.assertLess(time.monotonic() - start, 60.0)
     again, rest = self.run_job(self.script(script).url, 'stopped')
@@ -152,11 +142,11 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
       return 200, judge_fixtures.scores(body)
 
     config = make_config(self.script(script).url)
-    config.align.update(edit=ROWS, steps=1)
+    config.align.update(prompts=dict(edit=ROWS), iterations=1)
     config.align.rewards.edit.update(rules=0.0, semantic=0.0, knowledge=0.0, remote=1.0)
     config.align.remote.update(timeout_s=30.0, deadline_s=30.0)
-    job = experiment_lib.build(config, self.folder)
-    aligner = learner.Learner(job, *parameters())
+    experiment = experiment_lib.build(config, self.folder)
+    aligner = learner.Learner(experiment, *parameters())
     self.addCleanup(aligner.collector.close)
     submit, tasks = remote_client.Judge.submit, []
 
@@ -167,9 +157,9 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
         second.set()  # It has been sampled: its pictures are at hand.
       return submit(judge, task, *args)
 
-    data = align.prompt_batches(job)
+    data = align.prompt_batches(experiment)
     with mock.patch.object(remote_client.Judge, 'submit', spy):
-      batch, _, _ = aligner.collect(align.draw(job, data, data), 1)
+      batch, _, _ = aligner.collect(align.draw(experiment, data, data), 1)
     self.assertEqual(tasks, ['generate', 'edit'])
     self.assertNotEmpty(waited)
     self.assertTrue(all(waited))

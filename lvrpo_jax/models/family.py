@@ -1,0 +1,138 @@
+"""What alignment needs from a model: the protocols of a policy and of a model family.
+
+Nothing above `models/` asks which family it has. `config.model.family` names one of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+
+from lvrpo_jax import types
+
+Array = jax.Array
+
+TOKENS, FLOW = 'tokens', 'flow'
+"""Forms of a density: a product of token probabilities; Gaussian steps of a flow."""
+
+FAMILIES = {'bagel': 'lvrpo_jax.models.bagel.family:BAGEL'}
+"""Import paths of the families by name."""
+
+
+class Tokenizer(Protocol):
+  """What a policy asks of the data's tokenizer."""
+
+  bos: int
+  eos: int
+  start_of_image: int
+  end_of_image: int
+  added: Sequence[str]
+
+  def __len__(self) -> int:
+    """Number of ids."""
+    ...
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, without a frame."""
+    ...
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids up to the end token."""
+    ...
+
+
+class ModelFamily(Protocol):
+  """Builds policies from configs."""
+
+  def build(self, config: types.Config, tokenizer: Tokenizer, image_size: int) -> Policy:
+    """The policy of a config, for images of so many pixels a side."""
+    ...
+
+
+class Policy(Protocol):
+  """Static description of a policy; parameters are passed to every method.
+
+  Attributes:
+    image_size: pixels along each side of the images of this run.
+    bos, eos: ids that start and end every text.
+    densities: 'tokens' or 'flow' for every output modality.
+    latent_shape: (N, C) of an image.
+    vit_tokens: tokens of an image that is shown.
+  """
+
+  image_size: int
+  bos: int
+  eos: int
+
+  @property
+  def densities(self) -> Mapping[str, str]:
+    """'tokens' or 'flow' for every output modality."""
+    ...
+
+  @property
+  def latent_shape(self) -> tuple[int, int]:
+    """(N, C) of an image."""
+    ...
+
+  @property
+  def vit_tokens(self) -> int:
+    """Tokens of an image that is shown."""
+    ...
+
+  def init(self, key: Array) -> types.Params:
+    """Fresh parameters."""
+    ...
+
+  def prefill(
+    self, params: types.Params, vae_params: types.Params, prompts: types.Prompts
+  ) -> types.Cache:
+    """Encodes the context of every prompt once."""
+    ...
+
+  def prefill_all(
+    self, params: types.Params, vae_params: types.Params, prompts: dict[str, types.Prompts]
+  ) -> dict[str, types.Cache]:
+    """Contexts of several tasks."""
+    ...
+
+  def empty_row(self, shape: tuple[int, ...], length: int) -> types.Tree:
+    """Room for the keys and values of texts of at most `length` tokens."""
+    ...
+
+  def decode_token(
+    self, params: types.Params, cache: types.Cache, row: types.Tree, index: Array, token: Array
+  ) -> tuple[Array, types.Tree]:
+    """Logits after one more token of every text, and the rows with its keys and values."""
+    ...
+
+  def text_logits(self, params: types.Params, cache: types.Cache, ids_BML: Array) -> Array:
+    """Logits (B, M, L, V) of M texts a prompt."""
+    ...
+
+  def velocity(
+    self, params: types.Params, cache: types.Cache, x_BMNC: Array, time_BM: Array
+  ) -> Array:
+    """Velocities (B, M, N, C) of M noised images a prompt."""
+    ...
+
+  def forward(
+    self,
+    params: types.Params,
+    vae_params: types.Params,
+    prompts: dict[str, types.Prompts],
+    x: dict[str, Array],
+    time: dict[str, Array],
+    ids: dict[str, Array],
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Velocities of noised images and logits of texts, by task, after the contexts of all tasks."""
+    ...
+
+  def encode_image(self, vae_params: types.Params, image_BYXC: Array) -> Array:
+    """Latent tokens (B, N, C) of uint8 images."""
+    ...
+
+  def decode_image(self, vae_params: types.Params, latents: Array) -> Array:
+    """uint8 images (..., Y, X, 3) of latent tokens (..., N, C)."""
+    ...
