@@ -1,27 +1,28 @@
-"""A small judge over HTTP, to copy for your own and to test with.
+"""Serves scores over HTTP: a small remote judge, as a template for your own and for tests.
 
     python launch/judge_server.py --port=8000                                  # the example below
     python launch/judge_server.py --port=8000 --score=my_package.scores:score  # yours
 
 `--score` names a function `(sample: dict) -> float`. The members of a sample are those of the
-protocol `batch` (see `lvrpo_jax/rewards/remote.py`): task, id, prompt, answer, reference, kind,
-spec, questions (a list of {'question': ..., 'answer': ...} about an image of the prompt, for a
-judge of knowledge), and image and source as uint8 arrays (Y, X, 3) or None. For a chat request they
-are prompt (the whole text), image (the last one) and source (the one before), questions is empty
-and the others are None. An exception that it raises becomes the sample's error. Requests are
-answered in threads of their own, so the function must allow for several calls at once; put a lock
-around a model.
+protocol `batch` (see `lvrpo_jax/rewards/remote/client.py`): task, id, prompt, answer, reference,
+kind, spec, questions (a list of {'question': ..., 'answer': ...} about an image of the prompt, for
+a judge of knowledge), and image and source as uint8 arrays (Y, X, 3) or None. For a chat request
+they are prompt (the whole text), image (the last one) and source (the one before); questions is
+empty and the others are None. An exception that the function raises becomes the sample's error.
+Requests are answered in threads of their own, so the function must allow several calls at once; put
+a lock around a model.
 
 Posts to a path that ends in /chat/completions are OpenAI-compatible chats, all others are batches.
-GET /stats counts requests and samples. There is no check of keys: let it listen to a network that
-you trust, or put a proxy before it. The faults are for tests; a sample's content decides, so that
-the same samples meet the same faults. Needs NumPy and Pillow, nothing of this project.
+GET /stats returns counts of requests and samples. Keys are not checked: listen on a network that
+you trust, or put a proxy in front. The faults are for tests. They depend on a sample's content, so
+that the same samples get the same faults. The file needs NumPy and Pillow, nothing of this project.
 """
 
 import argparse
 import base64
 import binascii
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import hashlib
 from http import server
@@ -38,11 +39,13 @@ import numpy as np
 from PIL import Image
 
 Sample = dict[str, Any]
-LARGEST = 1 << 28  # bytes of a request
+"""Members of a sample by name, see the module's docstring."""
+LARGEST = 1 << 28
+"""Bytes of the largest request that is read."""
 
 
 def example_score(sample: Sample) -> float:
-  """An example: 1 or 0 for an answer that is or is not the right one, else an image's brightness.
+  """Scores an answer with 1 or 0 for right or wrong, otherwise an image with its brightness.
 
   Raises:
     ValueError: there is neither an answer nor an image.
@@ -56,13 +59,14 @@ def example_score(sample: Sample) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-  """Shares of all samples, in [0, 1].
+  """Fractions in [0, 1] of all samples that get a fault.
 
   Attributes:
     fail: scored as an error; a chat is refused with HTTP 500, so retries do not help.
-    slow: answered after `slow_s` seconds more.
-    garbage: answered with something that is no value.
-    seed: another seed takes other samples.
+    slow: answered `slow_s` seconds later.
+    slow_s: seconds.
+    garbage: answered with text that is not a value.
+    seed: selects the samples.
   """
 
   fail: float = 0.0
@@ -72,7 +76,7 @@ class Faults:
   seed: int = 0
 
   def hit(self, kind: str, sample: Sample) -> bool:
-    """Whether a fault ('fail', 'slow' or 'garbage') strikes a sample."""
+    """Whether a sample gets a fault ('fail', 'slow' or 'garbage')."""
     digest = hashlib.sha256(f'{self.seed} {kind}'.encode())
     for name in ('prompt', 'answer', 'image', 'source'):
       value = sample[name]
@@ -81,10 +85,10 @@ class Faults:
 
 
 class JudgeServer(server.ThreadingHTTPServer):
-  """Serves scores until `shutdown`. `stats` counts requests, samples and most requests at once."""
+  """Serves scores until `shutdown`; `stats` counts requests, samples and most requests at once."""
 
   daemon_threads = True
-  request_queue_size = 128  # clients that connect at once; the default of 5 drops some
+  request_queue_size = 128  # Clients that connect at once; the default of 5 drops some.
 
   def __init__(
     self,
@@ -93,6 +97,7 @@ class JudgeServer(server.ThreadingHTTPServer):
     port: int = 0,
     faults: Faults = Faults(),
   ):
+    """Listens at an address; a port of 0 takes a free one."""
     super().__init__((host, port), Handler)
     self.score, self.faults = score, faults
     self.stats = {'requests': 0, 'samples': 0, 'most_at_once': 0}
@@ -114,21 +119,21 @@ class JudgeServer(server.ThreadingHTTPServer):
 
 
 class Handler(server.BaseHTTPRequestHandler):
-  """Reads one request after the other from a connection."""
+  """Answers one request after the other of a connection."""
 
-  protocol_version = 'HTTP/1.1'  # keeps connections open
-  disable_nagle_algorithm = True  # or small replies wait for an acknowledgement
+  protocol_version = 'HTTP/1.1'  # Keeps connections open.
+  disable_nagle_algorithm = True  # Small replies do not wait for an acknowledgement.
   server: JudgeServer
 
-  def do_GET(self):  # pylint: disable=invalid-name
-    """Statistics."""
+  def do_GET(self) -> None:  # pylint: disable=invalid-name
+    """Sends statistics."""
     if self.path == '/stats':
       self._reply(200, self.server.stats)
     else:
       self._reply(404, {'error': 'GET /stats, or POST samples'})
 
-  def do_POST(self):  # pylint: disable=invalid-name
-    """Scores of a batch, or a chat's answer."""
+  def do_POST(self) -> None:  # pylint: disable=invalid-name
+    """Sends the scores of a batch, or the answer of a chat."""
     size = self.headers.get('Content-Length', '')
     if not size.isdigit() or int(size) > LARGEST:
       self.close_connection = True  # The body stays unread.
@@ -154,22 +159,13 @@ class Handler(server.BaseHTTPRequestHandler):
     elif 'error' in scores[0]:
       self._reply(500, {'error': {'message': scores[0]['error']}})
     else:
-      self._reply(
-        200,
-        {
-          'object': 'chat.completion',
-          'model': body.get('model'),
-          'choices': [
-            {
-              'index': 0,
-              'finish_reason': 'stop',
-              'message': {'role': 'assistant', 'content': str(scores[0]['value'])},
-            }
-          ],
-        },
-      )
+      message = {'role': 'assistant', 'content': str(scores[0]['value'])}
+      choices = [{'index': 0, 'finish_reason': 'stop', 'message': message}]
+      completion = {'object': 'chat.completion', 'model': body.get('model'), 'choices': choices}
+      self._reply(200, completion)
 
   def _score(self, sample: Sample) -> dict[str, Any]:
+    """Returns the entry of a sample in a reply, with its value or error."""
     faults = self.server.faults
     if faults.hit('fail', sample):
       return {'id': sample['id'], 'error': 'a fault was asked for'}
@@ -177,10 +173,11 @@ class Handler(server.BaseHTTPRequestHandler):
       return {'id': sample['id'], 'value': 'It depends.'}
     try:
       return {'id': sample['id'], 'value': float(self.server.score(sample))}
-    except Exception as error:  # One bad sample must not take its batch along.
+    except Exception as error:  # The other samples of the batch keep their scores.
       return {'id': sample['id'], 'error': repr(error)}
 
   def _reply(self, status: int, value: Any) -> None:
+    """Sends a JSON value."""
     data = json.dumps(value).encode()
     self.send_response(status)
     self.send_header('Content-Type', 'application/json')
@@ -188,38 +185,42 @@ class Handler(server.BaseHTTPRequestHandler):
     self.end_headers()
     try:
       self.wfile.write(data)
-    except OSError:  # The client has given up.
+    except OSError:  # The client has closed the connection.
       self.close_connection = True
 
-  def log_message(self, *args):
-    """A line for every request would drown all else."""
+  def log_message(self, *args: Any) -> None:
+    """Logs nothing; the default is a line for every request."""
 
 
 def batch_samples(body: dict[str, Any]) -> list[Sample]:
-  """Samples of the protocol `batch`, images decoded."""
+  """Returns the samples of a batch request, with images decoded."""
   return [
     {
       'task': body['task'],
-      'id': s['id'],
-      'prompt': s['prompt'],
-      'answer': s.get('answer'),
-      'reference': s.get('reference'),
-      'kind': s.get('kind'),
-      'spec': s.get('spec'),
-      'questions': s.get('questions') or [],
-      'image': decode(s.get('image')),
-      'source': decode(s.get('source')),
+      'id': sample['id'],
+      'prompt': sample['prompt'],
+      'answer': sample.get('answer'),
+      'reference': sample.get('reference'),
+      'kind': sample.get('kind'),
+      'spec': sample.get('spec'),
+      'questions': sample.get('questions') or [],
+      'image': decode(sample.get('image')),
+      'source': decode(sample.get('source')),
     }
-    for s in body['samples']
+    for sample in body['samples']
   ]
 
 
 def chat_sample(body: dict[str, Any]) -> Sample:
-  """The sample of a chat request: the content of its last message."""
+  """Returns the sample of a chat request: the content of its last message."""
   content = body['messages'][-1]['content']
-  parts = [{'type': 'text', 'text': content}] if isinstance(content, str) else content
+  parts: list[dict[str, Any]] = (
+    [{'type': 'text', 'text': content}] if isinstance(content, str) else content
+  )
   images = [
-    decode(p['image_url']['url'].partition('base64,')[2]) for p in parts if p['type'] == 'image_url'
+    decode(part['image_url']['url'].partition('base64,')[2])
+    for part in parts
+    if part['type'] == 'image_url'
   ]
   image, source = [*reversed(images), None, None][:2]
   return {
@@ -230,17 +231,17 @@ def chat_sample(body: dict[str, Any]) -> Sample:
     'kind': None,
     'spec': None,
     'questions': [],
-    'prompt': '\n'.join(p['text'] for p in parts if p['type'] == 'text'),
+    'prompt': '\n'.join(part['text'] for part in parts if part['type'] == 'text'),
     'image': image,
     'source': source,
   }
 
 
 def decode(png: str | None) -> np.ndarray | None:
-  """uint8 (Y, X, 3) of a base64 PNG.
+  """Decodes a base64 PNG to uint8 (Y, X, 3); None stays None.
 
   Raises:
-    ValueError, OSError: it is none.
+    ValueError, OSError: the text is not base64, or not an image.
   """
   if png is None:
     return None
@@ -252,7 +253,7 @@ def decode(png: str | None) -> np.ndarray | None:
 
 
 def load_score(path: str) -> Callable[[Sample], float]:
-  """The function at 'module:function'; '' is the example."""
+  """Imports the function at 'module:function'; '' is the example."""
   if not path:
     return example_score
   sys.path.insert(0, os.getcwd())  # As `python -m` does.
@@ -261,24 +262,28 @@ def load_score(path: str) -> Callable[[Sample], float]:
 
 
 def main() -> None:
-  """Serves until it is interrupted."""
+  """Runs the command: serves until it is interrupted."""
   parser = argparse.ArgumentParser(description='Scores images and answers over HTTP.')
   parser.add_argument('--host', default='127.0.0.1', help='address to listen at')
   parser.add_argument('--port', type=int, default=8000, help='0 takes a free one')
   parser.add_argument('--score', default='', help="'module:function'; default: an example")
-  parser.add_argument('--fail-rate', type=float, default=0.0, help='share scored as an error')
-  parser.add_argument('--slow-rate', type=float, default=0.0, help='share answered late')
+  parser.add_argument('--fail-rate', type=float, default=0.0, help='fraction scored as an error')
+  parser.add_argument('--slow-rate', type=float, default=0.0, help='fraction answered late')
   parser.add_argument('--slow-s', type=float, default=1.0, help='seconds that those take longer')
-  parser.add_argument('--garbage-rate', type=float, default=0.0, help='share without a number')
+  parser.add_argument('--garbage-rate', type=float, default=0.0, help='fraction without a value')
   parser.add_argument('--seed', type=int, default=0, help='of the faults')
   args = parser.parse_args()
-  faults = Faults(args.fail_rate, args.slow_rate, args.slow_s, args.garbage_rate, args.seed)
+  faults = Faults(
+    fail=args.fail_rate,
+    slow=args.slow_rate,
+    slow_s=args.slow_s,
+    garbage=args.garbage_rate,
+    seed=args.seed,
+  )
   judge = JudgeServer(load_score(args.score), args.host, args.port, faults)
   print(f'listening at http://{args.host}:{judge.server_port}', flush=True)
-  try:
+  with contextlib.suppress(KeyboardInterrupt):
     judge.serve_forever()
-  except KeyboardInterrupt:
-    pass
 
 
 if __name__ == '__main__':

@@ -9,9 +9,10 @@ Axis letters, the same in every file (`logits_BGLV`):
   V  vocabulary        T  denoising steps or generated tokens
   C  channels of a latent token                    P  values of a pixel patch
   Y  pixel rows        X  pixel columns            E  layers
+  K  trained steps of a trajectory, or noised copies of a sample (beside B and G)
 
 `M` stands for "rows of one prompt" where a pass is used both with groups (M = G) and without
-(M = 1).
+(M = 1). Only the model flattens: row m = k * G + g of a prompt is step k of sample g.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class ImageTrajectory(struct.PyTreeNode):
     mean_TBGNC: mean of every transition under the policy that sampled.
     time_T, next_time_T, std_T: times and deviations of the transitions (0: no noise).
     latents_BGNC: the final latents.
-    guidance: scale of classifier-free guidance, or None.
+    guidance: scale of classifier-free guidance; 1 for none.
   """
 
   x_TBGNC: Array
@@ -138,7 +139,7 @@ class ImageTrajectory(struct.PyTreeNode):
   next_time_T: Array
   std_T: Array
   latents_BGNC: Array
-  guidance: Array | None = None
+  guidance: Array
 
 
 class Rewards(struct.PyTreeNode):
@@ -202,10 +203,29 @@ class SupervisedBatch(struct.PyTreeNode):
   answer_mask_BL: Array
 
 
-class TextTrainBatch(struct.PyTreeNode):
-  """Answers with their advantages, as the update reads them.
+class Transitions(struct.PyTreeNode):
+  """K steps of the trajectories of every group.
 
-  `reference_BGT` holds the log-probabilities of the tokens under the reference.
+  The sampled latents `next_BKGNC`, which the rollout went on from, are `mean + std * noise`.
+  """
+
+  x_BKGNC: Array
+  next_BKGNC: Array
+  time_BKG: Array
+  next_time_BKG: Array
+  first_time_BKG: Array
+  eta_BKG: Array
+  noise_BKGNC: Array
+  mean_BKGNC: Array
+  std_BKG: Array
+
+
+class SampledTexts(struct.PyTreeNode):
+  """Groups of texts with what is needed to score them again.
+
+  Attributes:
+    logp_BGT: log-probabilities under the policy that sampled, at `temperature_B`.
+    mask_BGT: True on a text and its end token.
   """
 
   prompts: Prompts
@@ -213,46 +233,73 @@ class TextTrainBatch(struct.PyTreeNode):
   logp_BGT: Array
   mask_BGT: Array
   temperature_B: Array
-  reference_BGT: Array
-  advantage_BG: Array
-  valid_BG: Array
 
 
-class Transitions(struct.PyTreeNode):
-  """Some steps of the trajectories of a group; row m = k * G + g is step k of sample g.
+class SampledImages(struct.PyTreeNode):
+  """Groups of images with the steps of their trajectories that are scored again.
 
-  The sampled latents `next_BMNC`, which the rollout went on from, are `mean + std * noise`.
+  Attributes:
+    latents_BGNC: final latents.
+    steps: replayed steps.
+    scale_BKG: scale of classifier-free guidance of these steps; 1 for none.
   """
 
-  x_BMNC: Array
-  next_BMNC: Array
-  time_BM: Array
-  next_time_BM: Array
-  first_time_BM: Array
-  eta_BM: Array
-  noise_BMNC: Array
-  mean_BMNC: Array
-  std_BM: Array
+  prompts: Prompts
+  latents_BGNC: Array
+  steps: Transitions
+  scale_BKG: Array
+
+
+class TextQuery(struct.PyTreeNode):
+  """Texts whose logits are asked for: `ids_BML` are the inputs, the start token first."""
+
+  prompts: Prompts
+  ids_BML: Array
+
+
+class FlowQuery(struct.PyTreeNode):
+  """Noised latents at whose times velocities are asked for."""
+
+  prompts: Prompts
+  x_BKGNC: Array
+  time_BKG: Array
+
+
+class GuidedFlowQuery(FlowQuery):
+  """A query for velocities under classifier-free guidance."""
+
+  scale_BKG: Array
+
+
+Query = TextQuery | FlowQuery
+
+
+class TextTrainBatch(struct.PyTreeNode):
+  """Texts with their advantages, as the update reads them.
+
+  Attributes:
+    reference_BGT: log-probabilities of the tokens under the reference.
+    valid_BG: samples that have an advantage.
+  """
+
+  sampled: SampledTexts
+  advantage_BG: Array
+  valid_BG: Array
+  reference_BGT: Array
 
 
 class ImageTrainBatch(struct.PyTreeNode):
   """Images with their advantages, as the update reads them.
 
   Attributes:
-    latents_BGNC: final latents.
-    transitions: replayed steps.
-    x_BMNC, time_BM: the points at which the update asks for velocities.
-    old_BMNC, reference_BMNC: velocities of the old policy and of the reference there.
-    guidance_BM: scale of classifier-free guidance of all these velocities, or None.
+    query: where the update asks for velocities: the replayed steps, or freshly noised latents.
+    old_BKGNC, reference_BKGNC: velocities of the old policy and of the reference there.
+    valid_BG: samples that have an advantage.
   """
 
-  prompts: Prompts
-  latents_BGNC: Array
-  transitions: Transitions
-  x_BMNC: Array
-  time_BM: Array
-  old_BMNC: Array
-  reference_BMNC: Array
+  sampled: SampledImages
+  query: FlowQuery
   advantage_BG: Array
   valid_BG: Array
-  guidance_BM: Array | None = None
+  old_BKGNC: Array
+  reference_BKGNC: Array

@@ -90,44 +90,58 @@ def abstract_batch(
   align, policy = experiment.config.align, experiment.policy
   engine = engine_lib.RolloutEngine(experiment, apart=False)
   prompts = abstract_prompts(experiment, tasks_lib.active(align.prompts), where)
-  coupled = flow_objectives.find(align.image.objective).coupled
 
   def batch(params, vae_params, prompts):
     rollouts = engine.sample((params,), vae_params, prompts, jnp.int32(1), engine.levels_T)
     out = {}
     for task, found in prompts.items():
       if task in rollouts.texts:
-        text = trajectories.text_train_batch(found, rollouts.texts[task])
-        out[task] = _credited(text.replace(reference_BGT=text.logp_BGT))
+        out[task] = _text_batch(trajectories.sampled_texts(found, rollouts.texts[task]))
         continue
       rollout = rollouts.images[task]
       steps = trajectories.transitions(rollout, engine.kept_steps(1), engine.grid, engine.levels_T)
-      image = trajectories.image_train_batch(found, rollout, steps)
-      if not coupled:
-        points = jnp.tile(image.latents_BGNC, (1, align.image.draws, 1, 1))
-        image = image.replace(x_BMNC=points, time_BM=points[..., 0, 0], guidance_BM=None)
-      image = _credited(image.replace(old_BMNC=image.x_BMNC, reference_BMNC=image.x_BMNC))
+      image = trajectories.sampled_images(found, rollout, steps)
       if not tasks_lib.BY_NAME[task].plans:
-        out[task] = image
+        out[task] = _image_batch(image, align)
         continue
-      plan = trajectories.text_train_batch(found, rollouts.texts[tasks_lib.PLAN])
-      plan = _credited(plan.replace(reference_BGT=plan.logp_BGT))
-      out.update(
-        think.split_think(
-          think.ThinkTrajectory(plan, image), policy.bos, image.advantage_BG, image.valid_BG
-        )
+      plan = trajectories.sampled_texts(found, rollouts.texts[tasks_lib.PLAN])
+      shape = image.latents_BGNC.shape[:2]
+      halves = think.split_halves(
+        think.SampledPlans(plan, image), policy.bos, jnp.zeros(shape), jnp.ones(shape, bool)
       )
+      out[tasks_lib.PLAN] = _text_batch(halves[tasks_lib.PLAN][0])
+      out[task] = _image_batch(halves[task][0], align)
     return out
 
   params, vae_params = (weights.template(experiment, name) for name in (weights.BASE, weights.VAE))
   return abstract(jax.eval_shape(batch, params, vae_params, prompts), where)
 
 
-def _credited(batch: Any) -> Any:
-  """A train batch with advantages, whatever they are."""
-  group = batch.latents_BGNC if isinstance(batch, types.ImageTrainBatch) else batch.logp_BGT
-  shape = group.shape[:2]
-  return batch.replace(advantage_BG=jnp.zeros(shape), valid_BG=jnp.ones(shape, bool))
+def _text_batch(texts: types.SampledTexts) -> types.TextTrainBatch:
+  """A train batch of texts, with whatever numbers."""
+  shape = texts.logp_BGT.shape[:2]
+  return types.TextTrainBatch(texts, jnp.zeros(shape), jnp.ones(shape, bool), texts.logp_BGT)
+
+
+def _image_batch(images: types.SampledImages, align: types.Config) -> types.ImageTrainBatch:
+  """A train batch of images, with whatever numbers."""
+  if flow_objectives.find(align.image.objective).coupled:
+    query = trajectories.step_query(images, guided=align.rollout.guidance != 1)
+  else:
+    latents = images.latents_BGNC
+    x_BKGNC = jnp.broadcast_to(
+      latents[:, None], (latents.shape[0], align.image.draws, *latents.shape[1:])
+    )
+    query = types.FlowQuery(images.prompts, x_BKGNC, x_BKGNC[..., 0, 0])
+  shape = images.latents_BGNC.shape[:2]
+  return types.ImageTrainBatch(
+    sampled=images,
+    query=query,
+    advantage_BG=jnp.zeros(shape),
+    valid_BG=jnp.ones(shape, bool),
+    old_BKGNC=query.x_BKGNC,
+    reference_BKGNC=query.x_BKGNC,
+  )
 
 
 class Programs:

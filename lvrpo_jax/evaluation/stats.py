@@ -147,7 +147,7 @@ def information_terms(logits_GKK: np.ndarray) -> np.ndarray:
   """
   logits_GKK = np.asarray(logits_GKK, np.float64)
   if logits_GKK.ndim != 3 or logits_GKK.shape[1] != logits_GKK.shape[2]:
-    raise ValueError(f'want logits of shape (sets, K images, K texts), got {logits_GKK.shape}')
+    raise ValueError(f'expected logits of shape (sets, K images, K texts), got {logits_GKK.shape}')
   if not np.all(np.isfinite(logits_GKK)):
     raise ValueError('logits must be finite')
   most_GK = logits_GKK.max(axis=-1)
@@ -165,7 +165,7 @@ def _checked(values: Values, clusters: Clusters) -> np.ndarray:
   values_N = np.asarray(values, np.float64)
   if values_N.ndim != 1 or not values_N.size or len(clusters) != values_N.size:
     raise ValueError(
-      f'want one label a value and at least one value, got values of shape '
+      f'expected one label a value and at least one value, got values of shape '
       f'{values_N.shape} and {len(clusters)} labels'
     )
   if not np.all(np.isfinite(values_N)):

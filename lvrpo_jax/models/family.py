@@ -118,15 +118,9 @@ class Policy(Protocol):
     ...
 
   def forward(
-    self,
-    params: types.Params,
-    vae_params: types.Params,
-    prompts: dict[str, types.Prompts],
-    x: dict[str, Array],
-    time: dict[str, Array],
-    ids: dict[str, Array],
-  ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Velocities of noised images and logits of texts, by task, after the contexts of all tasks."""
+    self, params: types.Params, vae_params: types.Params, queries: Mapping[str, types.Query]
+  ) -> dict[str, Array]:
+    """Velocities (B, K, G, N, C) and logits (B, M, L, V) by task, after the contexts of all."""
     ...
 
   def encode_image(self, vae_params: types.Params, image_BYXC: Array) -> Array:

@@ -1,7 +1,7 @@
 """Values and arrays on which several processes have to agree.
 
-A function that communicates says so: all processes have to call it at the same point. With one
-process, every function returns at once. `row_block` defines which rows of a batch a process loads.
+All processes have to call a function that communicates at the same point; its docstring says so.
+With one process nothing is sent. `row_block` defines which rows of a batch a process loads.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ AXES = ('data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')
 """Mesh axes that split rows of a batch."""
 
-SIGLIP = re.compile(r'(^|/)(vision|text)/')
-"""Names of the parameters of SigLIP.
+DUAL_ENCODER = re.compile(r'(^|/)(vision|text)/')
+"""Names of the parameters of the dual encoder (SigLIP).
 
 It is small beside the policy, and its sizes should not limit the meshes of the policy. Parameters
 of at most `SMALL` values are whole on every device, and larger ones are split where they divide.
@@ -27,7 +27,7 @@ SMALL = 2**18
 """Count of values up to which an array may be whole on every device: 1 MB in float32."""
 
 TABLE = (
-  # SigLIP's kernels hold heads as an axis of their own.
+  # Kernels of the dual encoder hold heads as an axis of their own.
   (r'attention/(q|k|v)_proj/kernel$', ('fsdp', None, None)),
   (r'attention/out_proj/kernel$', (None, None, 'fsdp')),
   (r'(^|/)text/(tokens/embedding|positions|head/kernel)$', (None, 'fsdp')),
@@ -104,10 +104,10 @@ def _check_replicated(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
 
 @functools.cache
 def _warn_replicated(name: str, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-  """Warns once for each parameter of SigLIP, whose sizes are no reason to refuse a mesh."""
+  """Warns once for each parameter of the dual encoder, whose sizes do not decide on meshes."""
   logging.warning(
-    '%s of shape %s, of SigLIP, does not divide over parallel.mesh = %s: every '
-    'device holds all of it',
+    '%s of shape %s, of the dual encoder, does not divide over parallel.mesh = %s: '
+    'every device holds all of it',
     name,
     shape,
     sizes,
@@ -126,7 +126,7 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     _check_replicated(name, shape, mesh)
     axes = ()
   by_rule = [*[None] * (len(shape) - len(axes)), *axes]
-  if SIGLIP.search(name):
+  if DUAL_ENCODER.search(name):
     fits = math.prod(shape) > SMALL and not any(
       axis and size % mesh.shape[axis] for size, axis in zip(shape, by_rule, strict=False)
     )

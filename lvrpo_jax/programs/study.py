@@ -1,11 +1,11 @@
-"""The study: many runs from shared pretraining, and what each change to the method is worth.
+"""The study: many runs from shared pretraining, each with one change to the method.
 
     python -m lvrpo_jax.main --config=configs/study.py [--config.study.name=quick]
 
-Every variant of `config.study.variants` is the config with some values changed, run as a process of its
-own in `<workdir>/<study>/seed<n>/<variant>`, `config.study.workers` at once. Pretraining and the
-measurement after it are done once a seed and copied. A run that is complete is never repeated, one
-that was interrupted goes on, and after every run `study.md` and `study.html` are written anew.
+A variant of `config.study.variants` is the config with some values changed. It runs as a process of
+its own in `<workdir>/<study>/seed<n>/<variant>`, `config.study.workers` at once. Pretraining and the
+measurement after it are done once a seed and copied. A complete run is never repeated, and an
+interrupted one is resumed. After every run `study.md` and `study.html` are written anew.
 """
 
 from __future__ import annotations
@@ -22,53 +22,54 @@ import time
 from typing import Any, NamedTuple
 
 from absl import logging
-import jax
-from jax import numpy as jnp
 import ml_collections
-import numpy as np
 
 from configs import from_json
-from lvrpo_jax.data import images as image_files
+from lvrpo_jax import types
 from lvrpo_jax.data import tasks
-from lvrpo_jax.evaluation import stats
-from lvrpo_jax.models.bagel import policy
+from lvrpo_jax.programs import study_critic
 from lvrpo_jax.reports import study_tables
-from lvrpo_jax.runtime import experiment as experiment_lib
-from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.runtime import preemption
 from lvrpo_jax.runtime import validate
 from lvrpo_jax.runtime import weights
 from lvrpo_jax.runtime import workdir as workdir_lib
-from lvrpo_jax.training import fit
-from lvrpo_jax.training import pretrain
 
 PRETRAINED = 'pretrained'
-"""Folder, beside those of the variants, of what they share."""
-SHARED = ('checkpoints/vae', 'checkpoints/judge', 'checkpoints/pretrain', 'eval/before')
-"""What a run of a variant takes over from it."""
-ROWS = 60
-"""Images that the critic reads at once."""
+"""Folder of what the variants of a seed share; it lies beside theirs."""
+SHARED = (
+  *(f'checkpoints/{name}' for name in (weights.VAE, weights.DUAL_ENCODER, 'pretrain')),
+  'eval/before',
+)
+"""Parts of that folder that the run of a variant begins with."""
 POLL = 1.0
-"""Seconds between two looks at the runs under way."""
+"""Seconds between two checks of the runs under way."""
 
 
 class Run(NamedTuple):
-  """A run of the study; `number` is its place among those of its seed, `moment` the folder of
-  `eval` that holds its measurement."""
+  """A run of the study.
+
+  Attributes:
+    seed: of the run.
+    variant: its name.
+    number: its index among the runs of its seed.
+    config: of the run.
+    workdir: of the run.
+    moment: folder of `eval` that holds its last measurement.
+  """
 
   seed: int
   variant: str
   number: int
-  config: ml_collections.ConfigDict
+  config: types.Config
   workdir: pathlib.Path
   moment: str
 
 
-def changed(config: ml_collections.ConfigDict, *changes: Any) -> ml_collections.ConfigDict:
-  """A copy of a config with some values changed.
+def changed(config: types.Config, *changes: types.Config) -> types.Config:
+  """Returns a copy of a config with some values changed.
 
   Raises:
-    ValueError: a change names a key that there is not, or gives a value of another type.
+    ValueError: a change names an unknown key, or gives a value of another type.
   """
   out = config.copy_and_resolve_references()
   out.lock()
@@ -80,73 +81,80 @@ def changed(config: ml_collections.ConfigDict, *changes: Any) -> ml_collections.
   return out
 
 
-def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Run]:
-  """All runs in order: a seed at a time, its pretraining first.
+def plan(config: types.Config, workdir: pathlib.Path) -> list[Run]:
+  """Returns all runs in order: a seed at a time, its pretraining first.
 
   Raises:
-    ValueError: no such study or variant, or a variant that is no valid config.
+    ValueError: the study or a variant is unknown, or a variant is not a valid config.
   """
-  if config.study not in config.study.plans:
-    raise ValueError(f'config.study is {config.study!r}; allowed: {sorted(config.study.plans)}')
-  study = config.study.plans[config.study]
-  for name in study.variants:
-    if name not in config.study.variants:
+  name, plans, variants = config.study.name, config.study.plans, config.study.variants
+  if name not in plans:
+    raise ValueError(f'config.study.name is {name!r}; allowed: {sorted(plans)}')
+  study = plans[name]
+  for variant in study.variants:
+    if variant not in variants:
       raise ValueError(
-        f'config.study.plans.{config.study}.variants holds {name!r}; allowed: {sorted(config.study.variants)}'
+        f'config.study.plans.{name}.variants holds {variant!r}; allowed: {sorted(variants)}'
       )
-  base = changed(config, study.changes, {'program': 'run'})
-  base.unlock()
-  base.variants, base.studies, base.workers = {}, {}, 1
+  base = changed(config, study.changes, {'program': 'train'})
+  base.study.unlock()
+  base.study.workers = 1
+  base.study.plans, base.study.variants = ml_collections.ConfigDict(), ml_collections.ConfigDict()
+  changes = {
+    PRETRAINED: {'program': 'pretrain'},
+    **{variant: variants[variant] for variant in study.variants},
+  }
   out = []
   for seed in study.seeds:
-    names = {PRETRAINED: {'program': 'pretrain'}, **{n: config.study.variants[n] for n in study.variants}}
-    for number, (name, change) in enumerate(names.items()):
-      # What makes a study smaller holds, whatever steps a variant wants.
-      mine = changed(base, change, study.changes, {'seed': seed})
+    for number, (variant, change) in enumerate(changes.items()):
+      # The study's changes come last: they make it smaller, whatever steps a variant sets.
+      run_config = changed(base, change, study.changes, {'seed': seed})
       try:
-        validate.validate(mine)
+        validate.validate(run_config)
       except ValueError as error:
-        raise ValueError(f'variant {name!r} of the study: {error}') from error
+        raise ValueError(f'variant {variant!r} of the study: {error}') from error
       out.append(
         Run(
-          seed,
-          name,
-          number,
-          mine,
-          workdir / config.study / f'seed{seed}' / name,
-          'before' if name == PRETRAINED else 'after',
+          seed=seed,
+          variant=variant,
+          number=number,
+          config=run_config,
+          workdir=workdir / name / f'seed{seed}' / variant,
+          moment='before' if variant == PRETRAINED else 'after',
         )
       )
   return out
 
 
 def complete(run: Run) -> bool:
-  """Whether a run has been measured to its end."""
+  """Whether the last measurement of a run is done."""
   path = run.workdir / 'scores.json'
   return path.is_file() and run.moment in json.loads(path.read_text())
 
 
 def prepare(run: Run, pretrained: Run) -> None:
-  """Makes the workdir of a variant from the pretraining of its seed, in one piece."""
+  """Makes the workdir of a variant from the pretraining of its seed, in one rename."""
   if run.workdir.exists() or run.variant == PRETRAINED:
     return
-  half = run.workdir.with_suffix('.half')
-  shutil.rmtree(half, ignore_errors=True)
+  partial = run.workdir.with_suffix('.half')
+  shutil.rmtree(partial, ignore_errors=True)
   for name in SHARED:
-    shutil.copytree(pretrained.workdir / name, half / name)
-  half.rename(run.workdir)
+    if (pretrained.workdir / name).exists():  # A released dual encoder has no checkpoint.
+      shutil.copytree(pretrained.workdir / name, partial / name)
+  partial.rename(run.workdir)
 
 
 class Worker:
   """Runs one variant after the other, each in a process of its own that is bound to some cores."""
 
   def __init__(self, cores: set[int], cache: pathlib.Path):
+    """Sets the cores, {} for all, and the folder of compiled programs."""
     self._cores, self._cache = cores, cache
     self._process: subprocess.Popen[bytes] | None = None
     self.run: Run | None = None
 
   def start(self, run: Run) -> None:
-    """Starts a run; its output goes to `log` in its workdir."""
+    """Starts a run, whose output goes to `log` in its workdir."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     wanted = run.workdir / 'wanted.json'
     workdir_lib.write_json(wanted, json.loads(run.config.to_json()))
@@ -163,19 +171,19 @@ class Worker:
       self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
   def finished(self) -> Run | None:
-    """The run that has ended since the last call.
+    """Returns the run that has ended since the last call, if any.
 
     Raises:
       RuntimeError: it failed.
     """
-    if self._process is None or self._process.poll() is None:
+    run, process = self.run, self._process
+    if run is None or process is None or process.poll() is None:
       return None
-    run, code = self.run, self._process.returncode
     self.run = self._process = None
-    if code:
+    if process.returncode:
       last = (run.workdir / 'log').read_text().strip().split('\n')[-8:]
       raise RuntimeError(
-        f'the run in {run.workdir} ended with status {code}; its log ends with\n  '
+        f'the run in {run.workdir} ended with status {process.returncode}; its log ends with\n  '
         + '\n  '.join(last)
       )
     return run
@@ -193,7 +201,7 @@ class Worker:
 
 @contextlib.contextmanager
 def bound(cores: set[int]) -> Iterator[None]:
-  """Processes started inside keep to these cores; {} leaves them alone."""
+  """Binds processes that are started inside to these cores; {} binds none."""
   if not cores:
     yield
     return
@@ -206,7 +214,7 @@ def bound(cores: set[int]) -> Iterator[None]:
 
 
 def shares(workers: int) -> list[set[int]]:
-  """Cores of every worker; {} where there is one alone, or where cores cannot be chosen.
+  """Returns the cores of every worker; {} for a single one, or where cores cannot be chosen.
 
   Raises:
     ValueError: there are fewer cores than workers.
@@ -215,35 +223,47 @@ def shares(workers: int) -> list[set[int]]:
     return [set()] * workers
   cores = sorted(os.sched_getaffinity(0))
   if not 1 <= workers <= len(cores):
-    raise ValueError(f'config.study.workers is {workers}; allowed: 1 to {len(cores)}, the cores at hand')
-  return [set(cores[i::workers]) for i in range(workers)]
+    raise ValueError(
+      f'config.study.workers is {workers}; allowed: 1 to {len(cores)}, the cores at hand'
+    )
+  return [set(cores[index::workers]) for index in range(workers)]
 
 
 def execute(runs: Sequence[Run], workers: Sequence[Worker]) -> Iterator[Run]:
-  """Does the runs, as many at once as there are workers; yields each when it is complete.
+  """Does the runs, as many at once as there are workers, and yields each when it is complete.
 
   Raises:
-    checkpoint.Preempted: this process was asked to stop; the runs have saved.
+    preemption.Preempted: this process was asked to stop; the runs have saved.
     RuntimeError: a run failed.
   """
-  pretrained = {r.seed: r for r in runs if r.variant == PRETRAINED}
-  waiting = [r for r in runs if not complete(r)]
+  pretrained = {run.seed: run for run in runs if run.variant == PRETRAINED}
+  waiting = [run for run in runs if not complete(run)]
   total, start = len(waiting), time.monotonic()
+
+  def is_ready(run: Run) -> bool:
+    return run.variant == PRETRAINED or complete(pretrained[run.seed])
+
   with preemption.StopSignal() as stop:
     try:
-      while waiting or any(w.run for w in workers):
+      while waiting or any(worker.run for worker in workers):
         for worker in workers:
-          one = worker.finished()
-          if one is not None:
-            yield one
+          ended = worker.finished()
+          if ended is not None:
+            yield ended
           if worker.run is not None:
             continue
-          ready = [r for r in waiting if r.variant == PRETRAINED or complete(pretrained[r.seed])]
-          if ready:
-            waiting.remove(ready[0])
-            prepare(ready[0], pretrained[ready[0].seed])
-            worker.start(ready[0])
-            _announce(ready[0], total, len(waiting), time.monotonic() - start, len(workers))
+          run = next((run for run in waiting if is_ready(run)), None)
+          if run is not None:
+            waiting.remove(run)
+            prepare(run, pretrained[run.seed])
+            worker.start(run)
+            _log_start(
+              run,
+              number=total - len(waiting),
+              total=total,
+              workers=len(workers),
+              spent_s=time.monotonic() - start,
+            )
         if stop.asked():
           raise preemption.Preempted('study stopped; its runs have ended')
         time.sleep(POLL)
@@ -254,123 +274,68 @@ def execute(runs: Sequence[Run], workers: Sequence[Worker]) -> Iterator[Run]:
         worker.wait()
 
 
-def _announce(run: Run, total: int, waiting: int, spent: float, workers: int) -> None:
-  """A line for a run that begins: how far the study is."""
-  number = total - waiting
+def _log_start(run: Run, number: int, total: int, workers: int, spent_s: float) -> None:
+  """Logs that a run begins, and how far the study is."""
   done = max(number - workers, 0)
-  left = f', about {spent / done * (total - done) / 60:.0f} minutes left' if done else ''
+  left = f', about {spent_s / done * (total - done) / 60:.0f} minutes left' if done else ''
   logging.info(
     'study: run %d of %d (%s, seed %d), %.0f minutes so far%s',
     number,
     total,
     run.variant,
     run.seed,
-    spent / 60,
+    spent_s / 60,
     left,
   )
 
 
-class Critic:
-  """A dual encoder that pays no reward: how much its texts tell of pictures, in nats.
-
-  It has a seed, a world and batches of its own; the scale of its logits is set on true pairs that
-  no variant has seen (a critic may be chosen in any way that does not see what it is used on).
-  """
-
-  def __init__(self, config: ml_collections.ConfigDict, folder: pathlib.Path):
-    """Trains the critic, or reads it back from the folder."""
-    c = config.study.critic
-    mine = changed(config, c.changes, {'seed': c.seed, 'program': 'run'})
-    self._experiment = experiment_lib.build(mine, folder)
-    writer = metrics_lib.MetricWriter(folder)
-    self._params = weights.make_or_restore(
-      folder,
-      weights.JUDGE,
-      weights.template(self._experiment, weights.JUDGE),
-      lambda: fit.train_dual_encoder(self._experiment, writer),
-    )
-    writer.close()
-    self._image = jax.jit(
-      lambda p, x: self._experiment.judge.apply({'params': p}, policy.to_unit(x), method='embed_image')[0]
-    )
-    self._text = jax.jit(
-      lambda p, ids: self._experiment.judge.apply({'params': p}, ids, method='embed_text')[0]
-    )
-    pairs = [
-      self._experiment.data.pretraining(tasks.GENERATE, pretrain.CONTROL_OFFSET + i)
-      for i in range(c.pairs)
-    ]
-    similarity = self._similarity(
-      np.stack([e.target for e in pairs])[:, None], [e.prompt for e in pairs]
-    )
-    scales = np.geomspace(1.0, 200.0, 40)
-    means = [stats.information_terms(scale * similarity).mean() for scale in scales]
-    self._scale = float(scales[int(np.argmax(means))])
-
-  def _embed(self, function: Any, rows: np.ndarray) -> np.ndarray:
-    """Vectors of rows, a part of one size at a time."""
-    out = []
-    for start in range(0, len(rows), ROWS):
-      part = rows[start : start + ROWS]
-      filled = np.concatenate([part, np.repeat(part[:1], ROWS - len(part), axis=0)])
-      out.append(np.asarray(function(self._params, jnp.asarray(filled)))[: len(part)])
-    return np.concatenate(out)
-
-  def _similarity(self, images_KGYXC: np.ndarray, texts: list[str]) -> np.ndarray:
-    """Cosines (G, K images, K texts)."""
-    K, G = images_KGYXC.shape[:2]
-    images = self._embed(self._image, images_KGYXC.reshape(K * G, *images_KGYXC.shape[2:]))
-    return np.einsum(
-      'KGD,JD->GKJ', images.reshape(K, G, -1), self._embed(self._text, self._experiment.captions(texts))
-    )
-
-  def terms(self, folder: pathlib.Path, records: list[dict[str, Any]]) -> list[float]:
-    """Per held-out caption of a measurement, the mean term of its pictures; see
-    `stats.information_terms`."""
-    images = np.stack(
-      [[image_files.load_image(folder / name) for name in r['images']] for r in records]
-    )
-    similarity = self._similarity(images, [r['prompt'] for r in records])
-    return stats.information_terms(self._scale * similarity).mean(axis=0).tolist()
-
-
-def measured(run: Run, critic: Critic, folder: pathlib.Path) -> study_tables.Done:
-  """What the tables need of a complete run, kept in a folder once it has been worked out."""
+def measured(run: Run, critic: study_critic.Critic, folder: pathlib.Path) -> study_tables.Done:
+  """Returns what the tables need from a complete run; computed once and kept in a folder."""
   kept = folder / f'{run.variant}_seed{run.seed}.json.gz'
   if kept.is_file():
     return study_tables.load(kept)
   measurement = run.workdir / 'eval' / run.moment
   lines = (measurement / 'predictions.jsonl').read_text().splitlines()
-  records = [r for r in map(json.loads, lines) if r['task'] != 'panel']
-  drawn = [r for r in records if r['task'] == tasks.GENERATE and r['split'] == 'eval']
+  records = [record for record in map(json.loads, lines) if record['task'] != 'panel']
+  generated = [
+    record for record in records if record['task'] == tasks.GENERATE and record['split'] == 'eval'
+  ]
   seconds = json.loads((run.workdir / 'scores.json').read_text())['seconds']
   done = {
     'seed': run.seed,
     'variant': run.variant,
     'number': run.number,
     'records': records,
-    'information': critic.terms(measurement, drawn),
+    'information': critic.terms(measurement, generated),
     'seconds': sum(seconds.get(stage, 0.0) for stage in ('align', 'control')),
   }
   study_tables.save(kept, done)
   return study_tables.load(kept)
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """Does what has not been done of the study, and writes its tables.
+def run(config: types.Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Does the runs of the study that are not complete, and writes its tables.
 
   Raises:
-    ValueError: the plan does not fit together, or the workdir holds another study.
+    ValueError: the plan is not valid, or the workdir holds another study.
   """
   runs = plan(config, workdir)
-  folder = workdir / config.study
+  folder = workdir / config.study.name
   workdir_lib.check_config(folder, config)
   workers = [Worker(cores, folder / 'compiled') for cores in shares(config.study.workers)]
-  critic = Critic(runs[0].config, folder / 'critic')
-  read = lambda: [measured(r, critic, folder / 'measured') for r in runs if complete(r)]
+  settings = config.study.critic
+  own = {'seed': settings.seed, 'program': 'train', 'dual_encoder': {'path': ''}}
+  critic = study_critic.Critic(
+    changed(runs[0].config, settings.changes, own), settings.pairs, folder / 'critic'
+  )
+
+  def write_tables() -> str:
+    done = [measured(one, critic, folder / 'measured') for one in runs if complete(one)]
+    return study_tables.write(folder, done)
+
   for _ in execute(runs, workers):
-    study_tables.write(folder, read())
-  text = study_tables.write(folder, read())
+    write_tables()
+  text = write_tables()
   print(text, flush=True)
   logging.info('tables: %s', folder / 'study.md')
   return {}

@@ -7,6 +7,7 @@ final images alone train the plain policy and may draw in any way).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from flax import struct
@@ -27,38 +28,44 @@ def policy_velocity(
   params: types.Params,
   cache: types.Cache,
   bare: types.Cache | None,
-  scale: float,
+  scale: float | Array | None,
 ) -> image_rollout.Velocity:
   """The policy that samples: guided where `bare`, the contexts without their texts, is given."""
-  plain = lambda x, t: policy.velocity(params, cache, x, t)
+
+  def plain(x_BGNC, time_BG):
+    return policy.velocity(params, cache, x_BGNC, time_BG)
+
   if bare is None:
     return plain
-  return lambda x, t: flow.classifier_free(plain(x, t), policy.velocity(params, bare, x, t), scale)
+
+  def guided(x_BGNC, time_BG):
+    bare_v = policy.velocity(params, bare, x_BGNC, time_BG)
+    return flow.classifier_free(plain(x_BGNC, time_BG), bare_v, scale)
+
+  return guided
 
 
 def forward(
   policy: family.Policy,
   params: types.Params,
   vae_params: types.Params,
-  prompts: dict[str, types.Prompts],
-  x: dict[str, Array],
-  time: dict[str, Array],
-  scales: dict[str, Array | None],
-  ids: dict[str, Array],
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """`Policy.follow` with guided velocities of the tasks that have scales (B, M)."""
-  guided = {task: scale_BM for task, scale_BM in scales.items() if scale_BM is not None}
-  bare = lambda tree: {f'{task}/bare': tree[task] for task in guided}
-  without = {name: contexts.without_prompt(p) for name, p in bare(prompts).items()}
-  v, logits = policy.forward(
-    params, vae_params, {**prompts, **without}, {**x, **bare(x)}, {**time, **bare(time)}, ids
-  )
-  for task, scale_BM in guided.items():
-    v[task] = flow.classifier_free(v[task], v.pop(f'{task}/bare'), scale_BM[..., None, None])
-  return v, logits
-
-
-Array = jax.Array
+  queries: Mapping[str, types.Query],
+) -> dict[str, Array]:
+  """`Policy.forward`, with guided velocities of the queries that ask for them."""
+  guided = {
+    task: query for task, query in queries.items() if isinstance(query, types.GuidedFlowQuery)
+  }
+  bare = {
+    f'{task}/bare': types.FlowQuery(
+      contexts.without_prompt(query.prompts), query.x_BKGNC, query.time_BKG
+    )
+    for task, query in guided.items()
+  }
+  out = policy.forward(params, vae_params, {**queries, **bare})
+  for task, query in guided.items():
+    scale = query.scale_BKG[..., None, None]
+    out[task] = flow.classifier_free(out[task], out.pop(f'{task}/bare'), scale)
+  return out
 
 
 class Branches(NamedTuple):

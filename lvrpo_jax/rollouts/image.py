@@ -53,7 +53,16 @@ def sample_sde(
   x, (xs, noises, means, stds) = jax.lax.scan(
     step, initial_noise(key_BG, shape), (jnp.arange(len(times)), times, next_times, eta_T)
   )
-  return types.ImageTrajectory(xs, noises, means, times, next_times, stds, x)
+  return types.ImageTrajectory(
+    x_TBGNC=xs,
+    noise_TBGNC=noises,
+    mean_TBGNC=means,
+    time_T=times,
+    next_time_T=next_times,
+    std_T=stds,
+    latents_BGNC=x,
+    guidance=jnp.float32(1.0),
+  )
 
 
 def slice_prompts(rollout: types.ImageTrajectory, start: int, stop: int) -> types.ImageTrajectory:

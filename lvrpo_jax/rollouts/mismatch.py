@@ -33,52 +33,49 @@ DECODE = f'{PREFIX}/decode'
 
 
 def image_mismatch(
-  sampler: str,
-  v_BMNC: Array,
-  transitions: types.Transitions,
-  group: int,
-  latents_BGNC: Array | None = None,
+  sampler: str, v_BKGNC: Array, steps: types.Transitions, final_BGNC: Array | None = None
 ) -> Array:
-  """Largest gap of any sample at every step, (K,), in nats per latent value.
+  """Largest mismatch of any sample at every step, (K,), in nats per latent value.
 
-  The largest of three, each 0 where a step is recorded as it was drawn:
+  The largest of three, each 0 where a step is recorded as it was sampled:
   - the log-ratio of the step that the replay's velocities give to the recorded one, at the sample
     (`flow.log_ratio`), its absolute value;
   - the squared logarithm of the ratio of their deviations: the KL of two such Gaussians, to second
     order;
   - `mean(d^2) / (2 std^2)`, with d from `mean + std * noise` as recorded to the latents that the
     rollout went on from: the KL of two such Gaussians.
-  A step without noise has no density: the deviation 1 stands in, and `FINE` for the last of these.
+  A step without noise has no density: the deviation 1 stands in, and `DETERMINISTIC_STD` for the
+  last of these.
 
   Args:
-    v_BMNC: velocities at `transitions`, of the policy that drew.
-    latents_BGNC: the final latents, where the last of the steps ends in them.
+    v_BKGNC: velocities at the steps, of the policy that sampled.
+    final_BGNC: the final latents, where the last of the steps ends in them.
   """
-  s = transitions
-  if latents_BGNC is not None:
-    s = s.replace(next_BMNC=s.next_BMNC.at[:, -group:].set(latents_BGNC))
-  mean, std_BM11 = replay.transition(sampler, v_BMNC, s)
-  old, new = (jnp.where(x > 0, x, 1.0) for x in (s.std_BM, std_BM11[..., 0, 0]))
+  if final_BGNC is not None:
+    steps = steps.replace(next_BKGNC=steps.next_BKGNC.at[:, -1].set(final_BGNC))
+  mean, std_BKG11 = replay.transition(sampler, v_BKGNC, steps)
+  old, new = (jnp.where(x > 0, x, 1.0) for x in (steps.std_BKG, std_BKG11[..., 0, 0]))
   axes = flow_objectives.TOKENS
-  missed = s.next_BMNC - (s.mean_BMNC + s.std_BM[..., None, None] * s.noise_BMNC)
-  gap_BM = jnp.maximum(
+  drawn = steps.mean_BKGNC + steps.std_BKG[..., None, None] * steps.noise_BKGNC
+  missed = steps.next_BKGNC - drawn
+  end_std = jnp.where(steps.std_BKG > 0, old, DETERMINISTIC_STD)
+  found_BKG = jnp.maximum(
     jnp.maximum(
-      jnp.abs(flow.log_ratio(s.noise_BMNC, mean, s.mean_BMNC, old, axes)),
+      jnp.abs(flow.log_ratio(steps.noise_BKGNC, mean, steps.mean_BKGNC, old, axes)),
       jnp.square(jnp.log(new / old)),
     ),
-    jnp.mean(jnp.square(missed), axes)
-    / (2 * jnp.square(jnp.where(s.std_BM > 0, old, DETERMINISTIC_STD))),
+    jnp.mean(jnp.square(missed), axes) / (2 * jnp.square(end_std)),
   )
-  return jnp.max(gap_BM.reshape(len(gap_BM), -1, group), axis=(0, 2))
+  return jnp.max(found_BKG, axis=(0, 2))
 
 
-def text_mismatch(logp_BGT: Array, b: types.TextTrainBatch) -> tuple[Array, Array]:
+def text_mismatch(logp_BGT: Array, texts: types.SampledTexts) -> tuple[Array, Array]:
   """Largest and mean absolute log-ratio of a token between rollout and teacher forcing.
 
-  Both are 0 outside the answers, so a mask that is not the rollout's opens a gap as well.
+  Both are 0 outside the texts, so a mask that is not the rollout's shows as well.
   """
-  gap_BGT = jnp.abs(logp_BGT - b.logp_BGT)
-  return jnp.max(gap_BGT), ops.masked_mean(gap_BGT, b.mask_BGT)
+  found_BGT = jnp.abs(logp_BGT - texts.logp_BGT)
+  return jnp.max(found_BGT), ops.masked_mean(found_BGT, texts.mask_BGT)
 
 
 LIMITS = {

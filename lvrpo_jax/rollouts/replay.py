@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -10,7 +11,7 @@ from jax import numpy as jnp
 from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax import types
-from lvrpo_jax.data import tasks
+from lvrpo_jax.models import family
 from lvrpo_jax.models import lora
 from lvrpo_jax.rollouts import guidance
 from lvrpo_jax.rollouts import text as text_rollout
@@ -26,71 +27,84 @@ class NoisedLatents(NamedTuple):
   target: Array
 
 
-def noise_points(key_BM: Array, x0_BMNC: Array, shift: float) -> NoisedLatents:
-  """Noises clean latents (B, 1 or M, N, C) at logit-normal times; a row depends on its key."""
-  noise = ops.normal_rows(ops.fold_each(key_BM, 0), x0_BMNC.shape[2:])
-  t = flow.logit_normal_time(ops.normal_rows(ops.fold_each(key_BM, 1), ()), shift)
+def noise_points(key: Array, x0: Array, shift: float) -> NoisedLatents:
+  """Noises clean latents at logit-normal times; a row depends on its key.
+
+  Args:
+    key: of every noised copy, (...).
+    x0: (..., N, C); axes of size 1 are copied.
+    shift: time shift of the logit-normal times.
+  """
+  noise = ops.normal_rows(ops.fold_each(key, 0), x0.shape[-2:])
+  t = flow.logit_normal_time(ops.normal_rows(ops.fold_each(key, 1), ()), shift)
   return NoisedLatents(
-    flow.interpolate(x0_BMNC, noise, t[..., None, None]), t, flow.velocity_target(x0_BMNC, noise)
+    flow.interpolate(x0, noise, t[..., None, None]), t, flow.velocity_target(x0, noise)
   )
 
 
-def token_logp(logits: Array, b: types.TextTrainBatch) -> Array:
-  """Log-probabilities (B, G, T) of the answers' tokens, 0 outside the answers."""
-  return jnp.where(b.mask_BGT, ops.token_logp(logits, b.tokens_BGT), 0.0)
+def text_query(texts: types.SampledTexts, bos: int) -> types.TextQuery:
+  """The query whose logits score sampled texts."""
+  return types.TextQuery(texts.prompts, text_rollout.teacher_ids(texts.tokens_BGT, bos))
+
+
+def token_logp(logits_BGTV: Array, texts: types.SampledTexts) -> Array:
+  """Log-probabilities (B, G, T) of the tokens of texts, 0 outside the texts."""
+  return jnp.where(texts.mask_BGT, ops.token_logp(logits_BGTV, texts.tokens_BGT), 0.0)
 
 
 def forward(
-  policy, params, frozen, batch: dict[str, Any]
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Velocities of all images and tempered logits of all texts.
+  policy: family.Policy,
+  params: types.Params,
+  frozen: Mapping[str, types.Params],
+  samples: Mapping[str, types.SampledTexts | types.FlowQuery],
+) -> dict[str, Array]:
+  """Tempered logits of sampled texts and velocities at queries, by task.
 
   The contexts of all tasks are encoded together, as in the rollout.
   """
-  images = {t: b for t, b in batch.items() if t not in tasks.TEXT_OUTPUTS}
-  texts = {t: b for t, b in batch.items() if t in tasks.TEXT_OUTPUTS}
-  v, logits = guidance.forward(
-    policy,
-    params,
-    frozen['vae'],
-    {t: b.prompts for t, b in batch.items()},
-    {t: b.x_BMNC for t, b in images.items()},
-    {t: b.time_BM for t, b in images.items()},
-    {t: b.guidance_BM for t, b in images.items()},
-    {t: text_rollout.teacher_ids(b.tokens_BGT, policy.bos) for t, b in texts.items()},
-  )
-  return v, {t: logits[t] / b.temperature_B[:, None, None, None] for t, b in texts.items()}
+  texts = {t: x for t, x in samples.items() if isinstance(x, types.SampledTexts)}
+  queries = {t: text_query(texts[t], policy.bos) if t in texts else x for t, x in samples.items()}
+  out = guidance.forward(policy, params, frozen['vae'], queries)
+  for task, found in texts.items():
+    out[task] = out[task] / found.temperature_B[:, None, None, None]
+  return out
 
 
-def transition(sampler: str, v_BMNC: Array, transitions: types.Transitions) -> flow.Transition:
-  """Stored steps for other velocities, by the step function that sampled them: means (B, M, N, C)
-  and deviations (B, M, 1, 1)."""
-  s = transitions
-  wide = lambda x_BM: x_BM[..., None, None]
+def transition(sampler: str, v_BKGNC: Array, steps: types.Transitions) -> flow.Transition:
+  """Stored steps for other velocities, by the step function that sampled them.
+
+  Means have shape (B, K, G, N, C), deviations (B, K, G, 1, 1).
+  """
+
+  def wide(x_BKG):
+    return x_BKG[..., None, None]
+
   return flow.STEPS[sampler](
-    s.x_BMNC, v_BMNC, wide(s.time_BM), wide(s.next_time_BM), wide(s.first_time_BM), wide(s.eta_BM)
+    steps.x_BKGNC,
+    v_BKGNC,
+    wide(steps.time_BKG),
+    wide(steps.next_time_BKG),
+    wide(steps.first_time_BKG),
+    wide(steps.eta_BKG),
   )
 
 
 def velocities(
-  policy,
-  params,
-  frozen,
-  prompts: dict[str, types.Prompts],
-  x: dict[str, Array],
-  time: dict[str, Array],
-  scales: dict[str, Array | None],
+  policy: family.Policy,
+  params: types.Params | lora.AdaptedParams,
+  frozen: Mapping[str, types.Params],
+  queries: Mapping[str, types.FlowQuery],
 ) -> dict[str, Array]:
-  """Velocities of any policy at given points, without gradients; see `guidance.forward`."""
-  return guidance.forward(
-    policy, lora.merge_adapters(params), frozen['vae'], prompts, x, time, scales, {}
-  )[0]
+  """Velocities of any policy at queries, without gradients."""
+  return guidance.forward(policy, lora.merge_adapters(params), frozen['vae'], queries)
 
 
-def replay(
-  policy, params, frozen, batch: dict[str, Any]
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """What the forward pass of the update gives under any policy: velocities of the images, and
-  log-probabilities of the texts' tokens."""
-  v, logits = forward(policy, lora.merge_adapters(params), frozen, batch)
-  return v, {task: token_logp(x, batch[task]) for task, x in logits.items()}
+def log_probabilities(
+  policy: family.Policy,
+  params: types.Params | lora.AdaptedParams,
+  frozen: Mapping[str, types.Params],
+  texts: Mapping[str, types.SampledTexts],
+) -> dict[str, Array]:
+  """Log-probabilities (B, G, T) of sampled texts under any policy, by the update's pass."""
+  logits = forward(policy, lora.merge_adapters(params), frozen, texts)
+  return {task: token_logp(found, texts[task]) for task, found in logits.items()}

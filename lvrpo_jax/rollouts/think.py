@@ -2,13 +2,10 @@
 
 Both halves are trained in one update, each with its own density and the same advantage (UniGRPO,
 arXiv 2603.23500). Here are the halves as they are sampled; `losses` knows them as the tasks `PLAN`
-and `THINK`.
+and `THINK_GENERATE`.
 """
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 from flax import struct
 import jax
@@ -24,7 +21,7 @@ from lvrpo_jax.rollouts import text as text_rollout
 Array = jax.Array
 
 IMAGE_SALT = 1 << 20
-"""Folded into a row's key for its image; its text folds in the numbers of its tokens."""
+"""Folded into a row's key for its image; its text folds in the indices of its tokens."""
 
 
 def sample_text(
@@ -35,7 +32,7 @@ def sample_text(
   length: int,
   temperature: float,
 ) -> types.TextTrajectory:
-  """Samples texts of at most `length` tokens after contexts; see `rollouts.text.rollout`."""
+  """Samples texts of at most `length` tokens after contexts; see `text.sample`."""
 
   def decode(row, index, token):
     return policy.decode_token(params, cache, row, index, token)
@@ -63,43 +60,41 @@ def regroup_images(rollout: types.ImageTrajectory, group: int) -> types.ImageTra
   )
 
 
-class ThinkTrajectory(struct.PyTreeNode):
-  """Both halves of sampled trajectories, without advantages.
+class SampledPlans(struct.PyTreeNode):
+  """Both halves of sampled trajectories.
 
   Attributes:
     plan: the texts.
     image: the images as groups; their `prompts` are those of the plans.
   """
 
-  plan: types.TextTrainBatch
-  image: types.ImageTrainBatch
+  plan: types.SampledTexts
+  image: types.SampledImages
 
 
-def split_think(
-  thought: ThinkTrajectory, bos: int, advantage_BG: Array, valid_BG: Array
-) -> dict[str, Any]:
-  """The halves as the update reads them: an image is a row whose context has its own plan."""
-  plan, image = thought.plan, thought.image
-  B, G = valid_BG.shape
+def split_halves(
+  sampled: SampledPlans, bos: int, advantage_BG: Array, valid_BG: Array
+) -> dict[str, tuple[types.SampledTexts | types.SampledImages, Array, Array]]:
+  """The halves as the update reads them: (samples, advantages, validity) by task.
 
-  def alone(x):
-    # (B, K * G, ...) with row k * G + g, to (B * G, K, ...).
-    split = x.reshape(B, x.shape[1] // G, G, *x.shape[2:])
-    return jnp.moveaxis(split, 2, 1).reshape(B * G, x.shape[1] // G, *x.shape[2:])
+  An image becomes a group of one, whose context has its own plan.
+  """
+  plan, image = sampled.plan, sampled.image
 
-  arrays = {
-    f.name: jax.tree.map(alone, getattr(image, f.name))
-    for f in dataclasses.fields(image)
-    if f.name != 'prompts'
-  }
+  def alone_BG(x):
+    return x.reshape(-1, 1, *x.shape[2:])
+
+  def alone_BKG(x):
+    # (B, K, G, ...) to (B * G, K, 1, ...).
+    return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], 1, *x.shape[3:])
+
+  images = types.SampledImages(
+    prompts=contexts.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT, bos),
+    latents_BGNC=alone_BG(image.latents_BGNC),
+    steps=jax.tree.map(alone_BKG, image.steps),
+    scale_BKG=alone_BKG(image.scale_BKG),
+  )
   return {
-    tasks.PLAN: plan.replace(advantage_BG=advantage_BG, valid_BG=valid_BG),
-    tasks.THINK_GENERATE: types.ImageTrainBatch(
-      **{
-        **arrays,
-        'prompts': contexts.after_plans(plan.prompts, plan.tokens_BGT, plan.mask_BGT, bos),
-        'advantage_BG': alone(advantage_BG),
-        'valid_BG': alone(valid_BG),
-      }
-    ),
+    tasks.PLAN: (plan, advantage_BG, valid_BG),
+    tasks.THINK_GENERATE: (images, alone_BG(advantage_BG), alone_BG(valid_BG)),
   }

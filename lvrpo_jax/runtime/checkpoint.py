@@ -156,7 +156,9 @@ class Checkpoints:
       )
     return None
 
-  def _read(self, step: int, target: types.Tree) -> tuple[Any, str | None]:
+  def _read(
+    self, step: int, target: types.Tree
+  ) -> tuple[tuple[types.Tree, dict[str, Any]] | None, str | None]:
     """Returns (state, record) of a step, and the reason why some process cannot read it.
 
     Handlers are used because Orbax's manager ends a restore with a barrier, at which processes that

@@ -22,7 +22,7 @@ class ScoredTrajectory(NamedTuple):
   """What a task has sampled and how it was scored; every array has a leading axis of prompts.
 
   Attributes:
-    trajectory: what an update reads, without advantages.
+    trajectory: what is kept of the rollout.
     rewards: components by name.
     facts: for the log.
     pixels: uint8 (B, G, Y, X, 3), or None for answers.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import functools
 from typing import Any
 
+from flax import struct
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -39,6 +40,18 @@ Metrics = dict[str, Any]
 """Numbers by name, as arrays on devices or on the host."""
 Batch = dict[str, types.TextTrainBatch | types.ImageTrainBatch]
 """What an update reads, by task; plans as `tasks.PLAN`."""
+
+
+class CreditedSamples(struct.PyTreeNode):
+  """Samples of a task with their advantages."""
+
+  sampled: types.SampledTexts | types.SampledImages
+  advantage_BG: jax.Array
+  valid_BG: jax.Array
+
+
+Credited = dict[str, CreditedSamples]
+"""Samples with advantages by task; plans as `tasks.PLAN`."""
 NextPrompts = Callable[[Iterable[str]], engine_lib.PromptBatch]
 """Fresh prompts of the named tasks."""
 
@@ -115,12 +128,14 @@ class Learner:
     apart = self.scorer.asks_server or align.dynamic_sampling.rounds > 0
     self.engine = engine_lib.RolloutEngine(experiment, apart)
     optimizer, self.step = build_update(experiment)
-    self._replay = experiment.compile(functools.partial(replay.replay, experiment.policy))
+    self._log_probabilities = experiment.compile(
+      functools.partial(replay.log_probabilities, experiment.policy)
+    )
     self._velocities = experiment.compile(functools.partial(replay.velocities, experiment.policy))
     self._image_mismatch = jax.jit(
-      functools.partial(mismatch.image_mismatch, align.rollout.sampler), static_argnames='group'
+      functools.partial(mismatch.image_mismatch, align.rollout.sampler)
     )
-    self._split_think = jax.jit(functools.partial(think.split_think, bos=experiment.policy.bos))
+    self._split_halves = jax.jit(functools.partial(think.split_halves, bos=experiment.policy.bos))
     self._text_mismatch = jax.jit(mismatch.text_mismatch)
     self._noise_latents = jax.jit(self._noised_latents)
     self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
@@ -191,10 +206,8 @@ class Learner:
     draws = self._align.image.draws
     root = jax.random.fold_in(jax.random.key(config.seed + 1), step)
     key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(index_B)
-    key_BM = jax.vmap(lambda k: ops.fold_rows(k, (group * draws,)))(key_B)
-    points = replay.noise_points(
-      key_BM, jnp.tile(latents_BGNC, (1, draws, 1, 1)), config.pretrain.shift
-    )
+    key_BKG = jax.vmap(lambda k: ops.fold_rows(k, (draws, group)))(key_B)
+    points = replay.noise_points(key_BKG, latents_BGNC[:, None], config.pretrain.shift)
     return points.x_t, points.t
 
   def collect(
@@ -203,22 +216,23 @@ class Learner:
     iteration: int,
     next_prompts: NextPrompts | None = None,
     check: Callable[[], None] = _continue,
-  ) -> tuple[Batch, Metrics, dict[str, np.ndarray]]:
-    """Rollouts, rewards and advantages: (batch, metrics, images by task).
+  ) -> tuple[Credited, Metrics, dict[str, np.ndarray]]:
+    """Rollouts, rewards and advantages: (samples with advantages, metrics, images by task).
 
     `check` is called while a remote judge is waited for.
     """
     sampled, metrics = self._sample(prompts, iteration, check)
     if self._align.dynamic_sampling.rounds:
       sampled, metrics = self._resample(sampled, metrics, iteration, next_prompts, check)
-    batch: Batch = {}
+    batch: Credited = {}
     for task, found in sampled.items():
       advantage = self._advantages[task](found.rewards)
       credit = dict(advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
-      if tasks_lib.BY_NAME[task].plans:
-        batch.update(self._split_think(found.trajectory, **credit))
+      if isinstance(found.trajectory, think.SampledPlans):
+        halves = self._split_halves(found.trajectory, **credit)
+        batch.update({half: CreditedSamples(*parts) for half, parts in halves.items()})
       else:
-        batch[task] = found.trajectory.replace(**credit)
+        batch[task] = CreditedSamples(found.trajectory, **credit)
       metrics.update(reward_metrics.reward_metrics(task, found.rewards, found.facts, advantage))
     images = {
       task: multihost.local_rows(found.pixels)
@@ -306,72 +320,96 @@ class Learner:
 
   def _trajectory(
     self, task: str, prompts: types.Prompts, rollouts: engine_lib.Rollouts, iteration: int
-  ) -> types.TextTrainBatch | types.ImageTrainBatch | think.ThinkTrajectory:
-    """What an update reads of a task's rollout, without advantages."""
+  ) -> types.SampledTexts | types.SampledImages | think.SampledPlans:
+    """What is kept of a task's rollout."""
     if task in rollouts.texts:
-      return trajectories.text_train_batch(prompts, rollouts.texts[task])
+      return trajectories.sampled_texts(prompts, rollouts.texts[task])
     rollout, engine = rollouts.images[task], self.engine
     steps = trajectories.transitions(
       rollout, engine.kept_steps(iteration), engine.grid, engine.levels_T
     )
-    image = trajectories.image_train_batch(prompts, rollout, steps)
+    image = trajectories.sampled_images(prompts, rollout, steps)
     if not tasks_lib.BY_NAME[task].plans:
       return image
-    plan = trajectories.text_train_batch(prompts, rollouts.texts[tasks_lib.PLAN])
-    return think.ThinkTrajectory(plan, image)
+    plan = trajectories.sampled_texts(prompts, rollouts.texts[tasks_lib.PLAN])
+    return think.SampledPlans(plan, image)
 
-  def velocities(
-    self, params: types.Params | lora.AdaptedParams, batch: Batch
-  ) -> dict[str, jax.Array]:
-    """Velocities of any policy at the points of a batch."""
-    images = {task: b for task, b in batch.items() if task not in tasks_lib.TEXT_OUTPUTS}
-    if not images:
-      return {}
-    return self._velocities(
-      params,
-      self.frozen,
-      {task: b.prompts for task, b in images.items()},
-      {task: b.x_BMNC for task, b in images.items()},
-      {task: b.time_BM for task, b in images.items()},
-      {task: b.guidance_BM for task, b in images.items()},
-    )
+  @property
+  def _guided(self) -> bool:
+    """Whether rollouts are guided."""
+    return self._align.rollout.guidance != 1
 
-  def mismatch(self, batch: Batch) -> Metrics:
+  def mismatch(self, credited: Credited) -> Metrics:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
-    texts = {task: b for task, b in batch.items() if task in tasks_lib.TEXT_OUTPUTS}
-    policies = self.sampler_policies
-    logp = self._replay(policies[0], self.frozen, texts)[1] if texts else {}
-    out = {}
-    for task, v in self.velocities(policies[-1], batch).items():
-      b = batch[task]
-      steps = self._image_mismatch(
-        v,
-        b.transitions,
-        group=b.valid_BG.shape[1],
-        latents_BGNC=None if self._objective.coupled else b.latents_BGNC,
-      )
-      out[f'{mismatch.PREFIX}/{task}'] = jnp.max(steps)
-      out.update({f'{mismatch.PREFIX}/{task}/step{k}': steps[k] for k in range(len(steps))})
-    for task, found in logp.items():
+    texts, images = _by_modality(credited)
+    text_policy, image_policy = self.sampler_policies[0], self.sampler_policies[-1]
+    out: Metrics = {}
+    queries = {t: trajectories.step_query(x, self._guided) for t, x in images.items()}
+    for task, v in self._velocities_at(image_policy, queries).items():
+      name, found = f'{mismatch.PREFIX}/{task}', images[task]
+      final = () if self._objective.coupled else (found.latents_BGNC,)
+      steps = self._image_mismatch(v, found.steps, *final)
+      out[name] = jnp.max(steps)
+      out.update({f'{name}/step{k}': steps[k] for k in range(len(steps))})
+    for task, logp in self._logp_of(text_policy, texts).items():
       name = f'{mismatch.PREFIX}/{task}'
-      out[name], out[f'{name}/mean'] = self._text_mismatch(found, batch[task])
+      out[name], out[f'{name}/mean'] = self._text_mismatch(logp, texts[task])
     return out
 
-  def with_reference(self, batch: Batch) -> Batch:
-    """Adds the velocities of the reference and the old policy at the points of the next update."""
-    batch, coupled = dict(batch), self._objective.coupled
-    for task, b in batch.items():
-      if task not in tasks_lib.TEXT_OUTPUTS and not coupled:
-        x, t = self._noise_latents(self.state.step, b.prompts.index_B, b.latents_BGNC)
-        batch[task] = b.replace(x_BMNC=x, time_BM=t, guidance_BM=None)
-    reference = self.velocities(self.reference, batch)
-    old = reference if coupled else self.velocities(self._policy(self.state.old), batch)
+  def _velocities_at(
+    self, policy: types.Params | lora.AdaptedParams, queries: dict[str, types.FlowQuery]
+  ) -> dict[str, jax.Array]:
+    """Velocities of any policy at queries."""
+    return self._velocities(policy, self.frozen, queries) if queries else {}
+
+  def _logp_of(
+    self, policy: types.Params | lora.AdaptedParams, texts: dict[str, types.SampledTexts]
+  ) -> dict[str, jax.Array]:
+    """Log-probabilities of texts under any policy."""
+    return self._log_probabilities(policy, self.frozen, texts) if texts else {}
+
+  def text_batches(self, credited: Credited) -> dict[str, types.TextTrainBatch]:
+    """Texts as all updates of the iteration read them."""
+    texts, _ = _by_modality(credited)
+    reference = self._logp_of(self.reference, texts)
     return {
-      task: b
-      if task in tasks_lib.TEXT_OUTPUTS
-      else b.replace(reference_BMNC=reference[task], old_BMNC=old[task])
-      for task, b in batch.items()
+      task: types.TextTrainBatch(
+        sampled=sampled,
+        advantage_BG=credited[task].advantage_BG,
+        valid_BG=credited[task].valid_BG,
+        reference_BGT=reference[task],
+      )
+      for task, sampled in texts.items()
     }
+
+  def image_batches(self, credited: Credited) -> dict[str, types.ImageTrainBatch]:
+    """Images as the next update reads them: decoupled objectives ask at fresh noise each time."""
+    _, images = _by_modality(credited)
+    queries = {task: self._query(sampled) for task, sampled in images.items()}
+    reference = self._velocities_at(self.reference, queries)
+    old = reference
+    if not self._objective.coupled:
+      old = self._velocities_at(self._policy(self.state.old), queries)
+    return {
+      task: types.ImageTrainBatch(
+        sampled=sampled,
+        query=queries[task],
+        advantage_BG=credited[task].advantage_BG,
+        valid_BG=credited[task].valid_BG,
+        old_BKGNC=old[task],
+        reference_BKGNC=reference[task],
+      )
+      for task, sampled in images.items()
+    }
+
+  def _query(self, images: types.SampledImages) -> types.FlowQuery:
+    """Where the next update asks for velocities."""
+    if self._objective.coupled:
+      return trajectories.step_query(images, self._guided)
+    x_BKGNC, time_BKG = self._noise_latents(
+      self.state.step, images.prompts.index_B, images.latents_BGNC
+    )
+    return types.FlowQuery(images.prompts, x_BKGNC, time_BKG)
 
   def _step_frozen(self) -> dict[str, Any]:
     """What the step reads besides the state."""
@@ -409,13 +447,14 @@ class Learner:
         they are at hand.
     """
     align = self._align
-    batch, metrics, images = self.collect(prompts, iteration, next_prompts, check)
+    credited, metrics, images = self.collect(prompts, iteration, next_prompts, check)
     check()
-    metrics.update(self.mismatch(batch))
-    texts = {task: b for task, b in batch.items() if task in tasks_lib.TEXT_OUTPUTS}
-    if texts:
-      _, logp = self._replay(self.reference, self.frozen, texts)
-      batch.update({task: b.replace(reference_BGT=logp[task]) for task, b in texts.items()})
+    metrics.update(self.mismatch(credited))
+    texts = self.text_batches(credited)
+
+    def next_batch() -> Batch:
+      return {**texts, **self.image_batches(credited)}
+
     every = align.checks.gradients_every
     if every and (iteration - 1) % every == 0:  # The first iteration compiles it.
       metrics.update(
@@ -423,13 +462,13 @@ class Learner:
           self.step,
           self.state,
           self._step_frozen(),
-          self.with_reference(batch),
+          next_batch(),
           align.optimizer,
         )
       )
     updates = []
     for _ in range(align.updates_per_rollout):
-      self.state, update = self.step(self.state, self._step_frozen(), self.with_reference(batch))
+      self.state, update = self.step(self.state, self._step_frozen(), next_batch())
       updates.append(update)
     update = self._mean(updates)
     metrics.update(update, **self._adapt_kl_weights(update))
@@ -440,6 +479,16 @@ class Learner:
       )
       metrics['old_decay'] = decay
     return metrics, images
+
+
+def _by_modality(
+  credited: Credited,
+) -> tuple[dict[str, types.SampledTexts], dict[str, types.SampledImages]]:
+  """Texts and images of samples by task."""
+  texts, images = {}, {}
+  for task, found in credited.items():
+    (texts if isinstance(found.sampled, types.SampledTexts) else images)[task] = found.sampled
+  return texts, images
 
 
 def _mix(old: types.Params, new: types.Params, decay: jax.Array) -> types.Params:

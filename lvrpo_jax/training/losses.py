@@ -6,7 +6,6 @@ A batch is a dict by task. Every loss is a `step.Loss`: sums and weights, never 
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 import jax
@@ -40,10 +39,10 @@ def pretraining(
   """Next token on answers and flow matching on images.
 
   Args:
-    coefficients: weight of every task in the batch; the batch is a dict of `types.Batch`.
+    coefficients: weight of every task in the batch; the batch is a dict of `types.SupervisedBatch`.
     draws: noised copies of every image, sharing one encoded context.
     shift: time shift of the logit-normal training times.
-    seed: with the step and a prompt's number it fixes all draws of a row.
+    seed: with the step and a prompt's index it fixes all draws of a row.
     repa: aligns states with an encoder's features as well; `frozen` then holds its 'dual_encoder'.
   """
   N = policy.latent_shape[0]
@@ -66,28 +65,25 @@ def pretraining(
 
   def noised(frozen, b, root):
     key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
-    key_BM = jax.vmap(lambda k: ops.fold_rows(k, (draws,)))(key_B)
-    x0 = policy.encode_image(frozen['vae'], b.target_BYXC)[:, None]
-    return replay.noise_points(key_BM, x0, shift)
+    key_BK1 = jax.vmap(lambda k: ops.fold_rows(k, (draws, 1)))(key_B)
+    x0 = policy.encode_image(frozen['vae'], b.target_BYXC)[:, None, None]
+    return replay.noise_points(key_BK1, x0, shift)
 
   def sums(params, state, frozen, batch):
     root = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = _halves(batch)
-    points = {t: noised(frozen, b, root) for t, b in batch.items() if t not in tasks.TEXT_OUTPUTS}
-    texts = {t: b.answer_BL[:, None, :-1] for t, b in batch.items() if t in tasks.TEXT_OUTPUTS}
-    inputs = (
-      params,
-      frozen['vae'],
-      {t: b.prompts for t, b in batch.items()},
-      {t: p.x_t for t, p in points.items()},
-      {t: p.t for t, p in points.items()},
-      texts,
-    )
+    points, queries = {}, {}
+    for task, b in batch.items():
+      if task in tasks.TEXT_OUTPUTS:
+        queries[task] = types.TextQuery(b.prompts, b.answer_BL[:, None, :-1])
+      else:
+        points[task] = noised(frozen, b, root)
+        queries[task] = types.FlowQuery(b.prompts, points[task].x_t, points[task].t)
     if repa:
-      v, logits, states = policy.forward_with_states(*inputs)
+      out, states = policy.forward_with_states(params, frozen['vae'], queries)
     else:
-      v, logits = policy.forward(*inputs)
-    totals = {t: sft.flow_matching(v[t], p.target) for t, p in points.items()}
+      out, states = policy.forward(params, frozen['vae'], queries), {}
+    totals = {t: sft.flow_matching(out[t], p.target) for t, p in points.items()}
     if repa:
       found = [
         repa.loss(
@@ -96,9 +92,10 @@ def pretraining(
         for t in points
       ]
       totals['repa'] = tuple(map(sum, zip(*found)))
-    for task in texts:
-      b = batch[task]
-      totals[task] = sft.next_token(logits[task][:, 0], b.answer_BL[:, 1:], b.answer_mask_BL)
+    for task, b in batch.items():
+      if task not in points:
+        labels = b.answer_BL[:, 1:]
+        totals[task] = sft.next_token(out[task][:, 0], labels, b.answer_mask_BL)
     return (
       {t: total for t, (total, _) in totals.items()},
       {f'{t}_loss': total for t, total in totals.items()},
@@ -156,7 +153,7 @@ def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
     out = {}
     for task, b in batch.items():
       if task in tasks.TEXT_OUTPUTS:
-        w = text_objectives.total_weight(b.mask_BGT, b.valid_BG, text_objective.aggregation)
+        w = text_objectives.total_weight(b.sampled.mask_BGT, b.valid_BG, text_objective.aggregation)
       else:
         w = jnp.sum(_per_point(b.valid_BG, b))
       out[task] = out[f'{task}_penalty'] = w
@@ -164,14 +161,13 @@ def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
 
   def sums(params, state, frozen, batch):
     del state
-    v, logits = replay.forward(policy, params, frozen, batch)
+    out = replay.forward(policy, params, frozen, {t: _asked(b) for t, b in batch.items()})
     parts = {
-      task: _image_sums(flow_objective, image, align.rollout.sampler, v[task], batch[task])
-      for task in v
+      task: _text_sums(text_objective, text, out[task], b)
+      if isinstance(b, types.TextTrainBatch)
+      else _image_sums(flow_objective, image, align.rollout.sampler, out[task], b)
+      for task, b in batch.items()
     }
-    parts.update(
-      {task: _text_sums(text_objective, text, logits[task], batch[task]) for task in logits}
-    )
     terms, metrics = {}, {}
     for task, (loss, penalty, extra) in parts.items():
       factors = frozen.get('factors')
@@ -193,6 +189,13 @@ def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
   return step_lib.Loss(weights, sums, coefficients, split_group)
 
 
+def _asked(
+  b: types.TextTrainBatch | types.ImageTrainBatch,
+) -> types.SampledTexts | types.FlowQuery:
+  """What the policy is asked about a batch."""
+  return b.sampled if isinstance(b, types.TextTrainBatch) else b.query
+
+
 def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
   """A leading axis of parts, each with some samples of every group; their points stay with them.
 
@@ -200,10 +203,14 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
     ValueError: the samples do not divide by the parts.
   """
 
-  def cut(x, group):
-    B, M = x.shape[:2]
-    x = x.reshape(B, M // group, parts, group // parts, *x.shape[2:])
-    return jnp.moveaxis(x, 2, 0).reshape(parts, B, M // parts, *x.shape[4:])
+  def cut(path, x):
+    # The suffix of a record's field names its axes.
+    axes = path[-1].name.rpartition('_')[2]
+    if 'G' not in axes:
+      return jnp.broadcast_to(x, (parts, *x.shape))
+    axis = axes.index('G')
+    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
 
   def split(b):
     group = b.valid_BG.shape[1]
@@ -213,23 +220,14 @@ def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
       raise ValueError(
         f'groups of {group} samples do not divide into parallel.group_parts = {parts}'
       )
-    whole = ('prompts', 'temperature_B')
-    repeat = lambda x: jnp.broadcast_to(x, (parts, *x.shape))
-    return b.replace(
-      **{
-        f.name: jax.tree.map(
-          repeat if f.name in whole else lambda x: cut(x, group), getattr(b, f.name)
-        )
-        for f in dataclasses.fields(b)
-      }
-    )
+    return jax.tree_util.tree_map_with_path(cut, b)
 
   return {task: split(b) for task, b in batch.items()}
 
 
 def _per_point(x_BG: Array, b: types.ImageTrainBatch) -> Array:
-  """Repeats a value of every sample for its points, (B, M)."""
-  return jnp.tile(x_BG.astype(jnp.float32), (1, b.time_BM.shape[1] // x_BG.shape[1]))
+  """Repeats a value of every sample for its points, (B, K, G)."""
+  return jnp.broadcast_to(x_BG.astype(jnp.float32)[:, None], b.query.time_BKG.shape)
 
 
 Sums = tuple[Array, Array, dict[str, tuple[Array, Array]]]
@@ -243,13 +241,14 @@ def _text_sums(
   b: types.TextTrainBatch,
 ) -> Sums:
   """The text objective, and the penalty to the reference (arXiv 2402.03300)."""
-  logp = replay.token_logp(logits, b)
-  sampled = jnp.where(b.mask_BGT, logp - b.logp_BGT, 0.0)
-  weight = text_objectives.token_weights(b.mask_BGT, b.valid_BG, objective.aggregation)
+  mask_BGT = b.sampled.mask_BGT
+  logp = replay.token_logp(logits, b.sampled)
+  to_sampler = jnp.where(mask_BGT, logp - b.sampled.logp_BGT, 0.0)
+  weight = text_objectives.token_weights(mask_BGT, b.valid_BG, objective.aggregation)
   loss, log_ratio = objective.loss(
-    text_objectives.TextPoints(sampled, logp, b.mask_BGT, b.advantage_BG), settings
+    text_objectives.TextPoints(to_sampler, logp, mask_BGT, b.advantage_BG), settings
   )
-  kl = jnp.where(b.mask_BGT, kl_lib.of_text(settings.kl, logp, b.reference_BGT, sampled), 0.0)
+  kl = jnp.where(mask_BGT, kl_lib.of_text(settings.kl, logp, b.reference_BGT, to_sampler), 0.0)
   ratio = jnp.exp(log_ratio)
   below = (ratio < 1 - settings.clip_low) & objective.clips_low
   clipped = below | (ratio > 1 + settings.clip_high)
@@ -266,26 +265,25 @@ def _text_sums(
 
 def _step_points(sampler: str, v: Array, b: types.ImageTrainBatch) -> flow_objectives.StepPoints:
   """Replayed steps of the rollout under the policy's velocities."""
-  s = b.transitions
+  steps = b.sampled.steps
   return flow_objectives.StepPoints(
-    mean=replay.transition(sampler, v, s).mean,
-    old_mean=s.mean_BMNC,
-    noise=s.noise_BMNC,
-    std=s.std_BM,
-    dt=s.next_time_BM - s.time_BM,
+    mean=replay.transition(sampler, v, steps).mean,
+    old_mean=steps.mean_BKGNC,
+    noise=steps.noise_BKGNC,
+    std=steps.std_BKG,
+    dt=steps.next_time_BKG - steps.time_BKG,
     advantage=_per_point(b.advantage_BG, b),
   )
 
 
 def _noised_points(v: Array, b: types.ImageTrainBatch) -> flow_objectives.NoisedPoints:
   """Freshly noised final latents with the policy's velocities."""
-  draws = v.shape[1] // b.latents_BGNC.shape[1]
   return flow_objectives.NoisedPoints(
     v=v,
-    v_old=b.old_BMNC,
-    x0=jnp.tile(b.latents_BGNC, (1, draws, 1, 1)),
-    x_t=b.x_BMNC,
-    t=b.time_BM,
+    v_old=b.old_BKGNC,
+    x0=jnp.broadcast_to(b.sampled.latents_BGNC[:, None], v.shape),
+    x_t=b.query.x_BKGNC,
+    t=b.query.time_BKG,
     advantage=_per_point(b.advantage_BG, b),
   )
 
@@ -301,12 +299,13 @@ def _image_sums(
   points = _step_points(sampler, v, b) if objective.coupled else _noised_points(v, b)
   loss, extra = objective.loss(points, settings)
   valid = _per_point(b.valid_BG, b)
-  drift = flow_objectives.velocity_mse(v, b.reference_BMNC)
+  drift = flow_objectives.velocity_mse(v, b.reference_BKGNC)
   metrics, penalty = {'velocity_mse': drift, **extra}, drift
   if settings.kl != 'velocity':
-    s = b.transitions
-    means = (replay.transition(sampler, x, s).mean for x in (v, b.reference_BMNC))
-    penalty = kl_lib.of_steps(settings.kl, *means, s.std_BM, s.next_time_BM - s.time_BM)
+    steps = b.sampled.steps
+    means = (replay.transition(sampler, x, steps).mean for x in (v, b.reference_BKGNC))
+    dt_BKG = steps.next_time_BKG - steps.time_BKG
+    penalty = kl_lib.of_steps(settings.kl, *means, steps.std_BKG, dt_BKG)
     metrics['kl'] = penalty
   return (
     jnp.sum(loss * valid),

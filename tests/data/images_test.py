@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.data.images."""
+"""Image files, sizes and values, against outputs of the BAGEL release and hand-worked cases."""
 
 import io
 import json

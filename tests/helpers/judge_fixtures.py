@@ -106,7 +106,7 @@ class JudgeTestCase(parameterized.TestCase):
 
   def serve(self, web):
     """Runs a server until the test ends; returns its address."""
-    threading.Thread(target=web.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+    threading.Thread(target=web.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
     self.addCleanup(web.server_close)
     self.addCleanup(web.shutdown)
     return f'http://127.0.0.1:{web.server_port}'

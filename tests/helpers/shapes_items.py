@@ -8,14 +8,17 @@ from lvrpo_jax.data.shapes import world
 WORLD = world.World()
 TASKS = {'generate': WORLD.generate, 'question': WORLD.question, 'edit': WORLD.edit}
 COUNT = 1000
+"""Items of a task and split that the tests look at."""
 
 
 @functools.cache
 def items(task, split, count=COUNT):
+  """The first items of a task in a split."""
   return [TASKS[task](index, split) for index in range(count)]
 
 
 def text_of(item):
+  """Caption, instruction or question of an item."""
   if isinstance(item, world.GenerateItem):
     return item.caption
   if isinstance(item, edits.EditItem):
@@ -24,10 +27,12 @@ def text_of(item):
 
 
 def scenes_of(item):
+  """All scenes of an item."""
   return [item.scene, item.target] if isinstance(item, edits.EditItem) else [item.scene]
 
 
 def canonical(a, relation, b):
+  """The relation in terms of 'left of' and 'above'."""
   return {
     'left of': (a, 'left of', b),
     'right of': (b, 'left of', a),
@@ -37,7 +42,7 @@ def canonical(a, relation, b):
 
 
 def strictly(a, relation, b):
-  """Independent of the package: cells as (row, col) and the sign of their difference."""
+  """Whether a is `relation` b in one row or column, by the difference of their cells (row, col)."""
   step = (b.row - a.row, b.col - a.col)
   return (
     step == {'left of': (0, 1), 'right of': (0, -1), 'above': (1, 0), 'below': (-1, 0)}[relation]

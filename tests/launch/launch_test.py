@@ -219,8 +219,8 @@ class LaunchTest(parameterized.TestCase):
       '--dry-run',
       **(REQUIRED[script] | {'CONFIG': 'my configs/a.py', 'WORKDIR': '/mnt/"a"'}),
     )
-    experiment = [line for line in out.stdout.splitlines() if 'lvrpo_jax.main' in line][0]
-    self.assertEqual(python_arguments(experiment), ['--config=my configs/a.py', '--workdir=/mnt/"a"'])
+    job = [line for line in out.stdout.splitlines() if 'lvrpo_jax.main' in line][0]
+    self.assertEqual(python_arguments(job), ['--config=my configs/a.py', '--workdir=/mnt/"a"'])
 
   def test_dry_run_prints_every_command(self):
     out = self.launch('tpu_queued', '--dry-run', **REQUIRED['tpu_queued'])
@@ -445,11 +445,11 @@ class LaunchTest(parameterized.TestCase):
     (self.bin / 'python3').symlink_to(venv / 'bin/python')
     out = self.launch('gpu', *ARGUMENTS, VENV=str(venv))
     self.assertEqual(out.returncode, 0, out.stderr)
-    probe, *others, experiment = [json.loads(line) for line in calls.read_text().splitlines()]
+    probe, *others, job = [json.loads(line) for line in calls.read_text().splitlines()]
     self.assertEqual(probe[0], '-c')
     self.assertLen(others, installations)
-    self.assertEqual(experiment[:2], ['-m', 'lvrpo_jax.main'])
-    self.assertContainsSubset(ARGUMENTS, experiment)
+    self.assertEqual(job[:2], ['-m', 'lvrpo_jax.main'])
+    self.assertContainsSubset(ARGUMENTS, job)
 
 
 if __name__ == '__main__':

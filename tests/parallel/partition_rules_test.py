@@ -32,12 +32,12 @@ REPLICATED_KERNELS = {
 
 def described(data=1, fsdp=1, tensor=1):
   """The part of a mesh that `partition` reads."""
-  return python_types.SimpleNamespace(shape=dict(data=data, fsdp=fsdp, tensor=tensor))
+  return python_types.SimpleNamespace(shape={'data': data, 'fsdp': fsdp, 'tensor': tensor})
 
 
 @functools.cache
-def job_of(config):
-  """The job of a config on one device; nothing is made."""
+def experiment_of(config):
+  """The experiment of a config on one device; nothing is made."""
   return experiment_lib.build(
     importlib.import_module(f'configs.{config}').get_config(),
     pathlib.Path('unused'),
@@ -47,8 +47,8 @@ def job_of(config):
 
 @functools.cache
 def shapes_of(config, kind):
-  """Shapes and dtypes of the parameters of a job, by name."""
-  tree = weights.template(job_of(config), kind)
+  """Shapes and dtypes of the parameters of an experiment, by name."""
+  tree = weights.template(experiment_of(config), kind)
   return {
     placement.parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
@@ -81,7 +81,9 @@ class PartitionTest(parameterized.TestCase):
   def test_table(self, name, shape, want):
     self.assertEqual(partition_rules.partition(name, shape, described(fsdp=4, tensor=2)), want)
 
-  @parameterized.parameters(dict(data=16, tensor=4), dict(data=2, fsdp=32), dict(fsdp=8, tensor=4))
+  @parameterized.parameters(
+    {'data': 16, 'tensor': 4}, {'data': 2, 'fsdp': 32}, {'fsdp': 8, 'tensor': 4}
+  )
   def test_the_largest_model_holds_nothing_large_whole(self, **sizes):
     for kind in (weights.BASE, weights.VAE):
       for name, leaf in shapes_of('bagel_7b', kind).items():
@@ -134,26 +136,28 @@ class PartitionTest(parameterized.TestCase):
       if not any(partition_rules.partition(name, shapes[name], described()))
     }
     self.assertEqual(bare, REPLICATED_KERNELS)
-    every = [*shapes, *shapes_of('bagel_7b', weights.VAE), *shapes_of('base', weights.JUDGE)]
+    every = [*shapes, *shapes_of('bagel_7b', weights.VAE), *shapes_of('base', weights.DUAL_ENCODER)]
     for pattern, _ in partition_rules.TABLE:
       self.assertTrue(any(re.search(pattern, name) for name in every), pattern)
 
   def test_most_parameters_are_split(self):
     shapes = base_shapes()
-    size = lambda chosen: sum(int(np.prod(shapes[name])) for name in chosen)
-    split = [
-      name for name in shapes if any(partition_rules.partition(name, shapes[name], described()))
-    ]
-    self.assertGreater(size(split) / size(shapes), 0.85)
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    split = sum(
+      size
+      for name, size in sizes.items()
+      if any(partition_rules.partition(name, shapes[name], described()))
+    )
+    self.assertGreater(split / sum(sizes.values()), 0.85)
 
   def test_default_model_fits_small_meshes(self):
-    for sizes in (dict(fsdp=8), dict(fsdp=2, tensor=2), dict(tensor=2)):
+    for sizes in ({'fsdp': 8}, {'fsdp': 2, 'tensor': 2}, {'tensor': 2}):
       for name, shape in base_shapes().items():
         partition_rules.partition(name, shape, described(**sizes))
 
 
-class JudgeTest(parameterized.TestCase):
-  """The judge lies on every mesh on which the policy does."""
+class DualEncoderTest(parameterized.TestCase):
+  """Every mesh of the policy also fits the dual encoder."""
 
   @parameterized.parameters(
     ('vision/layers_0/attention/q_proj/kernel', (1152, 16, 72), P('fsdp', None, None)),
@@ -167,12 +171,12 @@ class JudgeTest(parameterized.TestCase):
   def test_large_parameters_are_split_by_width(self, name, shape, want):
     self.assertEqual(partition_rules.partition(name, shape, described(fsdp=32, tensor=4)), want)
 
-  def test_what_does_not_divide_is_whole_and_said_so_once(self):
+  def test_what_does_not_divide_is_whole_with_one_warning(self):
     case = 'text/tokens/embedding', (151669, 100), described(fsdp=32, tensor=4)
     with self.assertLogs(level='WARNING') as logged:
       self.assertEqual(partition_rules.partition(*case), P())
     self.assertIn(
-      'text/tokens/embedding of shape (151669, 100), of SigLIP, does not divide',
+      'text/tokens/embedding of shape (151669, 100), of the dual encoder, does not divide',
       logged.output[0],
     )
     with self.assertNoLogs(level='WARNING'):
@@ -183,16 +187,16 @@ class JudgeTest(parameterized.TestCase):
     mesh=((1, 8, 1), (1, 32, 1), (1, 64, 1), (2, 32, 1), (2, 4, 4)),
   )
   def test_templates(self, config, mesh):
-    """The policy's widths of 16 (tiny) and 96 (base) bound fsdp; nothing does for the judge."""
+    """The policy's widths of 16 (tiny) and 96 (base) bound fsdp; nothing else does."""
     _, fsdp, tensor = mesh
-    kinds = [weights.JUDGE]
+    kinds = [weights.DUAL_ENCODER]
     if fsdp <= {'tiny': 8, 'base': 32, 'bagel_7b': 64}[config]:
       kinds.append(weights.VAE)
       if config != 'base' or tensor == 1:  # It has one key/value head, of 48 values.
         kinds.append(weights.BASE)
     where = jax.sharding.AbstractMesh(mesh, partition_rules.AXES)
     for kind in kinds:
-      template = weights.template(dataclasses.replace(job_of(config), mesh=where), kind)
+      template = weights.template(dataclasses.replace(experiment_of(config), mesh=where), kind)
       for leaf in jax.tree.leaves(template):
         self.assertIs(leaf.sharding.mesh, where)
         leaf.sharding.shard_shape(leaf.shape)  # It raises where an axis does not divide.
@@ -200,7 +204,7 @@ class JudgeTest(parameterized.TestCase):
   def test_no_parameter_above_a_megabyte_is_whole_in_bagel_7b(self):
     mesh = described(data=2, fsdp=32)
     sizes = {}
-    for kind in (weights.BASE, weights.VAE, weights.JUDGE):
+    for kind in (weights.BASE, weights.VAE, weights.DUAL_ENCODER):
       found = shapes_of('bagel_7b', kind)
       sizes[kind] = sum(x.size * x.dtype.itemsize for x in found.values())
       whole = {
@@ -210,8 +214,8 @@ class JudgeTest(parameterized.TestCase):
         and x.size * x.dtype.itemsize > 2**20
       }
       self.assertEqual(whole, {})
-    # All of the judge is 1.4 MB, so every device holds it whole.
-    self.assertBetween(sizes[weights.JUDGE], 1.4e6, 1.5e6)
+    # All of the dual encoder is 1.4 MB, so every device holds it whole.
+    self.assertBetween(sizes[weights.DUAL_ENCODER], 1.4e6, 1.5e6)
     self.assertGreater(sizes[weights.BASE], 5e10)
 
 
@@ -240,7 +244,7 @@ class AdapterTest(parameterized.TestCase):
     """Adapters, their moments, their running mean and the old policy of the largest model."""
     mesh = jax.sharding.AbstractMesh(mesh, partition_rules.AXES)
     config = bagel_7b.get_config().align.lora
-    params = weights.template(job_of('bagel_7b'), weights.BASE)
+    params = weights.template(experiment_of('bagel_7b'), weights.BASE)
     state = jax.eval_shape(
       lambda p: step_lib.init(
         lora.init(p, 16, config.target, jax.random.key(0)), optax.adam(1.0), ema=True, old=True

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.sharding; a mesh of one device and meshes that are only described."""
+"""Meshes, row blocks and trees, on a mesh of one device and on meshes that are only described."""
 
 import re
 import types as python_types

@@ -1,17 +1,16 @@
-"""How the processes of a job find each other: `main.start_processes` on machines made up."""
+"""How the processes of a run find each other: `platform.start_processes` on made-up machines."""
 
 import importlib.util
 import os
 from unittest import mock
 
 from absl.testing import absltest
-from absl.testing import flagsaver
 from absl.testing import parameterized
 import jax
 
-from lvrpo_jax import main
+from lvrpo_jax.runtime import platform
 
-ALONE = ValueError(f'{main.NO_CLUSTER}.')
+ALONE = ValueError(f'{platform.NO_CLUSTER}.')
 TIMEOUT = jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: Barrier timed out.')
 
 
@@ -21,22 +20,24 @@ class StartProcessesTest(parameterized.TestCase):
     kept = {
       k: v for k, v in os.environ.items() if not k.startswith('SLURM') and k != 'JAX_PLATFORMS'
     }
-    find = lambda name: object() if libtpu and name == 'libtpu' else None
+
+    def find(name):
+      return object() if libtpu and name == 'libtpu' else None
+
     with (
       mock.patch.dict(os.environ, {**kept, **dict(environment)}, clear=True),
       mock.patch.object(importlib.util, 'find_spec', find),
       mock.patch.object(jax.distributed, 'initialize', side_effect=error) as initialize,
-      flagsaver.flagsaver(**flags),
     ):
-      main.start_processes()
+      platform.start_processes(**{'coordinator': None, 'processes': 1, 'process': 0, **flags})
     return [call.args for call in initialize.call_args_list]
 
   def test_flags(self):
     self.assertEqual(self.start(coordinator='host:1', processes=4, process=3), [('host:1', 4, 3)])
 
   @parameterized.parameters(
-    (dict(coordinator='host:1', processes=2, process=2), '--process is 2; allowed: below'),
-    (dict(processes=2), '--processes is 2 without --coordinator'),
+    ({'coordinator': 'host:1', 'processes': 2, 'process': 2}, '--process is 2; allowed: below'),
+    ({'processes': 2}, '--processes is 2 without --coordinator'),
   )
   def test_flags_that_do_not_fit(self, flags, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -65,9 +66,11 @@ class StartProcessesTest(parameterized.TestCase):
     """The words that tell a laptop from a pod are those of the installed jax."""
     state = jax._src.distributed.State()
     detect = 'jax._src.clusters.ClusterEnv.auto_detect_unset_distributed_params'
-    with mock.patch(detect, lambda *args: (None,) * 4):
-      with self.assertRaisesRegex(ValueError, main.NO_CLUSTER):
-        state.initialize()
+    with (
+      mock.patch(detect, lambda *args: (None,) * 4),
+      self.assertRaisesRegex(ValueError, platform.NO_CLUSTER),
+    ):
+      state.initialize()
 
   @parameterized.parameters(
     TIMEOUT,

@@ -41,14 +41,14 @@ def tiny_config():
     }
   )
   out.evaluate.guided_prompts = 0
-  out.critic.changes = ml_collections.ConfigDict(dict(judge=dict(steps=2)))
+  out.critic.changes = ml_collections.ConfigDict({'judge': {'steps': 2}})
   out.critic.pairs = 8
   out.workers = 2
   out.variants = ml_collections.ConfigDict(
-    {'repa': dict(program='control', control=dict(steps=2, repa=0.5))}
+    {'repa': {'program': 'control', 'control': {'steps': 2, 'repa': 0.5}}}
   )
   out.studies = ml_collections.ConfigDict(
-    {'full': dict(seeds=(3,), variants=('repa',), changes=dict(seed=0))}
+    {'full': {'seeds': (3,), 'variants': ('repa',), 'changes': {'seed': 0}}}
   )
   return out
 
@@ -82,14 +82,14 @@ def done(variant, seed, shift):
   rng = np.random.default_rng(seed)
   mine = records(rng, shift)
   drawn = sum(r['task'] == 'generate' and r['split'] == 'eval' for r in mine)
-  return dict(
-    seed=seed,
-    variant=variant,
-    number=len(variant),
-    records=mine,
-    seconds=120.0,
-    information=(rng.random(drawn) + shift).tolist(),
-  )
+  return {
+    'seed': seed,
+    'variant': variant,
+    'number': len(variant),
+    'records': mine,
+    'seconds': 120.0,
+    'information': (rng.random(drawn) + shift).tolist(),
+  }
 
 
 class PlanTest(parameterized.TestCase):
@@ -108,10 +108,10 @@ class PlanTest(parameterized.TestCase):
     self.assertFalse(by_name['paper'].align.graded)
     self.assertEqual(
       {k: v for k, v in by_name['paper'].align.rewards.generate.items() if v},
-      dict(rules=1.0, semantic=1.0, knowledge=1.0),
+      {'rules': 1.0, 'semantic': 1.0, 'knowledge': 1.0},
     )
     self.assertEqual(
-      by_name['repa'].control.to_dict(), dict(steps=2333, rate=0.5, repa=0.5, repa_layer=2)
+      by_name['repa'].control.to_dict(), {'steps': 2333, 'rate': 0.5, 'repa': 0.5, 'repa_layer': 2}
     )
     self.assertEqual(
       {k: v for k, v in by_name['mutual'].align.rewards.edit.items() if v}, {'mutual': 1.0}
@@ -130,11 +130,14 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual(runs[0].config.pretrain.steps, 400)
 
   @parameterized.parameters(
-    (dict(study='brief'), "config.study is 'brief'; allowed: .'full', 'quick'."),
-    (dict(studies={'full': dict(variants=('other',))}), "holds 'other'; allowed: .'both'"),
-    (dict(variants={'default': {'align': {'grou': 4}}}), 'grou'),
-    (dict(variants={'default': {'align': {'group': 'many'}}}), 'group'),
-    (dict(variants={'default': {'align': {'group': 1}}}), "variant 'default'.*align.rollout.group_size is 1"),
+    ({'study': 'brief'}, "config.study is 'brief'; allowed: .'full', 'quick'."),
+    ({'studies': {'full': {'variants': ('other',)}}}, "holds 'other'; allowed: .'both'"),
+    ({'variants': {'default': {'align': {'grou': 4}}}}, 'grou'),
+    ({'variants': {'default': {'align': {'group': 'many'}}}}, 'group'),
+    (
+      {'variants': {'default': {'align': {'group': 1}}}},
+      "variant 'default'.*align.rollout.group_size is 1",
+    ),
   )
   def test_what_does_not_fit_is_named(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -315,7 +318,10 @@ class CommandTest(absltest.TestCase):
       f'--config={from_json.__file__}:{path}',
       f'--workdir={folder / "w"}',
     ]
-    run = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    def run():
+      return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
     first = run()
     self.assertEqual(first.returncode, 0, first.stderr[-4000:])
     self.assertIn('| repa | 1 |', first.stdout)

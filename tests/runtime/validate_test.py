@@ -149,11 +149,13 @@ class ValidateTest(parameterized.TestCase):
 
   def test_best_needs_a_score(self):
     no_rules = {f'align__rewards__{task}__rules': 0.0 for task in validate.TASKS}
-    best = dict(align__finish='best')
+    best = {'align__finish': 'best'}
     validate.validate(changed(**no_rules))
     validate.validate(changed(**best))
     validate.validate(changed(**best, **no_rules, align__score='reward/generate/semantic'))
-    with self.assertRaisesRegex(ValueError, "config.align.checkpoints.finish is 'best'; allowed: 'last'"):
+    with self.assertRaisesRegex(
+      ValueError, "config.align.checkpoints.finish is 'best'; allowed: 'last'"
+    ):
       validate.validate(changed(**best, **no_rules))
 
 
@@ -161,7 +163,11 @@ class CommandLineTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('unknown_key', '--config.model.widht=3', 'widht'),
     ('wrong_type', '--config.model.width=wide', 'model.width'),
-    ('impossible', '--config.align.rollout.group_size=1', 'config.align.rollout.group_size is 1; allowed: an integer'),
+    (
+      'impossible',
+      '--config.align.rollout.group_size=1',
+      'config.align.rollout.group_size is 1; allowed: an integer',
+    ),
   )
   def test_bad_flag_stops_before_any_work(self, flag, message):
     workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'run'

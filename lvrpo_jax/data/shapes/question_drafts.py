@@ -186,7 +186,7 @@ def _draw_region(rng: np.random.Generator, target: Target) -> Draft | None:
   name = splits.name_object(rng, item, objects)
   if name is None:
     return None
-  # The size of the region is drawn first: by itself it must not tell the answer.
+  # The size of the region is drawn first, so that it does not reveal the answer.
   size = wording.pick(rng, (1, 2))
   regions = [
     region

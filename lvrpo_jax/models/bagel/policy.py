@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -174,7 +174,7 @@ class Policy:
     """Contexts of several tasks; tasks whose rows have one shape are encoded in one pass."""
     out = {}
     for tasks in contexts.group_by_shape(prompts):
-      cache = self.prefill(params, vae_params, contexts.stack(prompts[t] for t in tasks))
+      cache = self.prefill(params, vae_params, contexts.stack([prompts[t] for t in tasks]))
       start = 0
       for task in tasks:
         stop = start + prompts[task].ids_BL.shape[0]
@@ -205,49 +205,49 @@ class Policy:
     return out
 
   def forward_with_states(
-    self,
-    params: types.Params,
-    vae_params: types.Params,
-    prompts: dict[str, types.Prompts],
-    x: dict[str, Array],
-    time: dict[str, Array],
-    ids: dict[str, Array],
-  ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    self, params: types.Params, vae_params: types.Params, queries: Mapping[str, types.Query]
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
     """`forward`, and the latent tokens' states (E, B, M, N, D) after every layer by task."""
-    caches = self.prefill_all(params, vae_params, prompts)
-    v, states = {}, {}
-    for task in x:
-      position = self.latent_position(x[task].shape[0])
-      v[task], states[task] = self.apply(
-        params, caches[task], x[task], time[task], position, method='velocity_and_states'
+    caches = self.prefill_all(params, vae_params, _prompts(queries))
+    out, states = {}, {}
+    for task, query in queries.items():
+      if isinstance(query, types.TextQuery):
+        out[task] = self.text_logits(params, caches[task], query.ids_BML)
+        continue
+      x_BMNC, time_BM = _flat(query)
+      position = self.latent_position(x_BMNC.shape[0])
+      v_BMNC, states[task] = self.apply(
+        params, caches[task], x_BMNC, time_BM, position, method='velocity_and_states'
       )
-    return v, {task: self.text_logits(params, caches[task], rows) for task, rows in ids.items()}, states
+      out[task] = v_BMNC.reshape(query.x_BKGNC.shape)
+    return out, states
 
   def forward(
-    self,
-    params: types.Params,
-    vae_params: types.Params,
-    prompts: dict[str, types.Prompts],
-    x: dict[str, Array],
-    time: dict[str, Array],
-    ids: dict[str, Array],
-  ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Velocities of noised images (B, M, N, C) at times (B, M), and logits of texts (B, M, L),
-    by task, after the contexts of all tasks."""
+    self, params: types.Params, vae_params: types.Params, queries: Mapping[str, types.Query]
+  ) -> dict[str, Array]:
+    """Velocities (B, K, G, N, C) and logits (B, M, L, V) by task, after the contexts of all."""
+    prompts = _prompts(queries)
+    ids = {t: q.ids_BML for t, q in queries.items() if isinstance(q, types.TextQuery)}
+    points = {t: _flat(q) for t, q in queries.items() if isinstance(q, types.FlowQuery)}
+    x, time = ({t: pair[i] for t, pair in points.items()} for i in range(2))
     if self.joint:
-      position = lambda task: self.latent_position(x[task].shape[0])
-      return self.apply(
+      v, logits = self.apply(
         params,
         {task: self.sequence(vae_params, p) for task, p in prompts.items()},
-        {task: (x[task], time[task], position(task)) for task in x},
+        {task: (x[task], time[task], self.latent_position(x[task].shape[0])) for task in x},
         ids,
         method='joint',
       )
-    caches = self.prefill_all(params, vae_params, prompts)
-    return (
-      self.velocity_all(params, caches, x, time),
-      {task: self.text_logits(params, caches[task], rows) for task, rows in ids.items()},
-    )
+    else:
+      caches = self.prefill_all(params, vae_params, prompts)
+      v = self.velocity_all(params, caches, x, time)
+      logits = {task: self.text_logits(params, caches[task], rows) for task, rows in ids.items()}
+    return {
+      task: v[task].reshape(query.x_BKGNC.shape)
+      if isinstance(query, types.FlowQuery)
+      else logits[task]
+      for task, query in queries.items()
+    }
 
   def empty_row(self, shape: tuple[int, ...], length: int) -> types.Tree:
     """Room for the keys and values of texts of at most `length` tokens, for rows of a shape."""
@@ -262,3 +262,14 @@ class Policy:
   def text_logits(self, params: types.Params, cache: types.Cache, ids_BML: Array) -> Array:
     """Logits of M text rows a prompt."""
     return self.apply(params, cache, ids_BML, method='read')
+
+
+def _prompts(queries: Mapping[str, types.Query]) -> dict[str, types.Prompts]:
+  return {task: query.prompts for task, query in queries.items()}
+
+
+def _flat(query: types.FlowQuery) -> tuple[Array, Array]:
+  """Points (B, M, N, C) and times (B, M) of a query, row m = k * G + g."""
+  B = query.x_BKGNC.shape[0]
+  N, C = query.x_BKGNC.shape[-2:]
+  return query.x_BKGNC.reshape(B, -1, N, C), query.time_BKG.reshape(B, -1)

@@ -29,7 +29,7 @@ import os
 import queue
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
@@ -127,7 +127,11 @@ class Judge:
       threading.Thread(target=self._work, name=f'{key}-{index}', daemon=True).start()
 
   def submit(
-    self, task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any, iteration: int = 0
+    self,
+    task: str,
+    examples: Sequence[examples_lib.Example],
+    outputs_BG: remote_protocols.Outputs,
+    iteration: int = 0,
   ) -> futures.Future[Scored]:
     """Starts to score samples and returns at once.
 

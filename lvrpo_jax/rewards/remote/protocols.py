@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import io
@@ -16,6 +16,7 @@ from urllib import parse
 import numpy as np
 from PIL import Image
 
+from lvrpo_jax import types
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
 from lvrpo_jax.rewards.remote import endpoint as endpoint_lib
@@ -32,6 +33,9 @@ UNASKED = 'unasked'
 
 Verdict = float | str
 """A value, or the cause why there is none."""
+
+Outputs = np.ndarray | types.Array | Sequence[Sequence[str]]
+"""uint8 images (B, G, Y, X, 3), or B lists of G answers."""
 
 ASKED = ('question', 'expected')
 """Fields of the question about the image that an iteration asks: the question, and the answer that
@@ -147,14 +151,14 @@ def _check_templates(endpoint: endpoint_lib.Endpoint, key: str) -> None:
         )
 
 
-def dumps(value: Any) -> bytes:
+def dumps(value: types.Json) -> bytes:
   """Writes JSON, the same text for equal content; NumPy numbers and arrays become plain ones.
 
   Raises:
     TypeError, ValueError: the value has no JSON form.
   """
 
-  def plain(leaf: object) -> Any:
+  def plain(leaf: object) -> types.Json:
     if isinstance(leaf, (np.ndarray, np.generic)):
       return leaf.tolist()
     raise TypeError(f'a spec must be JSON-able, but holds {leaf!r}')
@@ -184,7 +188,7 @@ def complete(endpoint: endpoint_lib.Endpoint, task: str, sample: Sample) -> bool
 
 
 def samples_of(
-  task: str, examples: Sequence[examples_lib.Example], outputs_BG: Any, iteration: int = 0
+  task: str, examples: Sequence[examples_lib.Example], outputs_BG: Outputs, iteration: int = 0
 ) -> tuple[list[Sample], tuple[int, int]]:
   """Returns samples in row order (b, g), and (B, G).
 
@@ -226,7 +230,7 @@ def samples_of(
   return out, shape
 
 
-def _answers(outputs_BG: Iterable[Iterable[str]]) -> tuple[list[list[str]], tuple[int, int]]:
+def _answers(outputs_BG: Outputs) -> tuple[list[list[str]], tuple[int, int]]:
   """Returns answers as lists, and (B, G)."""
   outputs = [list(row) for row in outputs_BG]
   groups = {len(row) for row in outputs}
@@ -235,7 +239,7 @@ def _answers(outputs_BG: Iterable[Iterable[str]]) -> tuple[list[list[str]], tupl
   return outputs, (len(outputs), groups.pop() if groups else 0)
 
 
-def _images(outputs_BG: Any) -> tuple[np.ndarray, tuple[int, int]]:
+def _images(outputs_BG: Outputs) -> tuple[np.ndarray, tuple[int, int]]:
   """Returns images as uint8 (B, G, Y, X, 3), and (B, G)."""
   outputs = np.array(outputs_BG)  # Copied, because a view would hold the device's buffer.
   if outputs.dtype != np.uint8 or outputs.ndim != 5 or outputs.shape[-1] != 3:
@@ -316,7 +320,7 @@ def read(endpoint: endpoint_lib.Endpoint, reply: bytes, count: int) -> list[Verd
   return [_read_words(endpoint, content) if isinstance(content, str) else GARBAGE]
 
 
-def _read_scores(endpoint: endpoint_lib.Endpoint, parsed: Any, count: int) -> list[Verdict]:
+def _read_scores(endpoint: endpoint_lib.Endpoint, parsed: types.Json, count: int) -> list[Verdict]:
   """Reads a batch reply; scores of unknown ids are skipped, two for one id are garbage."""
   scores = parsed.get('scores') if isinstance(parsed, dict) else None
   if not isinstance(scores, list):
@@ -352,7 +356,7 @@ def _read_words(endpoint: endpoint_lib.Endpoint, text: str) -> Verdict:
   return words.get(text.lower().removesuffix('.'), GARBAGE)
 
 
-def _within(endpoint: endpoint_lib.Endpoint, value: Any) -> Verdict:
+def _within(endpoint: endpoint_lib.Endpoint, value: types.Json) -> Verdict:
   """Returns a JSON value as a float; true and false, numbers to Python, are garbage."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     return GARBAGE

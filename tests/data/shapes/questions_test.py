@@ -25,7 +25,7 @@ def counted(scene, name):
 
 
 def recompute(item):
-  """The answer, from the scene and the record alone."""
+  """Answer of a question, from the scene and the record alone."""
   record, scene = item.record, item.scene
   kind = record['type']
   if kind in ('color', 'shape'):
@@ -35,7 +35,7 @@ def recompute(item):
     return wording.NUMBERS[counted(scene, record['a'])]
   if kind == 'relation':
     (a,), (b,) = referents(scene, record['a']), referents(scene, record['b'])
-    return 'yes' if strictly(a, record['r'], b) else 'no'
+    return 'yes' if shapes_items.strictly(a, record['r'], b) else 'no'
   if kind == 'region':
     (a,) = referents(scene, record['a'])
     where = {('top', 'bottom')[a.row], ('left', 'right')[a.col]}
@@ -46,35 +46,39 @@ def recompute(item):
   if kind == 'others':
     return wording.NUMBERS[sum(o.color != record['b'] for o in scene.objects)]
   (anchor,) = referents(scene, record['b'])
-  (found,) = [o for o in scene.objects if o is not anchor and strictly(o, record['r'], anchor)]
+  (found,) = [
+    o for o in scene.objects if o is not anchor and shapes_items.strictly(o, record['r'], anchor)
+  ]
   return found.color if kind == 'neighbour_color' else found.shape
 
 
 class QuestionTest(parameterized.TestCase):
   @parameterized.parameters(*splits.SPLITS)
   def test_answers(self, split):
-    for item in items('question', split, 2000):
+    for item in shapes_items.items('question', split, 2000):
       self.assertEqual(recompute(item), item.answer, item.question)
       self.assertEqual(bool(item.plan), item.kind not in ('color', 'shape'))
 
   @parameterized.product(kind=('relation', 'compare'), split=('train', 'eval'))
   def test_yes_and_no_are_balanced(self, kind, split):
-    yes = np.mean([WORLD.question(i, split, kind).answer == 'yes' for i in range(1600)])
+    yes = np.mean(
+      [shapes_items.WORLD.question(i, split, kind).answer == 'yes' for i in range(1600)]
+    )
     self.assertBetween(yes, 0.45, 0.55)  # four standard errors
 
   def test_plans_lead_to_the_answer(self):
     for index in range(800):
-      item = WORLD.question(index, 'train', 'compare')
+      item = shapes_items.WORLD.question(index, 'train', 'compare')
       counts, verdict = item.plan.split(' , ')
       for side in counts.split(' than '):
         *words, number = side.split()
         self.assertLen(words, wording.NUMBERS.index(number))
       self.assertEqual(item.answer == 'yes', verdict == item.record['r'])
-      item = WORLD.question(index, 'train', 'relation')
+      item = shapes_items.WORLD.question(index, 'train', 'relation')
       if item.record['type'] == 'relation':
         self.assertEqual(item.answer == 'yes', item.plan.split()[-1] in item.record['r'].split())
       for kind in ('count', 'reason'):
-        item = WORLD.question(index, 'train', kind)
+        item = shapes_items.WORLD.question(index, 'train', kind)
         if item.record['type'] in ('count', 'others'):
           named = item.plan.replace('nothing', '').split()
           self.assertEqual(item.answer, wording.NUMBERS[len(named) // 2])
@@ -84,16 +88,16 @@ class QuestionTest(parameterized.TestCase):
   def test_a_description_names_every_cell(self):
     rng = np.random.default_rng(0)
     for index in range(200):
-      scene = WORLD.question(index, 'train').scene
+      scene = shapes_items.WORLD.question(index, 'train').scene
       prompt, text = questions.describe(scene, rng)
       self.assertIn(prompt, wording.DESCRIBE)
       cells = text.split(' , ')
       self.assertLen(cells, render.MAX_OBJECTS)
       self.assertEqual(
-        {(cell, number) for number, cell in enumerate(cells) if cell != 'nothing'},
+        {(cell, index) for index, cell in enumerate(cells) if cell != 'nothing'},
         {(f'{color} {shape}', cell) for shape, color, cell in scene.content()},
       )
-      shapes_only = questions.reading(scene.objects, ('shape',)).split(' , ')
+      shapes_only = plans.reading(scene.objects, ('shape',)).split(' , ')
       self.assertEqual([cell.split()[-1] for cell in cells], shapes_only)
 
   def test_statement(self):
@@ -117,13 +121,13 @@ class QuestionTest(parameterized.TestCase):
     self.assertEqual(read('red red'), ('red', False))
     self.assertEqual(read('the'), (None, False))
     self.assertEqual(read(''), (None, False))
-    for item in items('question', 'train', 300):
+    for item in shapes_items.items('question', 'train', 300):
       reply = f'think : {item.plan} ; {item.answer}' if item.plan else item.answer
       self.assertEqual(read(reply), (item.answer, True))
 
   def test_web_answer(self):
     rng = np.random.default_rng(0)
-    for item in items('question', 'train', 300):
+    for item in shapes_items.items('question', 'train', 300):
       self.assertEqual(questions.web_answer(item, rng, 0.0, 0.0), item.answer)
       wrong = questions.web_answer(item, rng, 1.0, 0.0)
       self.assertIn(wrong, wording.ANSWERS)
@@ -131,15 +135,15 @@ class QuestionTest(parameterized.TestCase):
       chatty = questions.web_answer(item, rng, 0.0, 1.0)
       self.assertEqual(wording.read_answer(chatty), (item.answer, False))
     rates = [
-      questions.web_answer(WORLD.question(0, 'train'), rng, 0.3, 0.0)
-      != WORLD.question(0, 'train').answer
+      questions.web_answer(shapes_items.WORLD.question(0, 'train'), rng, 0.3, 0.0)
+      != shapes_items.WORLD.question(0, 'train').answer
       for _ in range(1000)
     ]
     self.assertBetween(np.mean(rates), 0.25, 0.35)
 
   @parameterized.parameters('generate', 'edit')
   def test_derived_questions_hold_in_the_target_scene(self, task):
-    for item in items(task, 'train', 800):
+    for item in shapes_items.items(task, 'train', 800):
       scene = item.scene if task == 'generate' else item.target
       derived = questions.derived_questions(item.spec)
       self.assertNotEmpty(derived)
@@ -163,8 +167,17 @@ class QuestionTest(parameterized.TestCase):
       for r in wording.RELATIONS
     ]
     table = self.__dict__.setdefault('table', {questions.ask(r): r for r in records})
-    fake = questions.QuestionItem(0, '', question, '', '', '', scene, table[question])
-    return recompute(fake)
+    asked = questions.QuestionItem(
+      index=0,
+      kind='',
+      question=question,
+      answer='',
+      plan='',
+      meaning='',
+      scene=scene,
+      record=table[question],
+    )
+    return recompute(asked)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
-"""The shapes world: rendering, splits, texts and answers, recomputed independently."""
+"""The shapes world: splits, texts, captions and edits, recomputed independently."""
 
 import collections
-import functools
 import itertools
 import json
 import subprocess
@@ -12,33 +11,36 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
-from lvrpo_jax.data.shapes import edits
 from lvrpo_jax.data.shapes import questions
 from lvrpo_jax.data.shapes import render
 from lvrpo_jax.data.shapes import splits
 from lvrpo_jax.data.shapes import wording
 from lvrpo_jax.data.shapes import world
+from tests.helpers import shapes_items
+
 
 class SplitTest(parameterized.TestCase):
   @parameterized.parameters('generate', 'question', 'edit')
   def test_meanings_are_disjoint(self, task):
-    meanings = {split: {item.meaning for item in items(task, split)} for split in splits.SPLITS}
+    meanings = {
+      split: {item.meaning for item in shapes_items.items(task, split)} for split in splits.SPLITS
+    }
     for a, b in itertools.combinations(splits.SPLITS, 2):
       self.assertEmpty(meanings[a] & meanings[b])
 
   def test_split_is_the_same_for_every_seed(self):
     other = world.World(seed=5)
-    train = {WORLD.generate(i, 'train').meaning for i in range(COUNT)}
-    self.assertEmpty(train & {other.generate(i, 'eval').meaning for i in range(COUNT)})
+    train = {shapes_items.WORLD.generate(i, 'train').meaning for i in range(shapes_items.COUNT)}
+    self.assertEmpty(train & {other.generate(i, 'eval').meaning for i in range(shapes_items.COUNT)})
     self.assertNotEqual(
-      [WORLD.generate(i, 'train').caption for i in range(20)],
+      [shapes_items.WORLD.generate(i, 'train').caption for i in range(20)],
       [other.generate(i, 'train').caption for i in range(20)],
     )
 
   @parameterized.product(task=('generate', 'question', 'edit'), split=('train', 'eval'))
   def test_unseen_stays_unseen(self, task, split):
-    for item in items(task, split):
-      for scene in scenes_of(item):
+    for item in shapes_items.items(task, split):
+      for scene in shapes_items.scenes_of(item):
         for o in scene.objects:
           self.assertNotIn((o.shape, o.color), splits.UNSEEN_PAIRS)
         for a, b in itertools.permutations(scene.objects, 2):
@@ -46,28 +48,31 @@ class SplitTest(parameterized.TestCase):
             self.assertNotIn((a.shape, 'left of', b.shape), splits.UNSEEN_RELATIONS)
           if a.row < b.row:
             self.assertNotIn((a.shape, 'above', b.shape), splits.UNSEEN_RELATIONS)
-      words = text_of(item).split() + vars(item).get('plan', '').split()
+      words = shapes_items.text_of(item).split() + vars(item).get('plan', '').split()
       singular = {plural: shape for shape, plural in wording.PLURALS.items()}
-      for color, shape in zip(words, words[1:]):
+      for color, shape in itertools.pairwise(words):
         self.assertNotIn((singular.get(shape, shape), color), splits.UNSEEN_PAIRS)
       if 'position' in json.dumps(vars(item).get('spec', {})):
         b, a = item.spec['include']
         self.assertNotIn(
-          canonical(a['class'], a['position'][0], b['class']), splits.UNSEEN_RELATIONS
+          shapes_items.canonical(a['class'], a['position'][0], b['class']), splits.UNSEEN_RELATIONS
         )
       if vars(item).get('record', {}).get('type') == 'relation':
         a, b = (item.record[k].split()[-1] for k in 'ab')
-        self.assertNotIn(canonical(a, item.record['r'], b), splits.UNSEEN_RELATIONS)
+        self.assertNotIn(shapes_items.canonical(a, item.record['r'], b), splits.UNSEEN_RELATIONS)
 
   def test_unseen_items_need_what_is_unseen(self):
     kinds = collections.Counter()
-    for item in items('generate', 'unseen', 600):
+    for item in shapes_items.items('generate', 'unseen', 600):
       kinds[item.kind] += 1
       pairs = {(e['class'], e.get('color')) for e in item.spec['include']}
       needs = bool(pairs & splits.UNSEEN_PAIRS)
       if item.kind == 'position':
         b, a = item.spec['include']
-        needs |= canonical(a['class'], a['position'][0], b['class']) in splits.UNSEEN_RELATIONS
+        needs |= (
+          shapes_items.canonical(a['class'], a['position'][0], b['class'])
+          in splits.UNSEEN_RELATIONS
+        )
       self.assertTrue(needs, item.caption)
     self.assertEqual(set(kinds), {'colors', 'color_attr', 'position'})
 
@@ -81,7 +86,7 @@ class SplitTest(parameterized.TestCase):
     for split, factor in (('train', 2), ('eval', 1)):
       for kind in world.GENERATE_KINDS:
         for index in range(factor * (2500 if kind == 'position' else 400)):
-          meanings[kind, split].add(WORLD.generate(index, split, kind).meaning)
+          meanings[kind, split].add(shapes_items.WORLD.generate(index, split, kind).meaning)
     for kind in world.GENERATE_KINDS:
       self.assertGreaterEqual(len(meanings[kind, 'eval']), 8, kind)
     total = sum(map(len, meanings.values()))
@@ -92,7 +97,7 @@ class SplitTest(parameterized.TestCase):
   def test_meaning_ignores_wording(self):
     by_meaning = collections.defaultdict(set)
     for index in range(4000):
-      item = WORLD.generate(index, 'train', 'position')
+      item = shapes_items.WORLD.generate(index, 'train', 'position')
       b, a = item.spec['include']
       by_meaning[item.meaning].add(a['position'][0])
     relations = set(map(frozenset, by_meaning.values()))
@@ -120,9 +125,9 @@ class SplitTest(parameterized.TestCase):
 
   def test_wrong_arguments(self):
     with self.assertRaises(ValueError):
-      WORLD.generate(0, 'test')
+      shapes_items.WORLD.generate(0, 'test')
     with self.assertRaises(ValueError):
-      WORLD.generate(0, 'unseen', 'counting')
+      shapes_items.WORLD.generate(0, 'unseen', 'counting')
     with self.assertRaises(ValueError):
       world.World(eval_fraction=1.0)
 
@@ -132,8 +137,8 @@ class TextTest(parameterized.TestCase):
   def test_texts_are_short_and_within_the_vocabulary(self, task, split):
     vocabulary = set(wording.vocabulary())
     rng = np.random.default_rng(0)
-    for item in items(task, split, 500):
-      texts = [text_of(item)]
+    for item in shapes_items.items(task, split, 500):
+      texts = [shapes_items.text_of(item)]
       self.assertLessEqual(len(texts[0].split()), 14)
       if task == 'question':
         texts += [item.answer, item.plan, questions.web_answer(item, rng, 0.5, 0.5)]
@@ -154,7 +159,7 @@ class TextTest(parameterized.TestCase):
 
   def test_scene_shows_exactly_what_the_caption_says(self):
     for split in splits.SPLITS:
-      for item in items('generate', split):
+      for item in shapes_items.items('generate', split):
         left = list(item.scene.objects)
         taken = []
         for entry in item.spec['include']:
@@ -167,7 +172,7 @@ class TextTest(parameterized.TestCase):
             self.assertLessEqual(words, set(fits[0].corner.split()))
           if 'position' in entry:
             relation, other = entry['position']
-            self.assertTrue(strictly(fits[0], relation, taken[other][0]))
+            self.assertTrue(shapes_items.strictly(fits[0], relation, taken[other][0]))
           left = [o for o in left if o not in fits]
           taken.append(fits)
         self.assertEmpty(left)
@@ -175,7 +180,7 @@ class TextTest(parameterized.TestCase):
   def test_free_colors_are_not_biased(self):
     counts = collections.defaultdict(collections.Counter)
     for index in range(3000):
-      (item,) = WORLD.generate(index, 'train', 'single_object').scene.objects
+      (item,) = shapes_items.WORLD.generate(index, 'train', 'single_object').scene.objects
       counts[item.shape][item.color] += 1
     for shape, colors in counts.items():
       expected = colors.total() / sum((shape, c) not in splits.UNSEEN_PAIRS for c in render.COLORS)
@@ -186,7 +191,7 @@ class TextTest(parameterized.TestCase):
 class EditTest(parameterized.TestCase):
   @parameterized.parameters(*splits.SPLITS)
   def test_the_rest_stays_identical(self, split):
-    for item in items('edit', split):
+    for item in shapes_items.items('edit', split):
       source, target = render.render(item.scene), render.render(item.target)
       before, after = item.scene.content(), item.target.content()
       cells = {cell for _, _, cell in before ^ after}
@@ -202,7 +207,7 @@ class EditTest(parameterized.TestCase):
       self.assertLen(item.spec['keep'], len(before & after))
 
   def test_instructions_name_one_object(self):
-    for item in items('edit', 'train'):
+    for item in shapes_items.items('edit', 'train'):
       if item.kind == 'add':
         continue
       words = item.instruction.split()
@@ -217,7 +222,7 @@ class EditTest(parameterized.TestCase):
 
 class SpeedTest(absltest.TestCase):
   def test_an_item_takes_little_time(self):
-    for draw in TASKS.values():
+    for draw in shapes_items.TASKS.values():
       start = time.process_time()
       for index in range(200):
         render.render(draw(index, 'eval').scene)

@@ -10,10 +10,11 @@ import numpy as np
 
 from configs import base
 from lvrpo_jax.data import examples
+from lvrpo_jax.rewards import base as rewards_base
 from lvrpo_jax.rewards.remote import cache as remote_cache
 from lvrpo_jax.rewards.remote import client as remote_client
 from lvrpo_jax.rewards.remote import protocols as remote_protocols
-from lvrpo_jax.training import experience
+from lvrpo_jax.rewards.remote import reward as remote_reward
 from tests.helpers import judge_fixtures as fixtures
 
 
@@ -27,11 +28,11 @@ class CacheTest(fixtures.JudgeTestCase):
     self.assertEqual((second.stats['asked'], second.stats['cached']), (0, 6))
 
   @parameterized.parameters(
-    dict(prompt='other'),
-    dict(spec={'a': 1}),
-    dict(kind='k'),
-    dict(answer='x'),
-    dict(source=np.zeros((2, 2, 3), np.uint8)),
+    {'prompt': 'other'},
+    {'spec': {'a': 1}},
+    {'kind': 'k'},
+    {'answer': 'x'},
+    {'source': np.zeros((2, 2, 3), np.uint8)},
   )
   def test_key_covers_the_question(self, **change):
     web = self.real()
@@ -45,22 +46,22 @@ class CacheTest(fixtures.JudgeTestCase):
     self.assertEqual(web.stats['samples'], 6)
 
   def test_key_covers_the_judge(self):
-    base = remote_client.Endpoint('http://x', model='a')
+    plain = remote_client.Endpoint('http://x', model='a')
     samples, _ = remote_protocols.samples_of('generate', fixtures.prompts(1), fixtures.images(1, 1))
     keys = {
       next(remote_protocols.keys_of(e, 'generate', samples))
       for e in (
-        base,
+        plain,
         *(
           remote_client.Endpoint(**{'url': 'http://x', 'model': 'a', **change})
           for change in (
-            dict(url='http://y'),
-            dict(protocol='chat'),
-            dict(model='b'),
-            dict(template='t'),
-            dict(body={'top_p': 1}),
-            dict(timeout_s=3.0),
-            dict(cache='file'),
+            {'url': 'http://y'},
+            {'protocol': 'chat'},
+            {'model': 'b'},
+            {'template': 't'},
+            {'body': {'top_p': 1}},
+            {'timeout_s': 3.0},
+            {'cache': 'file'},
           )
         ),
       )
@@ -68,7 +69,7 @@ class CacheTest(fixtures.JudgeTestCase):
     self.assertLen(keys, 6)  # Neither the timeout nor the file changes a value.
     other_shape = fixtures.images(1, 1).reshape(1, 1, 5, 4, 3)
     samples, _ = remote_protocols.samples_of('generate', fixtures.prompts(1), other_shape)
-    self.assertNotIn(next(remote_protocols.keys_of(base, 'generate', samples)), keys)
+    self.assertNotIn(next(remote_protocols.keys_of(plain, 'generate', samples)), keys)
 
   def test_file_survives_a_torn_line(self):
     web = self.real()
@@ -125,12 +126,15 @@ class CacheTest(fixtures.JudgeTestCase):
 
   @parameterized.parameters((1, 0, ''), (2, 0, '.0'), (2, 1, '.1'))
   def test_processes_have_files_of_their_own(self, count, index, suffix):
-    collector = mock.Mock(_remote_tasks=['generate'])
-    collector.experiment.config = base.get_config()
-    collector.experiment.config.align.remote.update(url='http://x', cache=str(self.folder / 'scores'))
+    config = base.get_config()
+    config.align.remote_judge.update(url='http://x', cache=str(self.folder / 'scores'))
+    experiment = mock.Mock(config=config, shared={})
     with mock.patch.multiple('jax', process_count=lambda: count, process_index=lambda: index):
-      judge = experience.Collector.remote.func(collector)
-    judge.close()
+      remote = remote_reward.Remote('generate', config.align.rewards.generate.remote, experiment)
+    samples = rewards_base.Samples('generate', fixtures.prompts(), fixtures.images(), 1, str)
+    with mock.patch.object(remote_client.Judge, 'submit'):
+      remote.submit(samples)
+    remote.close()
     self.assertEqual([path.name for path in self.folder.iterdir()], [f'scores{suffix}'])
 
   def test_memory_is_bounded(self):
@@ -161,9 +165,9 @@ class CacheTest(fixtures.JudgeTestCase):
     web = self.script(lambda n, body, h: (200, fixtures.words('yes' if n % 2 else 'no')))
     path = str(self.folder / 'cache.jsonl')
     for asked, wide in (
-      (2, dict(low=0.0, high=1)),
-      (2, dict(low=-1.0, high=2.0)),
-      (0, dict(low=0, high=1.0)),
+      (2, {'low': 0.0, 'high': 1}),
+      (2, {'low': -1.0, 'high': 2.0}),
+      (0, {'low': 0, 'high': 1.0}),
     ):
       judge = self.judge(web.url, protocol='chat', cache=path, **wide)
       scored = self.score(judge, outputs=fixtures.images(1, 2))

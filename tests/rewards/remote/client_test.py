@@ -68,7 +68,10 @@ class ScoresTest(fixtures.JudgeTestCase):
     self.score(self.judge(web.url), 'edit', [example], fixtures.images(1, 1))
     (body,) = web.bodies
     (sample,) = body['samples']
-    decode = lambda png: np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+
+    def decode(png):
+      return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+
     np.testing.assert_array_equal(decode(sample.pop('image')), fixtures.images(1, 1)[0, 0])
     np.testing.assert_array_equal(decode(sample.pop('source')), source)
     self.assertEqual(body['task'], 'edit')
@@ -268,23 +271,23 @@ class ScoresTest(fixtures.JudgeTestCase):
       future.result(fixtures.FOREVER_S)
 
   @parameterized.parameters(
-    dict(url='ftp://x'),
-    dict(url='x:80/score'),
-    dict(url='http://'),
-    dict(url='http://u:p@x/'),
-    dict(url='http://x:99999/'),
-    dict(protocol='pickle'),
-    dict(batch=0),
-    dict(concurrency=0),
-    dict(retries=-1),
-    dict(garbage_limit=-1),
-    dict(timeout_s=0.0),
-    dict(deadline_s=float('nan')),
-    dict(low=1.0),
-    dict(high=float('inf')),
-    dict(template='{promt}'),
-    dict(protocol='chat'),
-    dict(api_key_env='NO_SUCH_NAME'),
+    {'url': 'ftp://x'},
+    {'url': 'x:80/score'},
+    {'url': 'http://'},
+    {'url': 'http://u:p@x/'},
+    {'url': 'http://x:99999/'},
+    {'protocol': 'pickle'},
+    {'batch': 0},
+    {'concurrency': 0},
+    {'retries': -1},
+    {'garbage_limit': -1},
+    {'timeout_s': 0.0},
+    {'deadline_s': float('nan')},
+    {'low': 1.0},
+    {'high': float('inf')},
+    {'template': '{promt}'},
+    {'protocol': 'chat'},
+    {'api_key_env': 'NO_SUCH_NAME'},
   )
   def test_wrong_settings(self, **wrong):
     name = 'model' if wrong == {'protocol': 'chat'} else 'high' if 'low' in wrong else [*wrong][0]
@@ -320,9 +323,11 @@ class SecretTest(fixtures.JudgeTestCase):
     self.assertNotIn(fixtures.SECRET, ''.join(kept))
 
   def test_key_that_is_no_key(self):
-    with mock.patch.dict(os.environ, {'TASTE_KEY': f'{fixtures.SECRET}\nX: y'}):
-      with self.assertRaisesRegex(ValueError, 'TASTE_KEY') as caught:
-        self.judge('http://x', api_key_env='TASTE_KEY')
+    with (
+      mock.patch.dict(os.environ, {'TASTE_KEY': f'{fixtures.SECRET}\nX: y'}),
+      self.assertRaisesRegex(ValueError, 'TASTE_KEY') as caught,
+    ):
+      self.judge('http://x', api_key_env='TASTE_KEY')
     self.assertNotIn(fixtures.SECRET, str(caught.exception))
 
   def test_netrc_is_not_sent(self):

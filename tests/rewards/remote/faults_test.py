@@ -130,9 +130,11 @@ class FaultsTest(fixtures.JudgeTestCase):
 
   def test_waits_get_longer(self):
     web = self.script(lambda n, body, h: (503, b''))
-    with mock.patch.object(remote_http, 'BACKOFF_S', 0.04):
-      with self.assertRaises(remote_client.JudgeUnavailable):
-        self.score(self.judge(web.url, batch=6, retries=3))
+    with (
+      mock.patch.object(remote_http, 'BACKOFF_S', 0.04),
+      self.assertRaises(remote_client.JudgeUnavailable),
+    ):
+      self.score(self.judge(web.url, batch=6, retries=3))
     waits = np.diff(web.times)
     self.assertTrue(np.all(waits >= 0.5 * 0.04 * 2.0 ** np.arange(3)), waits)
 
@@ -282,7 +284,7 @@ class FaultsTest(fixtures.JudgeTestCase):
     judge = self.judge(web.url, batch=1, concurrency=3)
     pixels = [fixtures.images(seed=seed) for seed in range(3)]
     calls = [judge.submit('generate', fixtures.prompts(), x) for x in pixels]
-    for call, x in zip(calls, pixels):
+    for call, x in zip(calls, pixels, strict=True):
       self.assert_scores(call.result(fixtures.FOREVER_S), x)
     self.assertEqual(web.stats['most_at_once'], 3)
 
@@ -365,9 +367,11 @@ class ServerTest(fixtures.JudgeTestCase):
 
   def test_nonsense_is_refused(self):
     judge = self.judge(self.real().url)
-    with mock.patch.object(remote_protocols, 'encode', return_value=b'{"samples": 3}'):
-      with self.assertRaisesRegex(remote_client.JudgeUnavailable, 'HTTP 400.*not understood'):
-        self.score(judge)
+    with (
+      mock.patch.object(remote_protocols, 'encode', return_value=b'{"samples": 3}'),
+      self.assertRaisesRegex(remote_client.JudgeUnavailable, 'HTTP 400.*not understood'),
+    ):
+      self.score(judge)
 
 
 if __name__ == '__main__':

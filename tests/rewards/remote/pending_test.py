@@ -8,9 +8,9 @@ from unittest import mock
 from absl.testing import absltest
 import numpy as np
 
+from lvrpo_jax.parallel import multihost
 from lvrpo_jax.rewards.remote import client as remote_client
 from lvrpo_jax.rewards.remote import pending
-from lvrpo_jax.parallel import multihost
 from lvrpo_jax.runtime import preemption
 
 SCORED = remote_client.Scored(
@@ -47,7 +47,7 @@ class ReadyTest(absltest.TestCase):
     array.is_ready.assert_not_called()
 
 
-class AskedTest(absltest.TestCase):
+class PendingTest(absltest.TestCase):
   def future(self, delay, **outcome):
     """Done after so many seconds, with a `result` or an `exception`."""
     future, (name, value) = futures.Future(), next(iter(outcome.items()))
@@ -57,36 +57,39 @@ class AskedTest(absltest.TestCase):
     return future
 
   def test_scores_and_counts(self):
-    asked = pending.PendingRewards({'edit': self.future(0.1, result=SCORED)}, self.fail)
-    self.assertIn('edit', asked)
-    self.assertNotIn('generate', asked)
-    self.assertIs(asked.result('edit'), SCORED)
+    asked = pending.PendingRewards({('edit', 'taste'): self.future(0.1, result=SCORED)}, self.fail)
+    for task, name in (('generate', 'taste'), ('edit', 'remote')):
+      with self.assertRaises(KeyError):
+        asked.result(task, name)
+    self.assertIs(asked.result('edit', 'taste'), SCORED)
     self.assertEqual(asked.metrics(), {'judge/edit/asked': 1.0, 'judge/edit/failed': 0.0})
 
   def test_a_wait_asks_whether_to_stop(self):
     checks = []
     asked = pending.PendingRewards(
-      {'edit': self.future(2.3, result=SCORED)}, lambda: checks.append(1)
+      {('edit', 'taste'): self.future(2.3, result=SCORED)}, lambda: checks.append(1)
     )
-    asked.result('edit')
+    asked.result('edit', 'taste')
     self.assertLen(checks, 2)
 
   def test_a_stop_leaves_the_wait(self):
     def stop():
       raise preemption.Preempted('asked to stop')
 
-    asked = pending.PendingRewards({'edit': self.future(4.0, result=SCORED)}, stop)
+    asked = pending.PendingRewards({('edit', 'taste'): self.future(4.0, result=SCORED)}, stop)
     start = time.monotonic()
     with self.assertRaises(preemption.Preempted):
-      asked.result('edit')
+      asked.result('edit', 'taste')
     self.assertLess(time.monotonic() - start, 3.0)
 
   def test_a_judge_that_is_away_and_other_errors(self):
     away, other = remote_client.JudgeUnavailable('no server'), KeyError('score')
     for error in (away, other):
-      asked = pending.PendingRewards({'edit': self.future(0.0, exception=error)}, self.fail)
+      asked = pending.PendingRewards(
+        {('edit', 'taste'): self.future(0.0, exception=error)}, self.fail
+      )
       with self.assertRaises(RuntimeError) as caught:
-        asked.result('edit')
+        asked.result('edit', 'taste')
       self.assertIs(caught.exception if error is away else caught.exception.__cause__, error)
 
   def test_processes_agree_on_what_has_failed(self):
@@ -98,24 +101,24 @@ class AskedTest(absltest.TestCase):
       ((away, other), RuntimeError),
       ((away, away), remote_client.JudgeUnavailable),
     ):
-      raised = []
+      raised, questions = [], []
 
-      def of_all(mine, errors=errors):
+      def of_all(mine, errors=errors, questions=questions):
         # Asked in turn: whether anyone waits, has another error, has no judge.
         questions.append(mine)
-        is_other = lambda e: e is not None and e is not away
-        return (False, any(map(is_other, errors)), away in errors)[len(questions) - 1]
+        others = [error for error in errors if error is not None and error is not away]
+        return (False, bool(others), away in errors)[len(questions) - 1]
 
       for error in errors:
-        questions = []
-        outcome = dict(result=SCORED) if error is None else dict(exception=error)
-        asked = pending.PendingRewards({'edit': self.future(0.0, **outcome)}, self.fail)
+        questions.clear()
+        outcome = {'result': SCORED} if error is None else {'exception': error}
+        asked = pending.PendingRewards({('edit', 'taste'): self.future(0.0, **outcome)}, self.fail)
         with (
           mock.patch.object(multihost, 'any_process', of_all),
           self.assertRaises(RuntimeError) as caught,
         ):
           time.sleep(0.05)
-          asked.result('edit')
+          asked.result('edit', 'taste')
         raised.append(type(caught.exception))
         self.assertEqual(questions, [False, error is other, error is away][: len(questions)])
       self.assertEqual(raised, [kind, kind], errors)

@@ -1,5 +1,6 @@
 """Tests of remote judges of knowledge, which are asked the questions that a prompt implies."""
 
+from concurrent import futures
 from unittest import mock
 
 from absl.testing import absltest
@@ -9,11 +10,11 @@ import numpy as np
 from configs import base
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks as tasks_lib
+from lvrpo_jax.rewards import scorer as scorer_lib
 from lvrpo_jax.rewards.remote import client as remote_client
 from lvrpo_jax.rewards.remote import pending
 from lvrpo_jax.rewards.remote import protocols as remote_protocols
 from lvrpo_jax.runtime import validate
-from lvrpo_jax.training import experience
 from tests.helpers import judge_fixtures as fixtures
 
 QUESTIONS = (('is there a {kind} fox ?', 'yes'), ('how many foxes are there ?', 'two'))
@@ -100,11 +101,11 @@ class QuestionsTest(fixtures.JudgeTestCase):
 
   @parameterized.parameters(
     (
-      dict(template='{prompt} {promt}'),
+      {'template': '{prompt} {promt}'},
       r'taste\.template names the field \{promt\}; allowed: .*\{question\}, \{expected\}$',
     ),
-    (dict(templates={'edit': '{source}'}), r'taste\.templates\.edit names the field \{source\}'),
-    (dict(templates={'draw': 'x'}), r"taste\.templates holds \['draw'\]; allowed: .*'edit'"),
+    ({'templates': {'edit': '{source}'}}, r'taste\.templates\.edit names the field \{source\}'),
+    ({'templates': {'draw': 'x'}}, r"taste\.templates holds \['draw'\]; allowed: .*'edit'"),
   )
   def test_unknown_fields_and_tasks(self, wrong, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -123,11 +124,11 @@ class ConfigTest(parameterized.TestCase):
   )
   def test_answers_have_to_be_shown(self, key, named):
     config = base.get_config()
-    config.align.remote.update(url='http://x', protocol='chat', model='m')
-    config.align.rewards.understand.remote = 1.0
+    config.align.remote_judge.update(url='http://x', protocol='chat', model='m')
+    config.align.rewards.understand.remote.weight = 1.0
     validate.validate(config)
     config.align.remote_judge.update_from_flattened_dict({key: KNOWLEDGE})
-    with self.assertRaisesRegex(ValueError, rf'remote\.{named} is .*\{{answer\}}'):
+    with self.assertRaisesRegex(ValueError, rf'remote_judge\.{named} is .*\{{answer\}}'):
       validate.validate(config)
     config.align.remote_judge.templates.understand = '{prompt} {answer}'
     validate.validate(config)
@@ -135,23 +136,37 @@ class ConfigTest(parameterized.TestCase):
   def test_runs_at_once_share_no_cache(self):
     config = base.get_config()
     config.align.remote_judge.cache = 'scores'
-    for program, workers in (('study', 1), ('run', 2)):
-      config.update(program=program, workers=workers)
+    for program, workers in (('study', 1), ('train', 2)):
+      config.update(program=program, study={'workers': workers})
       validate.validate(config)
     config.program = 'study'
-    with self.assertRaisesRegex(ValueError, "remote.cache is 'scores'; .*config.study.workers = 2"):
+    with self.assertRaisesRegex(
+      ValueError, "remote_judge.cache is 'scores'; .*config.study.workers = 2"
+    ):
       validate.validate(config)
 
-  def test_collector_asks_for_its_iteration(self):
-    collector = mock.Mock(_remote_tasks=['generate'])
-    tasks = experience.Tasks({'generate': fixtures.prompts()}, {'generate': None})
-    pixels = fixtures.images()
-    with mock.patch.object(pending, 'until_ready') as waited:
-      experience.Collector.ask(collector, tasks, {}, {'generate': pixels}, 7)
+  def test_scorer_asks_for_its_iteration(self):
+    config = base.get_config()
+    config.align.prompts.update(understand=0, edit=0)
+    config.align.rewards.generate = {'taste': {'kind': 'remote', 'weight': 1.0}}
+    config.align.remote_judge.url = 'http://x'
+    scorer = scorer_lib.Scorer(mock.Mock(config=config, shared={}))
+    self.addCleanup(scorer.close)
+    examples, pixels = fixtures.prompts(), fixtures.images()
+    samples = scorer.samples('generate', examples, pixels, 7)
+    future = futures.Future()
+    future.set_result('scores')
+    with (
+      mock.patch.object(pending, 'until_ready') as waited,
+      mock.patch.object(remote_client.Judge, 'submit', return_value=future) as submit,
+    ):
+      asked = scorer.submit({'generate': samples}, self.fail)
     self.assertIs(waited.call_args.args[0], pixels)
-    collector.remote.submit.assert_called_once_with(
-      'generate', tasks.examples['generate'], pixels, 7
-    )
+    submit.assert_called_once()
+    task, shown, outputs, iteration = submit.call_args.args
+    self.assertEqual((task, shown, iteration), ('generate', examples, 7))
+    np.testing.assert_array_equal(outputs, pixels)
+    self.assertEqual(asked.result('generate', 'taste'), 'scores')
 
 
 if __name__ == '__main__':

@@ -27,12 +27,24 @@ ROWS, GROUP, STEPS = 4, 4, 3
 FLOOR = 0.05
 
 
+def judge_alone(rewards):
+  """Leaves out all rewards of a task but the server's."""
+  for name, settings in rewards.items():
+    settings.weight = float(name == 'remote')
+
+
 def make_config(url):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(iterations=STEPS, rollout=dict(group_size=GROUP, window=1, steps=3), prompts=dict(generate=ROWS, understand=0, edit=0), checkpoints=dict(every=STEPS), advantage=dict(floor=FLOOR))
-  config.align.rewards.generate.update(rules=0.0, semantic=0.0, knowledge=0.0, remote=1.0)
-  config.align.remote.update(url=url, batch=1, retries=0, timeout_s=0.6, deadline_s=20.0)
+  config.align.update(
+    iterations=STEPS,
+    rollout={'group_size': GROUP, 'window': 1, 'steps': 3},
+    prompts={'generate': ROWS, 'understand': 0, 'edit': 0},
+    checkpoints={'every': STEPS},
+    advantage={'floor': FLOOR},
+  )
+  judge_alone(config.align.rewards.generate)
+  config.align.remote_judge.update(url=url, batch=1, retries=0, timeout_s=0.6, deadline_s=20.0)
   validate.validate(config)
   return config
 
@@ -82,7 +94,8 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
   def run_job(self, url, name):
     """Runs the loop; returns final parameters, and (batch, pictures) of every iteration."""
     config = make_config(url)
-    config.align.remote_judge.cache = str(self.folder / f'{name}.scores')  # A stopped run leaves no lock.
+    # A stopped run leaves no lock.
+    config.align.remote_judge.cache = str(self.folder / f'{name}.scores')
     experiment = experiment_lib.build(config, self.folder / name)
     experiment.workdir.mkdir(exist_ok=True)
     writer, seen = metrics_lib.MetricWriter(experiment.workdir, 0), []
@@ -142,12 +155,12 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
       return 200, judge_fixtures.scores(body)
 
     config = make_config(self.script(script).url)
-    config.align.update(prompts=dict(edit=ROWS), iterations=1)
-    config.align.rewards.edit.update(rules=0.0, semantic=0.0, knowledge=0.0, remote=1.0)
-    config.align.remote.update(timeout_s=30.0, deadline_s=30.0)
+    config.align.update(prompts={'edit': ROWS}, iterations=1)
+    judge_alone(config.align.rewards.edit)
+    config.align.remote_judge.update(timeout_s=30.0, deadline_s=30.0)
     experiment = experiment_lib.build(config, self.folder)
     aligner = learner.Learner(experiment, *parameters())
-    self.addCleanup(aligner.collector.close)
+    self.addCleanup(aligner.scorer.close)
     submit, tasks = remote_client.Judge.submit, []
 
     def spy(judge, task, *args):
@@ -159,7 +172,7 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
 
     data = align.prompt_batches(experiment)
     with mock.patch.object(remote_client.Judge, 'submit', spy):
-      batch, _, _ = aligner.collect(align.draw(experiment, data, data), 1)
+      batch, _, _ = aligner.collect(align.next_prompts(experiment, data, data), 1)
     self.assertEqual(tasks, ['generate', 'edit'])
     self.assertNotEmpty(waited)
     self.assertTrue(all(waited))
