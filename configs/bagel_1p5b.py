@@ -3,6 +3,8 @@
 No weights of this size are released: `config.checkpoint` names a folder of your own.
 """
 
+from typing import Any
+
 from ml_collections import config_dict
 
 from configs import bagel_7b
@@ -17,7 +19,7 @@ LLM = dict(
 )
 
 
-def get_config() -> config_dict.ConfigDict:
+def get_config() -> Any:
   """Returns the configuration of the small model."""
   config = bagel_7b.get_config()
   config.architecture.llm_config = config_dict.ConfigDict(LLM)

@@ -8,6 +8,8 @@ the tokenizer, as they were released. The data of an alignment are the shapes wo
 `config.data.source` names yours.
 """
 
+from typing import Any
+
 from ml_collections import config_dict
 
 from configs import base
@@ -48,7 +50,7 @@ THINK = (
 """The system prompt that the released model was trained with."""
 
 
-def get_config() -> config_dict.ConfigDict:
+def get_config() -> Any:
   """Returns the configuration of the released model."""
   config = base.get_config()
   config.architecture = config_dict.ConfigDict(

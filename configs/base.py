@@ -7,13 +7,15 @@ Other configs import this one and assign. `get_config` is the table of contents;
 it describes each section.
 """
 
+from typing import Any
+
 from ml_collections import config_dict
 
 TASKS = ('generate', 'understand', 'edit', 'think_generate')
 Section = config_dict.ConfigDict
 
 
-def get_config() -> Section:
+def get_config() -> Any:
   """Returns the default configuration."""
   config = Section()
   # 'train': all stages; 'pretrain': those before alignment; 'control': more pretraining instead of

@@ -61,16 +61,18 @@ PROGRAMS = {
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses flags; a config key that does not exist ends the process with one line, status 2."""
+  """Parses flags; one that is unknown or wrong ends the process with one line, status 2."""
   try:
     return flags.FLAGS(argv)
-  except (KeyError, AttributeError) as error:
+  except (KeyError, AttributeError, flags.Error) as error:
     known = [key for key, _ in validate.leaves(base.get_config())]
     keys = [found[1] for arg in argv if (found := re.match(r'--?config\.([\w.]+)', arg))]
     wrong = [key for key in keys if key not in known]
-    if not wrong:
+    if isinstance(error, flags.Error):  # It names the flag; others may give a dict to a section.
+      wrong = [key for key in wrong if f'--config.{key}=' in str(error)]
+    elif not wrong:
       raise
-    print(f'{renamed.explain(wrong[0], known)} ({error})', file=sys.stderr)
+    print(renamed.explain(wrong[0], known) if wrong else error, file=sys.stderr)
     sys.exit(2)
 
 

@@ -17,10 +17,11 @@ Axis letters, the same in every file (`logits_BGLV`):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from flax import struct
 import jax
+import numpy as np
 
 Array = jax.Array
 Params = Any
@@ -31,6 +32,12 @@ Config = Any
 """A `ConfigDict` or a section of one; attributes are the keys of `configs/base.py`."""
 Json = Any
 """What `json.loads` returns."""
+
+
+def on_host(x: np.ndarray) -> Array:
+  """A NumPy array in the place of a device array, until its record is placed."""
+  return cast(Array, x)
+
 
 CAUSAL, FULL, NOISE = 0, 1, 2
 """Attention modes of a split: text; clean latents and ViT tokens; noised latents."""

@@ -18,7 +18,9 @@ from lvrpo_jax.runtime import weights
 def describe(config: types.Config, workdir: pathlib.Path) -> None:
   """Prints every parameter with its shape, partition and bytes on a device."""
   experiment = (
-    aot_compile.build(config, workdir) if config.compile.topology else experiment_lib.build(config, workdir)
+    aot_compile.build(config, workdir)
+    if config.compile.topology
+    else experiment_lib.build(config, workdir)
   )
   total = whole = 0.0
   rows = [('parameter', 'shape', 'partition', 'bytes a device')]
@@ -38,4 +40,6 @@ def describe(config: types.Config, workdir: pathlib.Path) -> None:
   widths = [max(map(len, column)) for column in zip(*rows)]
   for row in rows:
     print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-  print(f'mesh {dict(experiment.mesh.shape)}: {int(total):,} of {int(whole):,} bytes on every device')
+  print(
+    f'mesh {dict(experiment.mesh.shape)}: {int(total):,} of {int(whole):,} bytes on every device'
+  )

@@ -22,8 +22,8 @@ from lvrpo_jax.rollouts import think
 from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import weights
-from lvrpo_jax.training import learner
 from lvrpo_jax.training import losses
+from lvrpo_jax.training import update as update_lib
 
 
 class Traced(NamedTuple):
@@ -85,7 +85,7 @@ def abstract_prompts(
 
 def abstract_batch(
   experiment: experiment_lib.Experiment, where: jax.sharding.Sharding
-) -> learner.Batch:
+) -> update_lib.Batch:
   """What an update reads, abstract: the shapes of rollouts, and of what is made of them."""
   align, policy = experiment.config.align, experiment.policy
   engine = engine_lib.RolloutEngine(experiment, apart=False)
@@ -150,9 +150,9 @@ class Programs:
   def __init__(self, experiment: experiment_lib.Experiment):
     self.experiment = experiment
     self._params = weights.template(experiment, weights.BASE)
-    optimizer, self._update = learner.build_update(experiment)
+    optimizer, self._update = update_lib.build_update(experiment)
     state = jax.eval_shape(
-      lambda params: learner.initial_state(experiment, params, optimizer), self._params
+      lambda params: update_lib.initial_state(experiment, params, optimizer), self._params
     )
     self._state = abstract(state, placement.tree_shardings(state, experiment.mesh))
 

@@ -130,3 +130,7 @@ class Images(Protocol):
   def images(self, count: int) -> np.ndarray:
     """uint8 (count, Y, X, 3) training images."""
     ...
+
+
+class Source(DataSource, Answers, KeyWords, Pairs, Images, Protocol):
+  """A source with all capabilities. One that lacks some serves what does not ask for them."""

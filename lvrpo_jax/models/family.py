@@ -6,13 +6,19 @@ Nothing above `models/` asks which family it has. `config.model.family` names on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+import os
+import pathlib
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from lvrpo_jax import types
 
 Array = jax.Array
+
+POLICY, AUTOENCODER = 'policy', 'autoencoder'
+"""Parts of a released model."""
 
 TOKENS, FLOW = 'tokens', 'flow'
 """Forms of a density: a product of token probabilities; Gaussian steps of a flow."""
@@ -50,6 +56,28 @@ class ModelFamily(Protocol):
     """The policy of a config, for images of so many pixels a side."""
     ...
 
+  def digest(self, policy: Any, folder: str | os.PathLike, part: str) -> str:
+    """Tells the weights of one part of a released folder apart from others."""
+    ...
+
+  def load(
+    self, policy: Any, folder: str | os.PathLike, part: str, shardings: types.Tree
+  ) -> types.Params:
+    """Parameters of one part of a released folder, read straight into their shards."""
+    ...
+
+  def save(
+    self,
+    policy: Any,
+    params: types.Params,
+    vae_params: types.Params,
+    source: str | os.PathLike,
+    target: pathlib.Path,
+    shards: int,
+  ) -> None:
+    """Writes a folder of the released form, configuration and tokenizer copied from `source`."""
+    ...
+
 
 class Policy(Protocol):
   """Static description of a policy; parameters are passed to every method.
@@ -81,8 +109,26 @@ class Policy(Protocol):
     """Tokens of an image that is shown."""
     ...
 
+  @property
+  def width(self) -> int:
+    """Width of the states after every layer."""
+    ...
+
+  @property
+  def depth(self) -> int:
+    """Number of layers."""
+    ...
+
   def init(self, key: Array) -> types.Params:
     """Fresh parameters."""
+    ...
+
+  def init_autoencoder(self, key: Array) -> types.Params:
+    """Fresh parameters of the autoencoder."""
+    ...
+
+  def fit_autoencoder(self, image_BYXC: np.ndarray, seed: int) -> types.Params:
+    """Parameters of a small autoencoder that is fitted to uint8 images in closed form."""
     ...
 
   def prefill(
@@ -97,7 +143,7 @@ class Policy(Protocol):
     """Contexts of several tasks."""
     ...
 
-  def empty_row(self, shape: tuple[int, ...], length: int) -> types.Tree:
+  def empty_row(self, shape: tuple[int, int], length: int) -> types.Tree:
     """Room for the keys and values of texts of at most `length` tokens."""
     ...
 
@@ -121,6 +167,12 @@ class Policy(Protocol):
     self, params: types.Params, vae_params: types.Params, queries: Mapping[str, types.Query]
   ) -> dict[str, Array]:
     """Velocities (B, K, G, N, C) and logits (B, M, L, V) by task, after the contexts of all."""
+    ...
+
+  def forward_with_states(
+    self, params: types.Params, vae_params: types.Params, queries: Mapping[str, types.Query]
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """`forward`, and the latent tokens' states (E, B, M, N, D) after every layer by task."""
     ...
 
   def encode_image(self, vae_params: types.Params, image_BYXC: Array) -> Array:

@@ -71,10 +71,10 @@ class Repa:
 
   def init(self, policy: family.Policy, key: Array) -> types.Params:
     """Fresh parameters of the projector."""
-    return self._projector(policy).init(key, jnp.zeros((1, policy.config.width)))['params']
+    return self._projector(policy).init(key, jnp.zeros((1, policy.width)))['params']
 
   def _projector(self, policy: family.Policy) -> Projector:
-    return Projector(policy.config.width, self.encoder.module.vision_config.hidden)
+    return Projector(policy.width, self.encoder.module.vision_config.hidden)
 
   def target(self, encoder_params: types.Params, image_BYXC: Array, tokens: int) -> Array:
     """Features (B, N, D) of clean uint8 images, as many as the square grid of latent tokens has."""

@@ -22,6 +22,7 @@ from lvrpo_jax.rollouts import image as image_rollout
 from lvrpo_jax.rollouts import schedule
 from lvrpo_jax.rollouts import text as text_rollout
 from lvrpo_jax.rollouts import think
+from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 Array = jax.Array
@@ -246,6 +247,20 @@ class RolloutEngine:
         whole.update(part)
     place = self.experiment.place_rows
     return Rollouts(place(texts), images, place(pixels))
+
+  def kept(
+    self, task: str, prompts: types.Prompts, rollouts: Rollouts, iteration: int
+  ) -> types.SampledTexts | types.SampledImages | think.SampledPlans:
+    """What is kept of a task's rollout."""
+    if task in rollouts.texts:
+      return trajectories.sampled_texts(prompts, rollouts.texts[task])
+    rollout = rollouts.images[task]
+    steps = trajectories.transitions(rollout, self.kept_steps(iteration), self.grid, self.levels_T)
+    image = trajectories.sampled_images(prompts, rollout, steps)
+    if not tasks_lib.BY_NAME[task].plans:
+      return image
+    plan = trajectories.sampled_texts(prompts, rollouts.texts[tasks_lib.PLAN])
+    return think.SampledPlans(plan, image)
 
 
 def needed_policies(policies: Policies, names: Iterable[str]) -> Policies:

@@ -94,16 +94,6 @@ class Guidance(struct.PyTreeNode):
   renorm_min: float = 0.0
 
 
-class Walk(NamedTuple):
-  """Latents and guided velocities before every step, the scales in force, the final latents."""
-
-  x_TBGNC: Array
-  v_TBGNC: Array
-  text_scale_T: Array
-  image_scale_T: Array
-  latents_BGNC: Array
-
-
 def scales_at(guidance: Guidance, t: Array) -> tuple[Array, Array]:
   """Text and image scale in force at time t: 1 outside the interval."""
   inside = (t > guidance.low) & (t <= guidance.high)
@@ -118,19 +108,3 @@ def mix_branches(branches: Branches, guidance: Guidance, x_BGNC: Array, t: Array
   # A branch that stands for another one runs once.
   computed = {branch: branch(x_BGNC, time) for branch in branches}
   return jax.vmap(jax.vmap(guide))(*(computed[branch] for branch in branches))
-
-
-def sample_guided(branches: Branches, guidance: Guidance, x_BGNC: Array, grid: Array) -> Walk:
-  """Walks the probability-flow ODE from `x_BGNC` at `grid[0]`, keeping the steps.
-
-  Args:
-    grid: T + 1 falling times, see `flow.time_grid`.
-  """
-
-  def step(x, times):
-    t, t_next = times
-    v = mix_branches(branches, guidance, x, t)
-    return flow.ode_step(x, v, t, t_next), (x, v, *scales_at(guidance, t))
-
-  x, steps = jax.lax.scan(step, x_BGNC, (grid[:-1], grid[1:]))
-  return Walk(*steps, x)

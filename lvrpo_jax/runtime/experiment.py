@@ -19,7 +19,7 @@ from lvrpo_jax import types
 from lvrpo_jax.data import encoding
 from lvrpo_jax.data import examples
 from lvrpo_jax.data import tokenizer as tokenizer_lib
-from lvrpo_jax.models import family
+from lvrpo_jax.models import family as family_lib
 from lvrpo_jax.models import lora
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.parallel import placement
@@ -44,9 +44,10 @@ class Experiment:
 
   config: types.Config
   workdir: pathlib.Path
-  data: examples.DataSource
+  data: examples.Source
   encoder: encoding.Encoder
-  policy: family.Policy
+  family: family_lib.ModelFamily
+  policy: family_lib.Policy
   dual_encoder: DualEncoder
   mesh: Mesh
   shared: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -152,7 +153,7 @@ class Experiment:
 
 def build_data(
   config: types.Config, tokenizer: tokenizer_lib.Tokenizer | None
-) -> examples.DataSource:
+) -> examples.Source:
   """The data source, with those of `config.data.options` that its constructor names.
 
   Raises:
@@ -193,7 +194,7 @@ def build(
     image_size: pixels a side, in place of those of the data.
   """
   lengths = config.data
-  model_family = symbols.find(config.model.family, 'config.model.family', family.FAMILIES)
+  model_family = symbols.find(config.model.family, 'config.model.family', family_lib.FAMILIES)
   tokenizer = released_tokenizer(config.checkpoint) if config.checkpoint else None
   data = build_data(config, tokenizer)
   policy = model_family.build(config, data.tokenizer, data.image_size)
@@ -219,6 +220,7 @@ def build(
     workdir=workdir,
     data=data,
     encoder=encoding.Encoder(data.tokenizer, template),
+    family=model_family,
     policy=policy,
     dual_encoder=dual_encoder,
     mesh=mesh_lib.make_mesh(config.parallel.mesh, devices, config.parallel.slices),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 import difflib
+import re
 from typing import Any
 
 from lvrpo_jax.data import tasks
@@ -103,10 +104,20 @@ def _keys() -> Iterator[tuple[str, str]]:
     yield f'align.{task}', f'align.prompts.{task}'
     yield f'pretrain.{task}', f'pretrain.rows.{task}'
     yield f'evaluate.{task}', f'evaluate.prompts.{task}'
+    yield f'align.custom.{task}', f'align.rewards.{task}.custom.kind'
+    yield f'align.custom.{task}_weight', f'align.rewards.{task}.custom.weight'
+    dense = () if task == tasks.UNDERSTAND else ('dense',)
+    for name in ('rules', 'semantic', *dense, 'knowledge', 'mutual', 'remote'):
+      yield f'align.rewards.{task}.{name}', f'align.rewards.{task}.{name}.weight'
 
 
 KEYS = dict(_keys())
 """Former key: present key, or a sentence that names several."""
+
+SECTIONS = {
+  former for former in KEYS if any(present.startswith(f'{former}.') for present in KEYS.values())
+}
+"""Former keys of values that are present sections."""
 
 VALUES = {
   'program': {'run': 'train'},
@@ -129,19 +140,42 @@ PATHS = {
 }
 """Former import path: present name."""
 
+CHANGES = re.compile(r'(critic\.changes|studies\.[^.]+\.changes|variants\.[^.]+)\.(.+)')
+"""Former keys of a study that hold changes of other keys."""
 
-def explain(key: str, known: Iterable[str]) -> str:
-  """What to say of a key that the config does not have: its new name, or the nearest one."""
-  key = key.removeprefix('config.')
+
+def present_name(key: str) -> str:
+  """The present name of a former key, of a value or a section; '' for any other key."""
   parts = key.split('.')
   for end in range(len(parts), 0, -1):
-    former, rest = '.'.join(parts[:end]), '.'.join(parts[end:])
-    if former in KEYS and not (former == 'align.advantage' and rest):
-      present = KEYS[former] + (f'.{rest}' if rest else '')
-      return f'config.{key} was renamed; the present name is config.{present}'
-  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    former, rest = '.'.join(parts[:end]), parts[end:]
+    if former in KEYS and not (rest and former in SECTIONS):
+      return '.'.join([KEYS[former], *rest])
+  return ''
+
+
+def explain(key: str, known: Iterable[str]) -> str:
+  """What to say of a key that has no value in the config: its new name, or the nearest one."""
+  known = list(known)
+  if present := present_name(key):
+    return f'config.{key} was renamed; the present name is config.{present}'
+  inside = [other for other in known if other.startswith(f'{key}.')]
+  if inside:
+    return f'config.{key} is a section of the config; it has keys such as config.{inside[0]}'
+  near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
   nearest = f'; the nearest key is config.{near[0]}' if near else ''
   return f'config.{key} is no key of the config{nearest}'
+
+
+def refuse_former_keys(keys: Iterable[str]) -> None:
+  """Refuses former keys, which a config file may assign: nothing would read them.
+
+  Raises:
+    ValueError: names the key and the present one.
+  """
+  for key in keys:
+    if present_name(key):
+      raise ValueError(explain(key, ()))
 
 
 def refuse_former_values(config: Any) -> None:
@@ -167,19 +201,31 @@ def translate(config: dict[str, Any]) -> dict[str, Any]:
     return config
   out: dict[str, Any] = {}
   for key, value in config.items():
-    for present, changed in _translate(key, value):
-      if present in VALUES and isinstance(changed, str):
-        changed = VALUES[present].get(changed, changed)
-      out[present] = PATHS.get(changed, changed) if isinstance(changed, str) else changed
+    changes = CHANGES.fullmatch(key)
+    if changes:
+      ((section, _),) = _translate(changes[1], value)
+      found = [(f'{section}.{name}', changed) for name, changed in _translate(changes[2], value)]
+    else:
+      found = _translate(key, value)
+    out.update(found)
+  for task in TASKS:  # Its weight was 1 where nothing was named, too.
+    if not config.get(f'align.custom.{task}'):
+      out[f'align.rewards.{task}.custom.weight'] = 0.0
   return out
 
 
 def _translate(key: str, value: Any) -> Iterator[tuple[str, Any]]:
   """Present keys and values of one former key."""
+  for present, changed in _present_keys(key, value):
+    if isinstance(changed, str):
+      changed = VALUES.get(present, {}).get(changed, changed)
+      changed = PATHS.get(changed, changed)
+    yield present, changed
+
+
+def _present_keys(key: str, value: Any) -> Iterator[tuple[str, Any]]:
   parts = key.split('.')
-  if parts[:2] == ['align', 'rewards'] and len(parts) == 4:
-    yield f'{key}.weight', value
-  elif key == 'align.questions':
+  if key == 'align.questions':
     for task in TASKS:
       yield f'align.rewards.{task}.knowledge.questions', value
       yield f'align.rewards.{task}.mutual.questions', value
@@ -190,9 +236,6 @@ def _translate(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     for task in TASKS:
       if task != 'understand':
         yield f'align.rewards.{task}.dense.top', value
-  elif parts[:2] == ['align', 'custom']:
-    task = parts[2].removesuffix('_weight')
-    yield f'align.rewards.{task}.custom.{"weight" if parts[2] != task else "kind"}', value
   elif key == 'align.adapt':
     yield 'align.text.kl_adaptation', value
     yield 'align.image.kl_adaptation', value
@@ -201,12 +244,5 @@ def _translate(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     yield 'align.rollout.shift', value
   elif key == 'sample.points':
     yield 'sample.steps', value - 1
-  elif key == 'study':
-    yield 'study.name', value
   else:
-    for end in range(len(parts), 0, -1):
-      former = '.'.join(parts[:end])
-      if former in KEYS:
-        yield '.'.join([KEYS[former], *parts[end:]]), value
-        return
-    yield key, value
+    yield present_name(key) or key, value

@@ -167,6 +167,9 @@ CHECKS: dict[str, Check] = {
 }  # fmt: skip
 """Checks of single values by key."""
 
+REWARD_COUNTS = {'dense': 'top', 'knowledge': 'questions', 'mutual': 'questions'}
+"""Settings of rewards that are at least 1, by kind."""
+
 
 def get(config: types.Config, key: str) -> Any:
   """Value at a dotted key."""
@@ -190,8 +193,10 @@ def validate(config: types.Config) -> None:
   Raises:
     ValueError: names the key, its value and what is allowed.
   """
+  values = leaves(config)
+  renamed.refuse_former_keys(key for key, _ in values)
   renamed.refuse_former_values(config)
-  for key, value in leaves(config):
+  for key, value in values:
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'config.{key} is {value!r}; allowed: finite numbers')
   for key, check in CHECKS.items():
@@ -232,6 +237,9 @@ def _check_rewards(config: types.Config) -> None:
         raise ValueError(f'{key} is {settings!r}; allowed: a dict with kind and weight')
       if settings.weight < 0:
         raise ValueError(f'{key}.weight is {settings.weight}; allowed: at least 0')
+      count = REWARD_COUNTS.get(settings.kind)
+      if count and not COUNT.holds(settings[count]):
+        raise ValueError(f'{key}.{count} is {settings[count]}; allowed: {COUNT.allowed}')
       if settings.weight and not settings.kind:
         raise ValueError(
           f"{key}.kind is '' and its weight {settings.weight}; allowed: the name of a reward, or "

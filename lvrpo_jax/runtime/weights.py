@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 from absl import logging
@@ -14,7 +12,7 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import types
-from lvrpo_jax.models.bagel import params as bagel_params
+from lvrpo_jax.models import family
 from lvrpo_jax.models.siglip import params as siglip_params
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
@@ -25,21 +23,6 @@ from lvrpo_jax.runtime import workdir as workdir_lib
 BASE, ALIGNED, VAE, DUAL_ENCODER = 'base', 'aligned', 'vae', 'dual_encoder'
 """Checkpoints of parameters alone, by their folder in `<workdir>/checkpoints`."""
 
-COPIED = (
-  'config.json',
-  'llm_config.json',
-  'vit_config.json',
-  'generation_config.json',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'vocab.json',
-  'merges.txt',
-  'special_tokens_map.json',
-  'added_tokens.json',
-)
-"""Files of a released folder that alignment does not change."""
-
-
 SHAPED_BY = ('architecture', 'checkpoint', 'data.source', 'model.', 'vae.')
 """Keys of the config on which the shapes of parameters depend."""
 
@@ -48,16 +31,12 @@ def template(experiment: experiment_lib.Experiment, name: str) -> types.Params:
   """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or dual encoder."""
   key = jax.random.key(0)
 
-  def autoencoder():
-    side = experiment.policy.image_size
-    return experiment.policy.vae.init(key, jnp.zeros((1, side, side, 3)))['params']
-
   def dual_encoder():
     side, encoder = experiment.dual_encoder.image_size, experiment.dual_encoder
     image_BYXC, ids_BL = jnp.zeros((1, side, side, 3)), encoder.token_ids([''])[0]
     return encoder.module.init(key, image_BYXC, ids_BL)['params']
 
-  makers = {VAE: autoencoder, DUAL_ENCODER: dual_encoder}
+  makers = {VAE: lambda: experiment.policy.init_autoencoder(key), DUAL_ENCODER: dual_encoder}
   shapes = jax.eval_shape(makers.get(name, lambda: experiment.policy.init(key)))
   return jax.tree.map(
     lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
@@ -134,8 +113,9 @@ def _check_source(experiment: experiment_lib.Experiment, name: str, folder: path
     )
 
 
-def _config_of(experiment: experiment_lib.Experiment, name: str) -> bagel_params.Config:
-  return experiment.policy.vae if name == VAE else experiment.policy.config
+def _part(name: str) -> str:
+  """The part of a released model that a checkpoint holds."""
+  return family.AUTOENCODER if name == VAE else family.POLICY
 
 
 def source(experiment: experiment_lib.Experiment, name: str) -> dict[str, str]:
@@ -143,18 +123,19 @@ def source(experiment: experiment_lib.Experiment, name: str) -> dict[str, str]:
   folder = pathlib.Path(experiment.config.checkpoint)
   return {
     'folder': str(folder.resolve()),
-    'digest': bagel_params.fingerprint(folder, _config_of(experiment, name)),
+    'digest': experiment.family.digest(experiment.policy, folder, _part(name)),
   }
 
 
 def read_released(experiment: experiment_lib.Experiment, name: str) -> types.Params:
   """Parameters of the released folder, read straight into their shards."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, template(experiment, name))
-  return bagel_params.load(experiment.config.checkpoint, _config_of(experiment, name), shardings)
+  folder = experiment.config.checkpoint
+  return experiment.family.load(experiment.policy, folder, _part(name), shardings)
 
 
 def base(experiment: experiment_lib.Experiment, name: str) -> types.Params:
-  """The parameters before alignment of a job with a released model."""
+  """The parameters before alignment of an experiment with a released model."""
   found = restore(experiment, name)
   return read_released(experiment, name) if found is None else found
 
@@ -230,33 +211,10 @@ def export(experiment: experiment_lib.Experiment, target: str | os.PathLike, sha
       'aligned, whose configuration and tokenizer are copied'
     )
   params, vae_params = load_newest(experiment)
-  partial = target.with_name(target.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)
   try:
-    partial.mkdir(parents=True)
-    bagel_params.save(params, partial / 'ema.safetensors', experiment.policy.config, shards)
-    bagel_params.save(vae_params, partial / 'ae.safetensors', experiment.policy.vae)
-    for name in COPIED:
-      if (pathlib.Path(folder) / name).is_file():
-        shutil.copy(pathlib.Path(folder) / name, partial / name)
-    _set_vocabulary(partial, experiment.policy.config.vocab)
-    partial.rename(target)
+    experiment.family.save(experiment.policy, params, vae_params, folder, target, shards)
   except OSError as error:
     raise ValueError(
       f'config.convert.target is {str(target)!r}, which cannot be written: {error}'
     ) from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   logging.info('exported to %s', target)
-
-
-def _set_vocabulary(folder: pathlib.Path, size: int) -> None:
-  """Makes the configuration say how many rows the exported table has: special tokens may have been
-  appended."""
-  for name, part in (('llm_config.json', ''), ('config.json', 'llm_config')):
-    path = folder / name
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    config = found.get(part, {}) if part else found
-    if config.get('vocab_size', size) != size:
-      config['vocab_size'] = size
-      path.write_text(json.dumps(found, indent=1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import contextlib
 import functools
 import math
 from typing import Any
 
 from absl import logging
+import grain
 import jax
 import numpy as np
 
@@ -29,6 +30,7 @@ from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.runtime import preemption
 from lvrpo_jax.training import learner as learner_lib
 from lvrpo_jax.training import pretrain
+from lvrpo_jax.training import update as update_lib
 
 PICTURES_EVERY = 25
 """Iterations between picture grids in TensorBoard."""
@@ -52,7 +54,7 @@ def score(scalars: dict[str, float], key: str) -> float:
   return scalars[key]
 
 
-def prompt_batches(experiment: experiment_lib.Experiment) -> dict[str, Iterator[Any]]:
+def prompt_batches(experiment: experiment_lib.Experiment) -> dict[str, grain.DatasetIterator]:
   """Endless (examples, prompts) of every task."""
 
   def collate(task):
@@ -71,7 +73,7 @@ def _example(data: examples.DataSource, task: str, index: int) -> examples.Examp
 
 
 def next_prompts(
-  experiment: experiment_lib.Experiment, data: dict[str, Iterator[Any]], names: Iterable[str]
+  experiment: experiment_lib.Experiment, data: dict[str, grain.DatasetIterator], names: Iterable[str]
 ) -> engine.PromptBatch:
   """The next prompts of the named tasks."""
   drawn = {task: next(data[task]) for task in names}
@@ -90,7 +92,7 @@ def check(experiment: experiment_lib.Experiment) -> None:
   align, measured = experiment.config.align, experiment.config.evaluate.guidance
   rewards = scorer.Scorer(experiment)
   engine.RolloutEngine(experiment, rewards.asks_server)
-  learner_lib.alignment_loss(experiment)
+  update_lib.alignment_loss(experiment)
   coupled = flow_objectives.find(align.image.objective).coupled
   if coupled and align.rollout.guidance != measured:
     logging.warning(

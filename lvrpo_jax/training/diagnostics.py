@@ -14,6 +14,7 @@ import optax
 from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.parallel import placement
+from lvrpo_jax.training import optimizer as optimizer_lib
 
 Array = jax.Array
 
@@ -43,17 +44,21 @@ def cosine(one: list[Array], two: list[Array]) -> Array:
 
 
 def gradient(
-  before: optax.OptState, after: optax.OptState, norm: Array, decay: float, clip_norm: float
+  before: optax.OptState, after: optax.OptState, norm: Array, b1: float, clip_norm: float
 ) -> types.Params:
-  """The gradient of an update of Adam, read from its momentum: `m' = decay m + (1 - decay) g`.
+  """The gradient of an update, read from the momentum: `m' = decay m + (1 - decay) g`.
 
   Args:
     norm: global norm of the gradient, which was clipped to `clip_norm`.
+    b1: decay of Adam's momentum.
   """
-  momentum = lambda state: optax.tree_utils.tree_get(state, 'mu')
-  scale = 1.0 / ((1.0 - decay) * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)))
+  clipped = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+  (new, decays), (old, _) = (optimizer_lib.momenta(state, b1) for state in (after, before))
   return jax.tree.map(
-    lambda new, old: (new - decay * old) * scale, momentum(after), momentum(before)
+    lambda new, old, decay: (new - decay * old) * (1.0 / ((1.0 - decay) * clipped)),
+    new,
+    old,
+    decays,
   )
 
 
@@ -65,7 +70,7 @@ def share_below(tree: types.Params, bound: Array | float) -> Array:
 
 
 def report(
-  answers: types.Params, images: types.Params, norm: Array, clip_norm: Array, eps: Array
+  answers: types.Params, images: types.Params, clip_norm: Array | float, eps: Array | float
 ) -> dict[str, Array]:
   """Norms of the gradient by expert, and of the two modalities on the attention they share.
 
@@ -75,10 +80,10 @@ def report(
 
   Args:
     answers, images: gradients of the losses of either modality; their sum is the update's.
-    norm: global norm of the update's gradient before it is clipped to `clip_norm`.
+    clip_norm: norm to which the optimizer clips the update's gradient.
   """
   whole = jax.tree.map(jnp.add, answers, images)
-  out, smallest = {}, eps * jnp.maximum(1.0, norm / clip_norm)
+  out, smallest = {}, eps * jnp.maximum(1.0, ops.global_norm(whole) / clip_norm)
   for name, pattern in EXPERTS.items():
     leaves = chosen(whole, pattern)
     out[f'gradient/{name}_expert'] = ops.global_norm(leaves)
@@ -108,13 +113,11 @@ def probe(
     factors = {**frozen['factors'], **off}
     after, metrics = step(jax.tree.map(jnp.copy, state), {**frozen, 'factors': factors}, batch)
     norm = metrics['grad_norm']
-    return norm, gradient(state.opt_state, after.opt_state, norm, settings.b1, settings.clip_norm)
+    return gradient(state.opt_state, after.opt_state, norm, settings.b1, settings.clip_norm)
 
   off = np.float32(0)
-  (answers_norm, answers), (images_norm, images) = one(images=off), one(answers=off)
-  # At most the norm of the update, whose two parts may cancel.
-  norm = jnp.sqrt(jnp.square(answers_norm) + jnp.square(images_norm))
-  return _report(answers, images, norm, jnp.float32(settings.clip_norm), jnp.float32(settings.eps))
+  answers, images = one(images=off), one(answers=off)
+  return _report(answers, images, jnp.float32(settings.clip_norm), jnp.float32(settings.eps))
 
 
 _report = jax.jit(report)

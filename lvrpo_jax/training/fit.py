@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ import numpy as np
 from lvrpo_jax import types
 from lvrpo_jax.data import loader
 from lvrpo_jax.models import contexts
-from lvrpo_jax.models import vae as vae_lib
 from lvrpo_jax.models.siglip import model as siglip
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import metrics as metrics_lib
@@ -27,8 +28,8 @@ def fit_autoencoder(experiment: experiment_lib.Experiment) -> types.Params:
   over channels: between unit latents (1) and principal components as they are (0).
   """
   config = experiment.config
-  images = contexts.to_unit(experiment.data.images(config.vae.images))
-  params = vae_lib.fit_patch_autoencoder(experiment.policy.vae, images, config.seed)
+  images_BYXC = experiment.data.images(config.vae.images)
+  params = experiment.policy.fit_autoencoder(images_BYXC, config.seed)
   pixels_C = np.linalg.norm(params['decoder']['kernel'] / params['scale'][:, None], axis=1)
   factor_C = pixels_C ** (1 - config.vae.whiten)
   return {**params, 'scale': params['scale'] * factor_C / np.sqrt(np.mean(factor_C**2))}
@@ -43,7 +44,7 @@ def _contrastive_loss(module: siglip.Siglip) -> step_lib.Loss:
   def sums(params, state, frozen, batch):
     del state, frozen
     images, ids = batch
-    out = module.apply({'params': params}, contexts.to_unit(images), ids)
+    out: Any = module.apply({'params': params}, contexts.to_unit(images), ids)
     return {STAGE: siglip.siglip_loss(*out) * images.shape[0]}, {}
 
   return step_lib.Loss(weights, sums, {STAGE: 1.0})

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 import functools
 from typing import Any
 
-from flax import struct
 import jax
 from jax import numpy as jnp
 import numpy as np
-import optax
 
 from lvrpo_jax import ops
 from lvrpo_jax import types
@@ -18,7 +16,6 @@ from lvrpo_jax.data import tasks as tasks_lib
 from lvrpo_jax.models import lora
 from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.objectives import flow as flow_objectives
-from lvrpo_jax.objectives import kl
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
 from lvrpo_jax.rewards import base as rewards_base
@@ -32,82 +29,17 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import diagnostics
 from lvrpo_jax.training import dynamic_sampling
 from lvrpo_jax.training import losses
-from lvrpo_jax.training import optimizer as optimizer_lib
 from lvrpo_jax.training import reward_metrics
-from lvrpo_jax.training import step as step_lib
+from lvrpo_jax.training import update as update_lib
 
 Metrics = dict[str, Any]
 """Numbers by name, as arrays on devices or on the host."""
-Batch = dict[str, types.TextTrainBatch | types.ImageTrainBatch]
-"""What an update reads, by task; plans as `tasks.PLAN`."""
-
-
-class CreditedSamples(struct.PyTreeNode):
-  """Samples of a task with their advantages."""
-
-  sampled: types.SampledTexts | types.SampledImages
-  advantage_BG: jax.Array
-  valid_BG: jax.Array
-
-
-Credited = dict[str, CreditedSamples]
-"""Samples with advantages by task; plans as `tasks.PLAN`."""
 NextPrompts = Callable[[Iterable[str]], engine_lib.PromptBatch]
 """Fresh prompts of the named tasks."""
 
 
 def _continue() -> None:
   """A check that never raises."""
-
-
-def alignment_loss(experiment: experiment_lib.Experiment) -> step_lib.Loss:
-  """The loss of the update; with adapters, as a function of these alone."""
-  align = experiment.config.align
-  loss = losses.alignment(experiment.policy, align)
-  if not align.lora.rank:
-    return loss
-
-  def sums(adapters, state, frozen, batch):
-    params = lora.merge(frozen['base'], adapters, align.lora.alpha / align.lora.rank)
-    return loss.sums(params, state, frozen, batch)
-
-  return loss._replace(sums=sums)
-
-
-def build_update(
-  experiment: experiment_lib.Experiment,
-) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-  """The optimizer, and the compiled step."""
-  align, parallel = experiment.config.align, experiment.config.parallel
-  optimizer = optimizer_lib.from_config(
-    align.optimizer,
-    align.iterations * align.updates_per_rollout,
-    rules=((diagnostics.EXPERTS['understanding'], align.optimizer.understanding_rate),),
-  )
-  return optimizer, step_lib.compile_step(
-    alignment_loss(experiment),
-    optimizer,
-    experiment.mesh,
-    micro_batches=parallel.micro_batches,
-    group_parts=experiment.group_parts,
-    runner=parallel.runner,
-  )
-
-
-def initial_state(
-  experiment: experiment_lib.Experiment,
-  trained: types.Params,
-  optimizer: optax.GradientTransformation,
-) -> types.TrainState:
-  """The state before the first update.
-
-  The reference, which nothing changes, is kept in the numbers that passes read; with adapters it is
-  the weights below them.
-  """
-  align = experiment.config.align
-  keeps_old = not flow_objectives.find(align.image.objective).coupled
-  state = step_lib.init(trained, optimizer, old=keeps_old)
-  return state if align.lora.rank else state.replace(reference=experiment.rounded(trained))
 
 
 class Learner:
@@ -127,7 +59,7 @@ class Learner:
     self.scorer = scorer_lib.Scorer(experiment)
     apart = self.scorer.asks_server or align.dynamic_sampling.rounds > 0
     self.engine = engine_lib.RolloutEngine(experiment, apart)
-    optimizer, self.step = build_update(experiment)
+    optimizer, self.step = update_lib.build_update(experiment)
     self._log_probabilities = experiment.compile(
       functools.partial(replay.log_probabilities, experiment.policy)
     )
@@ -142,7 +74,9 @@ class Learner:
     self._advantages = {
       task: jax.jit(
         functools.partial(
-          advantage_lib.combine, weights=self.scorer.weights[task], **_advantage_settings(align)
+          advantage_lib.combine,
+          weights=self.scorer.weights[task],
+          **update_lib.advantage_settings(align),
         )
       )
       for task in tasks_lib.active(align.prompts)
@@ -156,10 +90,14 @@ class Learner:
         params, align.lora.rank, align.lora.target, jax.random.key(experiment.config.seed + 2)
       )
     self.state = placement.shard_state(
-      initial_state(experiment, placement.shard_state(trained, experiment.mesh), optimizer),
+      update_lib.initial_state(
+        experiment, placement.shard_state(trained, experiment.mesh), optimizer
+      ),
       experiment.mesh,
     )
-    self._mix = jax.jit(_mix, out_shardings=jax.tree.map(lambda x: x.sharding, self.state.old))
+    self._mix = jax.jit(
+      update_lib.mix, out_shardings=jax.tree.map(lambda x: x.sharding, self.state.old)
+    )
     self._merge = jax.jit(lora.merge_adapters)
     self._dual_encoder = placement.shard_state(dual_encoder_params, experiment.mesh)
     self.scorer.load(self.reward_params)
@@ -216,7 +154,7 @@ class Learner:
     iteration: int,
     next_prompts: NextPrompts | None = None,
     check: Callable[[], None] = _continue,
-  ) -> tuple[Credited, Metrics, dict[str, np.ndarray]]:
+  ) -> tuple[update_lib.Credited, Metrics, dict[str, np.ndarray]]:
     """Rollouts, rewards and advantages: (samples with advantages, metrics, images by task).
 
     `check` is called while a remote judge is waited for.
@@ -224,15 +162,15 @@ class Learner:
     sampled, metrics = self._sample(prompts, iteration, check)
     if self._align.dynamic_sampling.rounds:
       sampled, metrics = self._resample(sampled, metrics, iteration, next_prompts, check)
-    batch: Credited = {}
+    batch: update_lib.Credited = {}
     for task, found in sampled.items():
       advantage = self._advantages[task](found.rewards)
       credit = dict(advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
       if isinstance(found.trajectory, think.SampledPlans):
         halves = self._split_halves(found.trajectory, **credit)
-        batch.update({half: CreditedSamples(*parts) for half, parts in halves.items()})
+        batch.update({half: update_lib.CreditedSamples(*parts) for half, parts in halves.items()})
       else:
-        batch[task] = CreditedSamples(found.trajectory, **credit)
+        batch[task] = update_lib.CreditedSamples(found.trajectory, **credit)
       metrics.update(reward_metrics.reward_metrics(task, found.rewards, found.facts, advantage))
     images = {
       task: multihost.local_rows(found.pixels)
@@ -286,7 +224,7 @@ class Learner:
       scored = self.scorer.score(samples[task], prompts.prompts[task], self.reward_params, pending)
       facts = {**self._truncated(task, rollouts), **scored.facts}
       out[task] = dynamic_sampling.ScoredTrajectory(
-        self._trajectory(task, prompts.prompts[task], rollouts, iteration),
+        engine.kept(task, prompts.prompts[task], rollouts, iteration),
         place(scored.rewards),
         place(facts),
         rollouts.pixels.get(task),
@@ -318,30 +256,14 @@ class Learner:
     tokens_BGT = multihost.local_rows(rollouts.texts[name].tokens_BGT)
     return {f'truncated/{name}': reward_metrics.truncated(tokens_BGT, self.experiment.policy.eos)}
 
-  def _trajectory(
-    self, task: str, prompts: types.Prompts, rollouts: engine_lib.Rollouts, iteration: int
-  ) -> types.SampledTexts | types.SampledImages | think.SampledPlans:
-    """What is kept of a task's rollout."""
-    if task in rollouts.texts:
-      return trajectories.sampled_texts(prompts, rollouts.texts[task])
-    rollout, engine = rollouts.images[task], self.engine
-    steps = trajectories.transitions(
-      rollout, engine.kept_steps(iteration), engine.grid, engine.levels_T
-    )
-    image = trajectories.sampled_images(prompts, rollout, steps)
-    if not tasks_lib.BY_NAME[task].plans:
-      return image
-    plan = trajectories.sampled_texts(prompts, rollouts.texts[tasks_lib.PLAN])
-    return think.SampledPlans(plan, image)
-
   @property
   def _guided(self) -> bool:
     """Whether rollouts are guided."""
     return self._align.rollout.guidance != 1
 
-  def mismatch(self, credited: Credited) -> Metrics:
+  def mismatch(self, credited: update_lib.Credited) -> Metrics:
     """Largest |log-ratio| between rollout and replay of every task, before any update."""
-    texts, images = _by_modality(credited)
+    texts, images = update_lib.by_modality(credited)
     text_policy, image_policy = self.sampler_policies[0], self.sampler_policies[-1]
     out: Metrics = {}
     queries = {t: trajectories.step_query(x, self._guided) for t, x in images.items()}
@@ -368,9 +290,9 @@ class Learner:
     """Log-probabilities of texts under any policy."""
     return self._log_probabilities(policy, self.frozen, texts) if texts else {}
 
-  def text_batches(self, credited: Credited) -> dict[str, types.TextTrainBatch]:
+  def text_batches(self, credited: update_lib.Credited) -> dict[str, types.TextTrainBatch]:
     """Texts as all updates of the iteration read them."""
-    texts, _ = _by_modality(credited)
+    texts, _ = update_lib.by_modality(credited)
     reference = self._logp_of(self.reference, texts)
     return {
       task: types.TextTrainBatch(
@@ -382,9 +304,9 @@ class Learner:
       for task, sampled in texts.items()
     }
 
-  def image_batches(self, credited: Credited) -> dict[str, types.ImageTrainBatch]:
+  def image_batches(self, credited: update_lib.Credited) -> dict[str, types.ImageTrainBatch]:
     """Images as the next update reads them: decoupled objectives ask at fresh noise each time."""
-    _, images = _by_modality(credited)
+    _, images = update_lib.by_modality(credited)
     queries = {task: self._query(sampled) for task, sampled in images.items()}
     reference = self._velocities_at(self.reference, queries)
     old = reference
@@ -415,23 +337,6 @@ class Learner:
     """What the step reads besides the state."""
     return {**self.frozen, 'factors': {k: np.float32(v) for k, v in self.factors.items()}}
 
-  def _adapt_kl_weights(self, metrics: Metrics) -> dict[str, float]:
-    """Moves the factors of the penalties towards their targets; returns the new ones."""
-    text, image = self._align.text, self._align.image
-    drift = 'velocity_mse' if image.kl == 'velocity' else 'kl'
-    out = {}
-    for kind, settings, names in (
-      ('answers', text, [f'{task}/kl_{text.kl}' for task in tasks_lib.TEXT_OUTPUTS]),
-      ('images', image, [f'{task}/{drift}' for task in tasks_lib.TASKS]),
-    ):
-      found = [metrics[name] for name in names if name in metrics]
-      if settings.kl_target and found:
-        name = f'{kind}_penalty'
-        mean = sum(map(float, found)) / len(found)
-        factor = kl.adapted(self.factors[name], mean, settings.kl_target, settings.kl_adaptation)
-        self.factors[name] = out[f'factor/{name}'] = factor
-    return out
-
   def iterate(
     self,
     prompts: engine_lib.PromptBatch,
@@ -452,7 +357,7 @@ class Learner:
     metrics.update(self.mismatch(credited))
     texts = self.text_batches(credited)
 
-    def next_batch() -> Batch:
+    def next_batch() -> update_lib.Batch:
       return {**texts, **self.image_batches(credited)}
 
     every = align.checks.gradients_every
@@ -471,7 +376,7 @@ class Learner:
       self.state, update = self.step(self.state, self._step_frozen(), next_batch())
       updates.append(update)
     update = self._mean(updates)
-    metrics.update(update, **self._adapt_kl_weights(update))
+    metrics.update(update, **update_lib.adapt_kl_factors(align, self.factors, update))
     if not self._objective.coupled:
       decay = self._objective.old_decay(align.image, iteration)
       self.state = self.state.replace(
@@ -479,31 +384,3 @@ class Learner:
       )
       metrics['old_decay'] = decay
     return metrics, images
-
-
-def _by_modality(
-  credited: Credited,
-) -> tuple[dict[str, types.SampledTexts], dict[str, types.SampledImages]]:
-  """Texts and images of samples by task."""
-  texts, images = {}, {}
-  for task, found in credited.items():
-    (texts if isinstance(found.sampled, types.SampledTexts) else images)[task] = found.sampled
-  return texts, images
-
-
-def _mix(old: types.Params, new: types.Params, decay: jax.Array) -> types.Params:
-  """`decay old + (1 - decay) new`."""
-  return jax.tree.map(lambda o, n: decay * o + (1 - decay) * n, old, new)
-
-
-def _advantage_settings(align: types.Config) -> dict[str, Any]:
-  """Arguments of `advantage.combine` from the config."""
-  settings = align.advantage
-  return dict(
-    method=settings.method,
-    floor=settings.floor,
-    ddof=settings.ddof,
-    scope=settings.scope,
-    form=settings.floor_form,
-    clip=settings.clip,
-  )

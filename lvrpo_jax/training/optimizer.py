@@ -15,6 +15,9 @@ from lvrpo_jax import types
 FROZEN = (r'^(latent|vit)_pos_embed$',)
 """Parameters that no run trains: checkpoints hold them, but they are fixed tables."""
 
+MUON_DECAY = 0.95
+"""Decay of the momentum of kernels under 'muon'."""
+
 
 def parameter_name(path) -> str:
   """'trunk/layers/und/q_proj/kernel' from a key path."""
@@ -138,6 +141,7 @@ def build(
 
     inner = contrib.muon(
       muon_rate,
+      beta=MUON_DECAY,
       adam_learning_rate=learning_rate,
       adam_b1=b1,
       adam_b2=b2,
@@ -156,3 +160,26 @@ def build(
     inner,
     optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
   )
+
+
+def momenta(state: optax.OptState, b1: float) -> tuple[types.Params, types.Params]:
+  """Momentum of every parameter and its decay, of the state of a `build`.
+
+  Args:
+    b1: decay of Adam's momentum.
+  """
+  found = optax.tree_utils.tree_get_all_with_path(state, 'mu')
+  # Kernels under 'muon' have a state of their own; either one has masks in the place of the others.
+  decays = [MUON_DECAY if 'MuonState' in str(path[-1]) else b1 for path, _ in found]
+
+  def is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+  def merged(*trees):
+    return jax.tree.map(
+      lambda *parts: next(x for x in parts if not is_masked(x)), *trees, is_leaf=is_masked
+    )
+
+  trees = [tree for _, tree in found]
+  constants = [jax.tree.map(lambda _, d=d: d, tree) for d, tree in zip(decays, trees)]
+  return merged(*trees), merged(*constants)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+import grain
 import jax
 
 from lvrpo_jax import types
@@ -32,7 +33,7 @@ def task_batches(
   make: Callable[[str, int], examples.Example],
   sizes: dict[str, int],
   collate: Callable[[str], Callable[..., Any]],
-) -> dict[str, Iterator[Any]]:
+) -> dict[str, grain.DatasetIterator]:
   """One endless iterator a task, over this process's share of the rows.
 
   Raises:
@@ -64,7 +65,7 @@ def check(experiment: experiment_lib.Experiment) -> None:
   Raises:
     ValueError: names the key.
   """
-  settings, depth = experiment.config.control, experiment.policy.config.depth
+  settings, depth = experiment.config.control, experiment.policy.depth
   if settings.repa and settings.repa_layer > depth:
     raise ValueError(
       f'config.control.repa_layer is {settings.repa_layer}; allowed: at most the {depth} '

@@ -56,7 +56,9 @@ class ProgramsTest(parameterized.TestCase):
     params, vae_params, judge_params = (
       bagel.init(policy.config, jax.random.key(0)),
       policy.vae.init(jax.random.key(0), image)['params'],
-      experiment.dual_encoder.module.init(jax.random.key(0), image, experiment.dual_encoder.token_ids([''])[0])['params'],
+      experiment.dual_encoder.module.init(
+        jax.random.key(0), image, experiment.dual_encoder.token_ids([''])[0]
+      )['params'],
     )
     aligner = learner.Learner(experiment, params, vae_params, judge_params)
     data = align.prompt_batches(experiment)
@@ -128,14 +130,18 @@ class TopologyTest(parameterized.TestCase):
   def test_unknown_chip_is_named(self, topology):
     config = tiny.get_config()
     config.compile.topology = topology
-    with self.assertRaisesRegex(ValueError, f"config.compile.topology is '{topology}'; allowed: .*v5p"):
+    with self.assertRaisesRegex(
+      ValueError, f"config.compile.topology is '{topology}'; allowed: .*v5p"
+    ):
       aot_compile.run(config, pathlib.Path('unused'))
 
   @parameterized.parameters(
     ('v4:2x2x2', 'megacore', 'v4-16'), ('v5p:2x2x2', None, 'v5p-16'), ('v6e:2x4', None, 'v6e-8')
   )
   def test_a_chip_is_a_device(self, topology, asked, accelerator):
-    described = lambda count: types.SimpleNamespace(devices=[object() for _ in range(count)])
+    def described(count):
+      return types.SimpleNamespace(devices=[object() for _ in range(count)])
+
     with (
       mock.patch.dict(os.environ),
       mock.patch.object(
@@ -186,14 +192,17 @@ class LimitsTest(parameterized.TestCase):
       'step': {'collective_bytes': {'all-gather': bytes_of_ten_passes}},
     }
     printed, workdir = io.StringIO(), pathlib.Path(self.create_tempdir().full_path)
-    with mock.patch.multiple(
-      aot_compile,
-      build=lambda *_: make_job(),
-      programs=lambda _: dict.fromkeys(measures, dict),
-      measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]},
+    with (
+      mock.patch.multiple(
+        aot_compile,
+        build=lambda *_: make_job(),
+        programs=lambda _: dict.fromkeys(measures, dict),
+        measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]},
+      ),
+      contextlib.redirect_stdout(printed),
+      self.assertRaises(aot_compile.Exceeded) as caught,
     ):
-      with contextlib.redirect_stdout(printed), self.assertRaises(aot_compile.Exceeded) as caught:
-        aot_compile.run(config, workdir)
+      aot_compile.run(config, workdir)
     self.assertRegex(str(caught.exception), '^text: fits .*; step: collective_ratio is 3.333; ')
     lines = [json.loads(line) for line in printed.getvalue().splitlines()]
     self.assertEqual([line['program'] for line in lines], ['text', 'image', 'step'])
@@ -232,9 +241,10 @@ class PartitionTest(parameterized.TestCase):
   def test_what_every_device_holds_whole(self):
     def tree(*shape):
       mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=AXES)
-      leaf = lambda spec: jax.ShapeDtypeStruct(
-        (512, 1024), jnp.float32, sharding=NamedSharding(mesh, spec)
-      )
+
+      def leaf(spec):
+        return jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=NamedSharding(mesh, spec))
+
       small = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=NamedSharding(mesh, P()))
       return {
         'a': {'fsdp': leaf(P('fsdp')), 'tensor': leaf(P(None, 'tensor'))},

@@ -66,9 +66,10 @@ class MeasureTest(absltest.TestCase):
     # Jitter changes the pixels of all four images, and none of their scenes.
     jittered = [picture(('circle', 'red', 0), seed=i) for i in range(4)]
     half = [FOUR[0], FOUR[0], FOUR[2], FOUR[2]]
-    measure = lambda *groups: over_optimization.measure(
-      shown(list(groups), [example()] * len(groups))
-    )
+
+    def measure(*groups):
+      return over_optimization.measure(shown(list(groups), [example()] * len(groups)))
+
     self.assertEqual(measure(jittered)['scene_diversity'], 0.25)
     self.assertGreater(measure(jittered)['pixel_diversity'], 0.0)
     self.assertEqual(measure(half)['scene_diversity'], 0.5)
@@ -107,15 +108,15 @@ class MeasureTest(absltest.TestCase):
 
 
 class AlarmTest(parameterized.TestCase):
-  before = dict(
-    color_entropy=1.0,
-    cell_entropy=1.2,
-    scene_diversity=0.8,
-    leftovers=0.05,
-    surplus=0.05,
-    saturation=0.7,
-    edge_density=0.06,
-  )
+  before = {
+    'color_entropy': 1.0,
+    'cell_entropy': 1.2,
+    'scene_diversity': 0.8,
+    'leftovers': 0.05,
+    'surplus': 0.05,
+    'saturation': 0.7,
+    'edge_density': 0.06,
+  }
 
   def test_no_change_raises_none(self):
     self.assertEmpty(over_optimization.alarms(self.before, self.before))
@@ -183,26 +184,43 @@ class AppearanceTest(absltest.TestCase):
     self.assertAlmostEqual(over_optimization.appearance(image)['hue_entropy'], math.log(2))
 
 
-class GoldTest(absltest.TestCase):
-  def test_reward_up_and_gold_down_is_an_alarm_once(self):
+class HeldOutTest(absltest.TestCase):
+  def test_reward_up_and_held_out_reward_down_is_an_alarm_once(self):
     watch = over_optimization.Monitor()
-    steady = {'gold': 0.6, 'diversity': 0.8}
-    self.assertEmpty(watch.gold(0.5, steady))
-    self.assertEmpty(watch.gold(0.9, steady))
-    self.assertEmpty(watch.gold(0.9, {'gold': 0.56, 'diversity': 0.6}))
-    raised = watch.gold(0.9, {'gold': 0.5, 'diversity': 0.6})
+    steady = {'reward': 0.6, 'diversity': 0.8}
+    self.assertEmpty(watch.held_out(0.5, steady))
+    self.assertEmpty(watch.held_out(0.9, steady))
+    self.assertEmpty(watch.held_out(0.9, {'reward': 0.56, 'diversity': 0.6}))
+    raised = watch.held_out(0.9, {'reward': 0.5, 'diversity': 0.6})
     self.assertLen(raised, 1)
     self.assertIn(
-      'held-out gold fell from 0.6 to 0.5 while the training reward rose from 0.5 to 0.9', raised[0]
+      'held-out reward fell from 0.6 to 0.5 while the training reward rose from 0.5 to 0.9',
+      raised[0],
     )
     watch = over_optimization.Monitor(json.loads(json.dumps(watch.state)))
-    self.assertEmpty(watch.gold(0.9, {'gold': 0.4, 'diversity': 0.6}))
-    self.assertLen(watch.gold(0.9, {'gold': 0.4, 'diversity': 0.5}), 1)
+    self.assertEmpty(watch.held_out(0.9, {'reward': 0.4, 'diversity': 0.6}))
+    self.assertLen(watch.held_out(0.9, {'reward': 0.4, 'diversity': 0.5}), 1)
 
   def test_a_run_that_gets_worse_as_a_whole_is_none(self):
     watch = over_optimization.Monitor()
-    watch.gold(0.5, {'gold': 0.6, 'diversity': 0.8})
-    self.assertEmpty(watch.gold(0.3, {'gold': 0.3, 'diversity': 0.3}))
+    watch.held_out(0.5, {'reward': 0.6, 'diversity': 0.8})
+    self.assertEmpty(watch.held_out(0.3, {'reward': 0.3, 'diversity': 0.3}))
+
+  def test_a_former_state_goes_on(self):
+    former = {
+      'first': [],
+      'recent': [],
+      'raised': ['dark', 'gold'],
+      'gold': {'training': 0.5, 'gold': 0.6, 'diversity': 0.8},
+    }
+    watch = over_optimization.Monitor(json.loads(json.dumps(former)))
+    # One was told before; the other is compared with the first scores of the run.
+    raised = watch.held_out(0.9, {'reward': 0.4, 'diversity': 0.5})
+    self.assertLen(raised, 1)
+    self.assertIn('held-out diversity fell from 0.8 to 0.5', raised[0])
+    self.assertEqual(watch.state['raised'], ['dark', 'reward', 'diversity'])
+    again = over_optimization.Monitor(json.loads(json.dumps(watch.state)))
+    self.assertEqual(again.state, watch.state)
 
 
 class WatchTest(parameterized.TestCase):

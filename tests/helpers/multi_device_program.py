@@ -30,6 +30,7 @@ from lvrpo_jax.training import losses
 from lvrpo_jax.training import optimizer as optimizer_lib
 from lvrpo_jax.training import pretrain
 from lvrpo_jax.training import step as step_lib
+from lvrpo_jax.training import update as update_lib
 from tests.helpers import noise
 from tests.training import step_test
 
@@ -67,7 +68,10 @@ def make_config():
 def make_experience(experiment, prompts):
   """What an update reads, with numbers at random."""
   rng = np.random.default_rng(1)
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
   N, C = experiment.policy.latent_shape
   T, M = experiment.config.data.answer_tokens + 1, GROUP
   tokens = rng.integers(0, len(experiment.data.tokenizer), (ROWS, GROUP, T)).astype(np.int32)
@@ -86,14 +90,21 @@ def make_experience(experiment, prompts):
       valid,
     )
 
-  x = lambda: normal(ROWS, M, N, C)
-  time = lambda low: rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
+  def x():
+    return normal(ROWS, M, N, C)
+
+  def time(low):
+    return rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
+
   transitions = types.Transitions(
     x(), x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(), time(0.1)
   )
-  image = lambda task: types.ImageTrainBatch(
-    prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid
-  )
+
+  def image(task):
+    return types.ImageTrainBatch(
+      prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid
+    )
+
   thought = think.ThinkTrajectory(text(tasks_lib.THINK_GENERATE), image(tasks_lib.THINK_GENERATE))
   return {
     tasks_lib.UNDERSTAND: text(tasks_lib.UNDERSTAND),
@@ -185,8 +196,10 @@ def updates(experiment, params, vae_params, batches):
   p = experiment.config.pretrain
   loss = together(
     {
-      'pretrain': losses.pretraining(experiment.policy, p.weights, p.draws, p.shift, experiment.config.seed),
-      'align': learner.alignment_loss(experiment),
+      'pretrain': losses.pretraining(
+        experiment.policy, p.weights, p.draws, p.shift, experiment.config.seed
+      ),
+      'align': update_lib.alignment_loss(experiment),
     }
   )
   batches = {
@@ -220,7 +233,7 @@ def updates(experiment, params, vae_params, batches):
 def parts(experiment, params, vae_params, batch):
   """The alignment loss in parts of rows and groups, each in one pass, on a mesh."""
   batch = {'all': batch}
-  loss = learner.alignment_loss
+  loss = update_lib.alignment_loss
   one = run_updates(loss(experiment), params, vae_params, batch, (1, 1, 1), 'jit', 1)
   joint = dataclasses.replace(experiment, policy=dataclasses.replace(experiment.policy, joint=True))
   got = run_updates(
@@ -270,7 +283,10 @@ def rollouts(experiment, params, vae_params, prompts):
     )
   texts, images, pixels = found.pop('one')
   tokens = {task: text.tokens_BGT for task, text in texts.items()}
-  logp = lambda texts: {task: text.logp_BGT for task, text in texts.items()}
+
+  def logp(texts):
+    return {task: text.logp_BGT for task, text in texts.items()}
+
   return {
     'rollout': {
       name: dict(
@@ -294,7 +310,10 @@ def kernels():
   """Splash attention, interpreted, on a mesh that splits rows and heads, against the plain one."""
   B, M, L, S, H, J, K = 4, 1, 72, 40, 4, 2, 16
   rng = np.random.default_rng(2)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   arrays = (
     normal(B, M, L, H, K),
     [(normal(B, S, J, K), normal(B, S, J, K)), (normal(B, M, L, J, K), normal(B, M, L, J, K))],
@@ -334,11 +353,15 @@ def main():
   assert len(jax.devices()) == 8, jax.devices()
   experiment = experiment_lib.build(make_config(), pathlib.Path('unused'))
   params, vae_params = noise.parameters(experiment, 0.2)[:2]
-  encode = lambda task, make: experiment.encoder(task, [make(task, i) for i in range(ROWS)])
+
+  def encode(task, make):
+    return experiment.encoder(task, [make(task, i) for i in range(ROWS)])
+
   prompts = {task: encode(task, experiment.data.prompt).prompts for task in TASKS}
   batches = {
     'pretrain': {
-      task: encode(task, experiment.data.pretraining) for task in pretrain.sizes(experiment.config.pretrain)
+      task: encode(task, experiment.data.pretraining)
+      for task in pretrain.sizes(experiment.config.pretrain)
     },
     'align': make_experience(experiment, prompts),
   }

@@ -32,7 +32,13 @@ SEVERAL = dict(mesh=(2, 2, 2), rollout_mesh=(4, 1, 2), joint=True)
 def make_job(folder, several):
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(iterations=1, prompts=dict(generate=ROWS, understand=ROWS, edit=0), rollout=dict(steps=3, window=1), checkpoints=dict(every=1), optimizer=dict(learning_rate=3e-3))
+  config.align.update(
+    iterations=1,
+    prompts=dict(generate=ROWS, understand=ROWS, edit=0),
+    rollout=dict(steps=3, window=1),
+    checkpoints=dict(every=1),
+    optimizer=dict(learning_rate=3e-3),
+  )
   config.data.update(answer_tokens=4, options=dict(chatty=0.0, plan=0.0, describe=0.0))
   config.parallel.update(SEVERAL if several else dict(mesh=(8, 1, 1)))
   return experiment_lib.build(config, folder / ('several' if several else 'one'))
@@ -67,10 +73,13 @@ def compare(folder):
   start, mine, record = restored(one)
   # The same devices as before, which now belong to one process, and another mesh.
   _, theirs, their_record = restored(dataclasses.replace(one, workdir=folder / 'several'))
-  params = lambda state: jax.tree.leaves(jax.tree.map(np.asarray, state.params))
-  distance = lambda a, b: max(
-    float(np.max(np.abs(x - y))) for x, y in zip(params(a), params(b), strict=True)
-  )
+
+  def params(state):
+    return jax.tree.leaves(jax.tree.map(np.asarray, state.params))
+
+  def distance(a, b):
+    return max(float(np.max(np.abs(x - y))) for x, y in zip(params(a), params(b), strict=True))
+
   return dict(
     moved=distance(start, mine),
     difference=distance(mine, theirs),

@@ -87,10 +87,13 @@ def main():
     store.close()
   out['gathered_by_restore'] = gathered(restored) + gathered(target)
   out['devices'] = sorted({len(x.sharding.device_set) for x in jax.tree.leaves(restored)})
-  difference = lambda one, two: max(
-    float(np.max(np.abs(np.float64(a) - np.float64(b))))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-  )
+
+  def difference(one, two):
+    return max(
+      float(np.max(np.abs(np.float64(a) - np.float64(b))))
+      for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    )
+
   out['restored'] = difference(state, restored)
   out['gathered_by_looking'] = len(gathered(state))
   whole, rest = run(state, mesh, step, STEPS), run(restored, half, fewer, STEPS)

@@ -28,7 +28,10 @@ def constrained(mesh, names, shape):
 
 def folded(mesh, shape):
   """A device's part of what `together` returns for two arrays."""
-  run = lambda x: activations.together(lambda y: 2 * y, [x, x])[0]
+
+  def run(x):
+    return activations.together(lambda y: 2 * y, [x, x])[0]
+
   out = mesh_lib.scoped(jax.jit(run), mesh)(jnp.ones(shape))
   np.testing.assert_array_equal(out, np.full(shape, 2.0))
   return list(out.addressable_shards[0].data.shape)

@@ -240,13 +240,19 @@ class PatchAutoencoderTest(parameterized.TestCase):
     got = jax.jit(model.apply)({'params': params}, self.image)
     np.testing.assert_allclose(got, self._apply('__call__', self.image), atol=1e-5)
     image = self.image[:2]
-    loss = lambda p: jnp.square(model.apply({'params': p}, image) - image).sum()
+
+    def loss(p):
+      return jnp.square(model.apply({'params': p}, image) - image).sum()
+
     gradient = jax.jit(jax.grad(loss))(params)
     self.assertGreater(np.abs(gradient['decoder_out']['kernel']).max(), 0)
 
   def test_fitted_tree_is_that_of_init(self):
     fresh = jax.eval_shape(self.model.init, jax.random.key(0), self.image[:1])['params']
-    shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    def shape(tree):
+      return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
     self.assertEqual(shape(fresh), shape(self.params))
 
   @parameterized.parameters(0, 3)

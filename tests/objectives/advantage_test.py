@@ -4,6 +4,7 @@ import itertools
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 from jax import numpy as jnp
 import numpy as np
 
@@ -274,6 +275,14 @@ class CombineTest(parameterized.TestCase):
   def test_whitened_over_the_batch(self):
     value = advantage_lib.combine(rewards(self.values()), self.weights, 'gdpo', 0.01).value_BG
     np.testing.assert_allclose([value.mean(), value.std()], [0.0, 1.0], atol=1e-5)
+
+  @parameterized.parameters(('gdpo', 'normalize_then_sum'), ('sum', 'sum_then_normalize'))
+  def test_names_of_the_papers_are_aliases(self, alias, name):
+    one, other = (
+      advantage_lib.combine(rewards(self.values()), self.weights, method, 0.05)
+      for method in (alias, name)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
   def test_unknown_method(self):
     with self.assertRaisesRegex(ValueError, "'mean'"):

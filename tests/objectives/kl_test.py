@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.objectives.penalty against NumPy and Monte Carlo."""
+"""Tests of lvrpo_jax.objectives.kl against NumPy and Monte Carlo."""
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -28,9 +28,15 @@ class TextTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     logp, reference, old = -rng.uniform(0.1, 4, (3, 7))
     with jax.enable_x64(True):
-      run = lambda p: jnp.sum(kl.of_text(kind, p, jnp.asarray(reference), p - old))
+
+      def run(p):
+        return jnp.sum(kl.of_text(kind, p, jnp.asarray(reference), p - old))
+
       value, grad = jax.value_and_grad(run)(jnp.asarray(logp))
-    oracle = lambda p: ORACLES[kind](p, reference, old).sum()
+
+    def oracle(p):
+      return ORACLES[kind](p, reference, old).sum()
+
     np.testing.assert_allclose(value, oracle(logp), rtol=1e-6)
     np.testing.assert_allclose(grad, slopes(oracle, logp), rtol=1e-6, atol=1e-8)
 
@@ -60,7 +66,10 @@ class StepsTest(absltest.TestCase):
     rng = np.random.default_rng(2)
     mean, reference, std = rng.normal(size=(1, 4, 2)), rng.normal(size=(1, 4, 2)), np.array([0.7])
     x = mean + 0.7 * rng.normal(size=(100_000, 4, 2))
-    log = lambda m: -((x - m) ** 2) / (2 * 0.7**2)
+
+    def log(m):
+      return -((x - m) ** 2) / (2 * 0.7**2)
+
     monte_carlo = np.mean(log(mean) - log(reference))  # A mean over values, as all losses here.
     got = kl.of_steps('gaussian', mean, reference, std, np.array([-0.1]))
     np.testing.assert_allclose(got, monte_carlo, rtol=0.02)

@@ -13,7 +13,6 @@ from lvrpo_jax.objectives import repa as repa_lib
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import fit
 from lvrpo_jax.training import losses
-from lvrpo_jax.training import pretrain
 from lvrpo_jax.training import step as step_lib
 
 
@@ -39,7 +38,10 @@ class MisalignmentTest(absltest.TestCase):
   def test_gradient_against_differences(self):
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=5), rng.normal(size=5)
-    cosine = lambda x: -(x * b).sum() / np.linalg.norm(x) / np.linalg.norm(b)
+
+    def cosine(x):
+      return -(x * b).sum() / np.linalg.norm(x) / np.linalg.norm(b)
+
     expected = [(cosine(a + e) - cosine(a - e)) / 2e-6 for e in 1e-6 * np.eye(5)]
     found = jax.grad(lambda x: repa_lib.misalignment(x, jnp.asarray(b)))(jnp.asarray(a))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -53,18 +55,25 @@ class PretrainingTest(absltest.TestCase):
     cls.addClassCleanup(folder.cleanup)
     config = tiny.get_config()
     cls.experiment = experiment = experiment_lib.build(config, pathlib.Path(folder.name))
-    cls.repa = repa_lib.Repa(0.5, 1, experiment.dual_encoder.module)
-    cls.policy = pretrain.initial(experiment)
+    cls.repa = repa_lib.Repa(0.5, 1, experiment.dual_encoder)
+    cls.policy = experiment.policy.init(jax.random.key(experiment.config.seed))
     # The velocity head of a fresh model is zero, which hides every gradient behind it.
     cls.policy['llm2vae']['kernel'] = 0.1 * jax.random.normal(
       jax.random.key(5), cls.policy['llm2vae']['kernel'].shape
     )
-    cls.params = {**cls.policy, repa_lib.PROJECTOR: cls.repa.init(experiment.policy, jax.random.key(1))}
+    cls.params = {
+      **cls.policy,
+      repa_lib.PROJECTOR: cls.repa.init(experiment.policy, jax.random.key(1)),
+    }
     side = experiment.data.image_size
-    judge = experiment.dual_encoder.module.init(jax.random.key(2), jnp.zeros((1, side, side, 3)), experiment.dual_encoder.token_ids([''])[0])
-    cls.frozen = {'vae': fit.fit_autoencoder(experiment), 'judge': judge['params']}
+    encoder = experiment.dual_encoder.module.init(
+      jax.random.key(2), jnp.zeros((1, side, side, 3)), experiment.dual_encoder.token_ids([''])[0]
+    )
+    cls.frozen = {'vae': fit.fit_autoencoder(experiment), 'dual_encoder': encoder['params']}
     cls.batch = {
-      task: experiment.encoder(task, [experiment.data.example(task, 'pretrain', i) for i in range(2)])
+      task: experiment.encoder(
+        task, [experiment.data.example(task, 'pretrain', i) for i in range(2)]
+      )
       for task in ('generate', 'understand', 'edit')
     }
 
@@ -95,18 +104,21 @@ class PretrainingTest(absltest.TestCase):
     self.assertGreater(float(jnp.abs(gradient['projector']['mlp_0']['kernel']).max()), 0.0)
 
   def test_target_follows_the_grid_of_latent_tokens(self):
-    images, patches = self.batch['generate'].target_BYXC, self.experiment.dual_encoder.module.vision_config.patch
+    images, patches = (
+      self.batch['generate'].target_BYXC,
+      self.experiment.dual_encoder.module.vision_config.patch,
+    )
     count = (images.shape[1] // patches) ** 2
-    whole = self.repa.target(self.frozen['judge'], images, count)
+    whole = self.repa.target(self.frozen['dual_encoder'], images, count)
     _, features = self.experiment.dual_encoder.module.apply(
-      {'params': self.frozen['judge']},
+      {'params': self.frozen['dual_encoder']},
       images.astype(jnp.float32) / 127.5 - 1.0,
       False,
       method='embed_image',
     )
     np.testing.assert_allclose(whole, features, atol=1e-6)
     # One token stands for all: the mean of the features.
-    one = self.repa.target(self.frozen['judge'], images, 1)
+    one = self.repa.target(self.frozen['dual_encoder'], images, 1)
     np.testing.assert_allclose(one[:, 0], features.mean(axis=1), atol=1e-5)
 
 

@@ -63,9 +63,12 @@ class MultiProcessTest(absltest.TestCase):
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
     folder, address = pathlib.Path(folder.name), f'localhost:{free_port()}'
-    run = lambda count, process: start(
-      'tests.helpers.multi_process_program', 8 // count, folder, address, count, process
-    )
+
+    def run(count, process):
+      return start(
+        'tests.helpers.multi_process_program', 8 // count, folder, address, count, process
+      )
+
     both = [run(2, process) for process in range(2)]
     for process in both:
       cls.addClassCleanup(process.kill)

@@ -37,17 +37,17 @@ def tiny_config():
     study_config.get_config().to_dict()
     | {
       name: out[name].to_dict()
-      for name in ('model', 'vae', 'judge', 'pretrain', 'align', 'evaluate', 'sampling')
+      for name in ('model', 'vae', 'dual_encoder', 'pretrain', 'align', 'evaluate')
     }
   )
   out.evaluate.guided_prompts = 0
-  out.critic.changes = ml_collections.ConfigDict({'judge': {'steps': 2}})
-  out.critic.pairs = 8
-  out.workers = 2
-  out.variants = ml_collections.ConfigDict(
+  out.study.critic.changes = ml_collections.ConfigDict({'dual_encoder': {'steps': 2}})
+  out.study.critic.pairs = 8
+  out.study.workers = 2
+  out.study.variants = ml_collections.ConfigDict(
     {'repa': {'program': 'control', 'control': {'steps': 2, 'repa': 0.5}}}
   )
-  out.studies = ml_collections.ConfigDict(
+  out.study.plans = ml_collections.ConfigDict(
     {'full': {'seeds': (3,), 'variants': ('repa',), 'changes': {'seed': 0}}}
   )
   return out
@@ -93,6 +93,11 @@ def done(variant, seed, shift):
 
 
 class PlanTest(parameterized.TestCase):
+  def weights(self, config, task):
+    """Returns the weights of a task's rewards that are not 0."""
+    rewards = config.align.rewards[task].items()
+    return {name: reward.weight for name, reward in rewards if reward.weight}
+
   def test_every_variant_of_every_seed_after_its_pretraining(self):
     runs = study.plan(config(), pathlib.Path('w'))
     names = ['pretrained', *study_config.VARIANTS]
@@ -103,45 +108,42 @@ class PlanTest(parameterized.TestCase):
     self.assertEqual({r.config.seed for r in runs[-len(names) :]}, {2})
     by_name = {r.variant: r.config for r in runs[: len(names)]}
     self.assertEqual(by_name['pretrained'].program, 'pretrain')
-    self.assertEqual(by_name['default'].program, 'run')
-    self.assertEqual(by_name['paper'].align.advantage.method, 'sum')
-    self.assertFalse(by_name['paper'].align.graded)
+    self.assertEqual(by_name['default'].program, 'train')
+    self.assertEqual(by_name['paper'].align.advantage.method, 'sum_then_normalize')
+    self.assertFalse(by_name['paper'].align.rewards.generate.rules.graded)
     self.assertEqual(
-      {k: v for k, v in by_name['paper'].align.rewards.generate.items() if v},
-      {'rules': 1.0, 'semantic': 1.0, 'knowledge': 1.0},
+      self.weights(by_name['paper'], 'generate'), {'rules': 1.0, 'semantic': 1.0, 'knowledge': 1.0}
     )
     self.assertEqual(
       by_name['repa'].control.to_dict(), {'steps': 2333, 'rate': 0.5, 'repa': 0.5, 'repa_layer': 2}
     )
-    self.assertEqual(
-      {k: v for k, v in by_name['mutual'].align.rewards.edit.items() if v}, {'mutual': 1.0}
-    )
+    self.assertEqual(self.weights(by_name['mutual'], 'edit'), {'mutual': 1.0})
     self.assertEqual(by_name['generation'].align.prompts.understand, 0)
 
   def test_variants_share_what_comes_before_alignment(self):
     runs = study.plan(config(), pathlib.Path('w'))
-    for part in ('data', 'model', 'vae', 'judge', 'pretrain', 'optimizer', 'evaluate', 'sampling'):
+    for part in ('data', 'model', 'vae', 'dual_encoder', 'pretrain', 'evaluate'):
       self.assertLen({json.dumps(r.config[part].to_dict(), sort_keys=True) for r in runs}, 1, part)
 
   def test_quick_holds_over_the_steps_of_a_variant(self):
-    runs = study.plan(config(study='quick'), pathlib.Path('w'))
+    runs = study.plan(config(study={'name': 'quick'}), pathlib.Path('w'))
     steps = {r.variant: r.config.control.steps for r in runs}
     self.assertEqual(set(steps.values()), {150})
     self.assertEqual(runs[0].config.pretrain.steps, 400)
 
   @parameterized.parameters(
-    ({'study': 'brief'}, "config.study is 'brief'; allowed: .'full', 'quick'."),
-    ({'studies': {'full': {'variants': ('other',)}}}, "holds 'other'; allowed: .'both'"),
+    ({'name': 'brief'}, "config.study.name is 'brief'; allowed: .'full', 'quick'."),
+    ({'plans': {'full': {'variants': ('other',)}}}, "holds 'other'; allowed: .'both'"),
     ({'variants': {'default': {'align': {'grou': 4}}}}, 'grou'),
-    ({'variants': {'default': {'align': {'group': 'many'}}}}, 'group'),
+    ({'variants': {'default': {'align': {'rollout': {'group_size': 'many'}}}}}, 'group_size'),
     (
-      {'variants': {'default': {'align': {'group': 1}}}},
+      {'variants': {'default': {'align': {'rollout': {'group_size': 1}}}}},
       "variant 'default'.*align.rollout.group_size is 1",
     ),
   )
   def test_what_does_not_fit_is_named(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
-      study.plan(config(**changes), pathlib.Path('w'))
+      study.plan(config(study=changes), pathlib.Path('w'))
 
 
 class FakeWorker:
@@ -334,7 +336,7 @@ class CommandTest(absltest.TestCase):
     for line in found:
       self.assertBetween(line['repa_loss'], -1.0, 1.0)
       self.assertAlmostEqual(line['loss/repa'], 0.5 * line['repa_loss'], places=5)
-    self.assertFalse({line['stage'] for line in lines} & {'pretrain', 'judge'})
+    self.assertFalse({line['stage'] for line in lines} & {'pretrain', 'dual_encoder'})
     # What is done is not done again.
     again = run()
     self.assertEqual(again.returncode, 0, again.stderr[-4000:])

@@ -66,10 +66,13 @@ class ModelTest(parameterized.TestCase):
 
   def test_nothing_compiles_after_the_buckets_have_been_seen(self):
     model = self.model(True)
-    programs = lambda: [
-      f._cache_size()
-      for f in (model._prefill, model._answer, model._step, model._encode, model._decode)
-    ]
+
+    def programs():
+      return [
+        f._cache_size()
+        for f in (model._prefill, model._answer, model._step, model._encode, model._decode)
+      ]
+
     self.edit(model, (40, 40), 'remove the circle')
     first = programs()
     for size, prompt in (
@@ -106,7 +109,9 @@ class ModelTest(parameterized.TestCase):
     self.assertLessEqual(np.abs(drawn[0] - drawn[1]).max(), 1)
 
   def test_padding_of_a_bucket_changes_nothing(self):
-    segments = lambda model: [model.text('a red circle')]
+    def segments(model):
+      return [model.text('a red circle')]
+
     with_room, exact = (
       model.prefill(segments(model)) for model in (self.model(True), self.model(False))
     )

@@ -141,9 +141,12 @@ class LargeModelTest(absltest.TestCase):
   def test_its_limits_tell_another_temperature(self):
     aligner, batch = collected(objective='nft', dtype='bfloat16', think_generate=0, edit=0)
     limits = bagel_7b.get_config().align.gap_limit
-    found = lambda b: {
-      name: float(jnp.max(x)) for name, x in aligner.gaps({**batch, 'understand': b}).items()
-    }
+
+    def found(b):
+      return {
+        name: float(jnp.max(x)) for name, x in aligner.gaps({**batch, 'understand': b}).items()
+      }
+
     b = batch['understand']
     mismatch.check(1, found(b), limits)
     with self.assertRaisesRegex(ValueError, 'gap/understand/mean is .*limit.texts_mean is 0.02'):
@@ -166,7 +169,10 @@ class FinalImagesTest(parameterized.TestCase):
   @parameterized.parameters(*TASKS)
   def test_are_the_ones_that_were_drawn(self, task):
     mismatch.check(1, self.changed(task, lambda x: x), dict.fromkeys(LIMITS, NONE))
-    rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def rounded(x):
+      return x.astype(jnp.bfloat16).astype(jnp.float32)
+
     for change in (lambda x: x + 0.1, lambda x: x[::-1], lambda x: 1.1 * x, rounded):
       with self.assertRaisesRegex(ValueError, f'gap/{task} is .*gap_limit.images is 1e-05'):
         mismatch.check(1, self.changed(task, change), LIMITS)
@@ -189,12 +195,16 @@ class MeasurementTest(absltest.TestCase):
     experiment = build()
     params, vae, _ = noise.parameters(experiment)
     prompts = experiment.place(
-      experiment.encoder('generate', [experiment.data.example('generate', 'align', i) for i in range(2)]).prompts
+      experiment.encoder(
+        'generate', [experiment.data.example('generate', 'align', i) for i in range(2)]
+      ).prompts
     )
     plain = evaluate.samplers(experiment)
     config = tiny.get_config()
     config.evaluate.guidance = 2.0
-    guided = evaluate.samplers(dataclasses.replace(experiment, config=config)).draw(params, vae, prompts)
+    guided = evaluate.samplers(dataclasses.replace(experiment, config=config)).draw(
+      params, vae, prompts
+    )
     np.testing.assert_array_equal(guided, plain.draw(params, vae, prompts, 2.0))
     self.assertGreater(np.abs(np.int32(guided) - plain.draw(params, vae, prompts)).max(), 5)
 

@@ -63,8 +63,11 @@ class ImagesTest(parameterized.TestCase):
     for b, m in np.ndindex(B, len(KEPT) * G):
       if s.std_BM[b, m] == 0:
         continue
+
       # Of the sampled latents, under what is replayed and under what was recorded.
-      density = lambda mu, sigma: (-((s.next_BMNC[b, m] - mu) ** 2) / (2 * sigma**2)).mean()
+      def density(mu, sigma):
+        return (-((s.next_BMNC[b, m] - mu) ** 2) / (2 * sigma**2)).mean()
+
       gap = abs(density(mean[b, m], s.std_BM[b, m]) - density(s.mean_BMNC[b, m], s.std_BM[b, m]))
       want[m // G] = max(want[m // G], gap)
     np.testing.assert_allclose(found[:-1], want[:-1], rtol=2e-3)
@@ -94,7 +97,9 @@ class ImagesTest(parameterized.TestCase):
     steps, v, _ = drawn(sampler)
     field, move = change
     other = steps.replace(**{field: move(getattr(steps, field))})
-    with self.assertRaisesRegex(ValueError, 'gap/generate is .*align.checks.mismatch.image_max is 1e-05'):
+    with self.assertRaisesRegex(
+      ValueError, 'gap/generate is .*align.checks.mismatch.image_max is 1e-05'
+    ):
       mismatch.check(1, {'gap/generate': float(GAP(sampler, v, other, G).max())}, LIMITS)
 
   def test_the_second_time_of_the_grid_counts_at_the_first_step(self):

@@ -70,9 +70,9 @@ def context(rows=3):
 
 @functools.partial(jax.jit, static_argnames=('temperature', 'length'))
 def answer(params, cache, key_BG, temperature, length=6):
-  decode = lambda row, i, token: MODEL.apply(
-    {'params': params}, cache, row, i, token, method='decode'
-  )
+  def decode(row, i, token):
+    return MODEL.apply({'params': params}, cache, row, i, token, method='decode')
+
   row = bagel.empty_row(CONFIG, key_BG.shape, length)
   return text_rollout.sample(decode, row, key_BG, BOS, EOS, length, temperature)
 
@@ -140,7 +140,10 @@ class ScriptedTextTest(parameterized.TestCase):
 
   def test_samples_follow_the_tempered_softmax(self):
     logits = jnp.log(jnp.array([0.0, 0.0, 0.1, 0.2, 0.7]))
-    decode = lambda row, i, token: (jnp.broadcast_to(logits, (*token.shape, 5)), row)
+
+    def decode(row, i, token):
+      return (jnp.broadcast_to(logits, (*token.shape, 5)), row)
+
     for temperature in (1.0, 0.5):
       out = text_rollout.sample(decode, jnp.zeros(()), keys(4, 500), BOS, EOS, 1, temperature)
       want = np.array([0.0, 0.0, 0.1, 0.2, 0.7]) ** (1 / temperature)
@@ -174,7 +177,10 @@ class NucleusTest(parameterized.TestCase):
 
   def test_samples_and_logp_are_of_the_nucleus(self):
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    decode = lambda row, index, token: (jnp.broadcast_to(logits, (*token.shape, 4)), row)
+
+    def decode(row, index, token):
+      return (jnp.broadcast_to(logits, (*token.shape, 4)), row)
+
     out = text_rollout.sample(decode, None, keys(1, 4000), 0, 3, 1, 1.0, top_p=0.75)
     share = np.bincount(np.asarray(out.tokens_BGT).ravel(), minlength=4) / 4000
     np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=4 * 0.008)
@@ -347,9 +353,9 @@ class WindowTest(parameterized.TestCase):
     sizes=((6, 2), (4, 1), (3, 3), (12, 1), (13, 2), (20, 1), (24, 5)),
   )
   def test_uniform_and_repeatable(self, schedule, seed, sizes):
-    draw = lambda seed: [
-      schedule_lib.window_start(schedule, seed, i, *sizes, 1) for i in range(1, 1001)
-    ]
+    def draw(seed):
+      return [schedule_lib.window_start(schedule, seed, i, *sizes, 1) for i in range(1, 1001)]
+
     found = draw(seed)
     self.assertEqual(found, draw(seed))
     starts = sizes[0] - sizes[1] + 1
@@ -370,14 +376,18 @@ class WindowTest(parameterized.TestCase):
     self.assertLess(np.mean(agree), 0.2)
 
   def test_calls_in_any_order_agree(self):
-    at = lambda i: schedule_lib.window_start('random', 0, i, 6, 2, 1)
+    def at(i):
+      return schedule_lib.window_start('random', 0, i, 6, 2, 1)
+
     want = [at(i) for i in range(1, 21)]
     np.random.seed(0)
     np.random.random(7)
     self.assertEqual([at(i) for i in reversed(range(1, 21))], want[::-1])
 
   def test_sliding(self):
-    at = lambda i, size=4: schedule_lib.window_start('sliding', 0, i, 6, size, 3)
+    def at(i, size=4):
+      return schedule_lib.window_start('sliding', 0, i, 6, size, 3)
+
     self.assertEqual([at(i) for i in range(1, 13)], [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3)
     self.assertEqual({at(i, 6) for i in range(50)}, {0})  # All steps: it cannot move.
     with self.assertRaisesRegex(ValueError, "align.rollout.window_schedule is 'decay'"):

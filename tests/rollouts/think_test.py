@@ -25,7 +25,9 @@ B, G = 2, 4
 
 def build(folder, **changes):
   config = tiny.get_config()
-  config.align.update(prompts=dict(generate=2, understand=2, edit=0, think_generate=B), rollout=dict(group_size=G))
+  config.align.update(
+    prompts=dict(generate=2, understand=2, edit=0, think_generate=B), rollout=dict(group_size=G)
+  )
   config.pretrain.rows.think_generate = 2
   config.evaluate.prompts.think_generate = 2
   for part, values in changes.items():
@@ -99,7 +101,9 @@ class ThinkingTest(absltest.TestCase):
     self.assertEqual(np.flatnonzero(changed).tolist(), [1 * G + 2])
 
   def test_a_longer_template_changes_nothing(self):
-    wide = lambda x, value: np.pad(x, ((0, 0), (0, 0), (0, 3)), constant_values=value)
+    def wide(x, value):
+      return np.pad(x, ((0, 0), (0, 0), (0, 3)), constant_values=value)
+
     longer = policy.after_plans(
       self.prompts, wide(self.tokens, 0), wide(self.mask, False), self.policy.bos
     )
@@ -112,9 +116,15 @@ class ThinkingTest(absltest.TestCase):
   def test_halves_keep_every_sample_with_its_plan(self):
     rng = np.random.default_rng(3)
     K, N, C = 2, 3, 5
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+      return rng.normal(size=shape).astype(np.float32)
+
     wide = draw(B, K * G)
-    x = lambda: draw(B, K * G, N, C)
+
+    def x():
+      return draw(B, K * G, N, C)
+
     steps = types.Transitions(x(), x(), *([wide] * 4), x(), x(), wide)
     image = types.ImageTrainBatch(
       None, draw(B, G, N, C), steps, steps.x_BMNC, wide, None, None, None, None
@@ -143,11 +153,15 @@ class ThinkingTest(absltest.TestCase):
     loss = losses.pretraining(self.policy, dict(think_generate=0.5), 2, 2.2, 3)
     batch = {
       'think_generate': self.experiment.encoder(
-        'think_generate', [self.experiment.data.example('think_generate', 'pretrain', i) for i in range(2)]
+        'think_generate',
+        [self.experiment.data.example('think_generate', 'pretrain', i) for i in range(2)],
       )
     }
     state = types.TrainState(jnp.int32(4), None, None)
-    sums = lambda loss, b: jax.jit(loss.sums)(self.params, state, {'vae': self.vae}, b)[0]
+
+    def sums(loss, b):
+      return jax.jit(loss.sums)(self.params, state, {'vae': self.vae}, b)[0]
+
     found, weights = sums(loss, batch), loss.weights(batch)
     self.assertEqual(loss.coefficients, {'think_generate': 0.5, 'plan': 0.5})
     b = batch['think_generate']
@@ -171,7 +185,10 @@ class ThinkingTest(absltest.TestCase):
     aligner = learner.Learner(experiment, *mine)
     data = align.prompt_batches(experiment)
     tasks = align.draw(experiment, data, data)
-    draw = lambda names: tasks
+
+    def draw(names):
+      return tasks
+
     metrics, pictures = aligner.iterate(tasks, 1, draw)
     return aligner, metrics, pictures
 

@@ -19,6 +19,7 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import align
 from lvrpo_jax.training import fit
 from lvrpo_jax.training import learner
+from lvrpo_jax.training import update as update_lib
 from lvrpo_jax.training import pretrain
 from tests.helpers import noise
 
@@ -50,8 +51,8 @@ class InitialTest(absltest.TestCase):
     params['llm2vae']['kernel'] = 0.1 * jax.random.normal(
       jax.random.key(5), params['llm2vae']['kernel'].shape
     )
-    optimizer, _ = learner.build_update(experiment)
-    state = learner.initial_state(experiment, params, optimizer)
+    optimizer, _ = update_lib.build_update(experiment)
+    state = update_lib.initial_state(experiment, params, optimizer)
     kernel = lambda tree: tree['trunk']['layers']['gen']['q_proj']['kernel']
     self.assertEqual(kernel(state.reference).dtype, jnp.bfloat16)
     self.assertEqual(kernel(state.params).dtype, jnp.float32)
@@ -70,8 +71,8 @@ class InitialTest(absltest.TestCase):
     config = tiny.get_config()
     config.align.lora.rank = 2
     experiment = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
-    optimizer, _ = learner.build_update(experiment)
-    self.assertIsNone(learner.initial_state(experiment, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
+    optimizer, _ = update_lib.build_update(experiment)
+    self.assertIsNone(update_lib.initial_state(experiment, {'kernel': jnp.ones((2, 2))}, optimizer).reference)
 
 
 class IterationTest(parameterized.TestCase):
@@ -235,7 +236,7 @@ class IterationTest(parameterized.TestCase):
       )
       batch['understand'] = batch['understand'].replace(reference_BGT=logp['understand'])
       off = {**aligner.frozen, 'factors': {**aligner.factors, 'answers': 0.0}}
-      loss = learner.alignment_loss(aligner.experiment)
+      loss = update_lib.alignment_loss(aligner.experiment)
       weights = loss.weights(batch)
 
       def objective(params):

@@ -1,5 +1,7 @@
 """Tests of schedules, clipping, decay and learning rates by parameter name."""
 
+import itertools
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
@@ -7,12 +9,16 @@ from jax import numpy as jnp
 import numpy as np
 import optax
 
+from configs import base
 from lvrpo_jax.training import optimizer as optimizer_lib
 
 
 def tree(seed=0):
   rng = np.random.default_rng(seed)
-  draw = lambda *shape: jnp.float32(rng.normal(size=shape))
+
+  def draw(*shape):
+    return jnp.float32(rng.normal(size=shape))
+
   return {
     'trunk': {
       'layers': {
@@ -26,7 +32,9 @@ def tree(seed=0):
 
 
 def build(rules=(), decay=0.0, clip=1e9, kind='adamw'):
-  rate = lambda peak: optimizer_lib.schedule('constant', peak, 100, 0)
+  def rate(peak):
+    return optimizer_lib.schedule('constant', peak, 100, 0)
+
   return optimizer_lib.build(kind, rate(0.1), 0.9, 0.98, 1e-8, decay, clip, rate(0.3), rules)
 
 
@@ -46,9 +54,10 @@ class MasterTest(absltest.TestCase):
       'adamw', optimizer_lib.schedule('constant', 1e-6, 1000, 0), 0.9, 0.98, 1e-8, 0.0, 1e9
     )
     grads = {'w': jnp.ones((1,))}
-    moved = lambda dtype: float(
-      run(optimizer, {'w': jnp.full((1,), 0.02, dtype)}, grads, 1000)['w'][0]
-    )
+
+    def moved(dtype):
+      return float(run(optimizer, {'w': jnp.full((1,), 0.02, dtype)}, grads, 1000)['w'][0])
+
     # The scale of bfloat16 has steps of 1.2e-4 there; the updates add up to 1e-3.
     self.assertAlmostEqual(moved(jnp.float32), 0.019, places=5)
     self.assertEqual(moved(jnp.bfloat16), float(jnp.bfloat16(0.02)))
@@ -75,7 +84,26 @@ class ScheduleTest(parameterized.TestCase):
     rate = optimizer_lib.schedule('constant', 3e-4, 100, 4)
     self.assertAlmostEqual(float(rate(jnp.int32(step))), 3e-4 * expected, places=9)
 
-  @parameterized.parameters('constant', 'linear')
+  @parameterized.parameters(
+    (0, 100, 10),
+    (4, 100, 10),
+    (9, 100, 10),
+    (10, 100, 10),
+    (50, 100, 10),
+    (99, 100, 10),
+    (100, 100, 10),
+    (150, 100, 10),
+    (0, 1, 0),
+    (1, 1, 0),
+  )
+  def test_cosine(self, step, steps, warmup):
+    expected = (
+      0.5 * (1 + np.cos(np.pi * min(step / steps, 1))) * min(1, (step + 1) / max(warmup, 1))
+    )
+    rate = optimizer_lib.schedule('cosine', 2.0, steps, warmup)
+    self.assertAlmostEqual(float(rate(jnp.int32(step))), 2.0 * expected, places=6)
+
+  @parameterized.parameters('constant', 'linear', 'cosine')
   def test_without_warm_up(self, kind):
     self.assertAlmostEqual(float(optimizer_lib.schedule(kind, 1.0, 10, 0)(jnp.int32(0))), 1.0)
 
@@ -86,8 +114,102 @@ class ScheduleTest(parameterized.TestCase):
     self.assertEqual(float(rate(jnp.int32(steps))), 0.0)
 
   def test_unknown_kind(self):
-    with self.assertRaisesRegex(ValueError, "'cosine'"):
-      optimizer_lib.schedule('cosine', 1.0, 10, 0)
+    with self.assertRaisesRegex(ValueError, "'step'; allowed: 'constant', 'linear', 'cosine'"):
+      optimizer_lib.schedule('step', 1.0, 10, 0)
+
+
+def adamw_oracle(p, slopes, settings, factor, multiplier, steps):
+  """AdamW after clipping, with a cosine schedule after a linear warm-up, in float64.
+
+  Args:
+    p: parameters as one vector.
+    slopes: a gradient of every step, of the same length.
+    multiplier: of the update of every parameter.
+    steps: of the whole schedule.
+  """
+  m, v = np.zeros_like(p), np.zeros_like(p)
+  for step, g in enumerate(slopes):
+    g = g * min(1.0, settings.clip_norm / np.linalg.norm(g))
+    m = settings.b1 * m + (1 - settings.b1) * g
+    v = settings.b2 * v + (1 - settings.b2) * g**2
+    first, second = m / (1 - settings.b1 ** (step + 1)), v / (1 - settings.b2 ** (step + 1))
+    move = first / (np.sqrt(second) + settings.eps) + settings.weight_decay * p
+    warm = min(1.0, (step + 1) / settings.warmup)
+    rate = settings.learning_rate * factor * 0.5 * (1 + np.cos(np.pi * step / steps)) * warm
+    p = p - rate * multiplier * move
+  return p
+
+
+class FromConfigTest(parameterized.TestCase):
+  def settings(self, **changes):
+    return base.optimizer(
+      schedule='cosine',
+      warmup=3,
+      learning_rate=0.05,
+      muon_rate=0.07,
+      b1=0.8,
+      b2=0.95,
+      eps=1e-3,
+      weight_decay=0.2,
+      clip_norm=1.5,
+      **changes,
+    )
+
+  def moved(self, settings, params, slopes, *args, **kwargs):
+    """Parameters before and after an update for each of the slopes."""
+    optimizer = optimizer_lib.from_config(settings, *args, **kwargs)
+    state, out = optimizer.init(params), [params]
+    for grads in slopes:
+      updates, state = optimizer.update(grads, state, out[-1])
+      out.append(optax.apply_updates(out[-1], updates))
+    return out
+
+  def test_unknown_kind(self):
+    with self.assertRaisesRegex(ValueError, "'lion'; allowed: 'adamw', 'muon'"):
+      optimizer_lib.from_config(self.settings(kind='lion'), 10)
+
+  def test_adamw_with_cosine_against_numpy(self):
+    draw = np.random.default_rng(0).normal
+    params = {'kernel': jnp.float32(draw(size=6)), 'slow': {'kernel': jnp.float32(draw(size=4))}}
+    # Some gradients are clipped, others are not.
+    scales = (3.0, 0.1, 0.4, 2.0, 0.2, 1.0, 0.05)
+    slopes = [
+      jax.tree.map(lambda x, s=s: jnp.float32(s * draw(size=x.shape)), params) for s in scales
+    ]
+
+    def flat(tree):
+      return np.float64(np.concatenate([tree['kernel'], tree['slow']['kernel']]))
+
+    norms = [np.linalg.norm(flat(g)) for g in slopes]
+    settings = self.settings()
+    self.assertBetween(sum(norm > settings.clip_norm for norm in norms), 2, len(norms) - 2)
+    found = self.moved(settings, params, slopes, 9, factor=0.5, rules=((r'slow', 0.3),))
+    multiplier = np.repeat([1.0, 0.3], [6, 4])
+    for count in range(1, len(slopes) + 1):
+      want = adamw_oracle(
+        flat(params), [flat(g) for g in slopes[:count]], settings, 0.5, multiplier, 9
+      )
+      np.testing.assert_allclose(flat(found[count]), want, rtol=1e-5, atol=1e-6)
+    self.assertGreater(np.abs(flat(found[-1]) - flat(params)).min(), 1e-4)
+
+  def test_both_rates_follow_the_schedule_and_the_factor(self):
+    # Gradients of one direction: all orthogonalised steps have one length, times the rate.
+    params, slope = tree(), tree(seed=1)
+    settings = self.settings(kind='muon')
+    settings.update(weight_decay=0.0, b1=0.0, b2=0.0, eps=1e-12)
+    found = self.moved(settings, params, [slope] * 8, 8, factor=2.0)
+    parts = {
+      'muon_rate': lambda t: t['trunk']['layers']['und']['q_proj']['kernel'],
+      'learning_rate': lambda t: t['vit']['pos_embed'],
+    }
+    warm = np.minimum(1.0, np.arange(1, 9) / 3)
+    rates = 0.5 * (1 + np.cos(np.pi * np.arange(8) / 8)) * warm
+    for name, part in parts.items():
+      steps = [np.linalg.norm(part(b) - part(a)) for a, b in itertools.pairwise(found)]
+      np.testing.assert_allclose(steps, steps[2] * rates / rates[2], rtol=1e-3, err_msg=name)
+    # Adam without memory moves every parameter by the rate.
+    step = np.abs(parts['learning_rate'](found[3]) - parts['learning_rate'](found[2]))
+    np.testing.assert_allclose(step, 2.0 * settings.learning_rate * rates[2], rtol=1e-4)
 
 
 class RateTest(absltest.TestCase):
@@ -124,7 +246,10 @@ class BuildTest(parameterized.TestCase):
   def test_adam_against_numpy(self):
     params, grads = tree(), tree(seed=1)
     optimizer = build()
-    kernel = lambda t: np.float64(t['trunk']['layers']['gen']['q_proj']['kernel'])
+
+    def kernel(t):
+      return np.float64(t['trunk']['layers']['gen']['q_proj']['kernel'])
+
     p, g = kernel(params), kernel(grads)
     m = v = np.zeros_like(p)
     for step in range(1, 4):
@@ -150,7 +275,9 @@ class BuildTest(parameterized.TestCase):
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), plain, params)
     slowed = jax.tree.map(lambda a, b: np.asarray(a - b), slow, params)
     for key in ('kernel', 'bias'):
-      und, gen = (lambda t, s=s: t['trunk']['layers'][s]['q_proj'][key] for s in ('und', 'gen'))
+      und, gen = (
+        lambda t, s=s, key=key: t['trunk']['layers'][s]['q_proj'][key] for s in ('und', 'gen')
+      )
       np.testing.assert_allclose(und(slowed), 0.25 * und(moved), rtol=1e-4, atol=1e-7)
       np.testing.assert_array_equal(gen(slowed), gen(moved))
 

@@ -40,6 +40,9 @@ class ShapesData:
     describe: fraction of pretraining questions that ask for a description of the whole image.
     drop: probability of leaving the text out, to train guidance.
     tokenizer: tokenizer of the model; None makes one of the world's words.
+
+  Raises:
+    ValueError: a fraction is not between 0 and 1.
   """
 
   def __init__(
@@ -54,6 +57,10 @@ class ShapesData:
     drop: float,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
   ):
+    fractions = dict(wrong=wrong, chatty=chatty, plan=plan, describe=describe, drop=drop)
+    for name, fraction in fractions.items():
+      if not 0 <= fraction <= 1:
+        raise ValueError(f'config.data.options.{name} is {fraction}; allowed: between 0 and 1')
     self.world = world.World(seed)
     self.seed = seed
     self._kinds = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 from typing import Any
 
 from absl import logging
@@ -13,6 +15,7 @@ from lvrpo_jax.models import vae as vae_lib
 from lvrpo_jax.models.bagel import config as bagel_config
 from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.models.bagel import policy as policy_lib
+from lvrpo_jax.models.bagel import released
 
 
 def find_architecture(config: types.Config) -> dict[str, Any]:
@@ -186,6 +189,32 @@ class Family:
     if architecture:
       return released_policy(config, tokenizer, image_size, architecture)
     return small_policy(config, tokenizer, image_size)
+
+  def digest(self, policy: policy_lib.Policy, folder: str | os.PathLike, part: str) -> str:
+    """Tells the weights of one part of a released folder apart from others."""
+    return released.digest(policy, folder, part)
+
+  def load(
+    self,
+    policy: policy_lib.Policy,
+    folder: str | os.PathLike,
+    part: str,
+    shardings: types.Tree,
+  ) -> types.Params:
+    """Parameters of one part of a released folder, read straight into their shards."""
+    return released.load(policy, folder, part, shardings)
+
+  def save(
+    self,
+    policy: policy_lib.Policy,
+    params: types.Params,
+    vae_params: types.Params,
+    source: str | os.PathLike,
+    target: pathlib.Path,
+    shards: int,
+  ) -> None:
+    """Writes a folder of the released form, configuration and tokenizer copied from `source`."""
+    released.save(policy, params, vae_params, source, target, shards)
 
 
 BAGEL = Family()

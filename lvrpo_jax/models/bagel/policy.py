@@ -50,6 +50,7 @@ class Policy:
 
   @functools.cached_property
   def model(self) -> bagel.Unified:
+    """The network."""
     return bagel.Unified(self.config)
 
   @property
@@ -76,18 +77,21 @@ class Policy:
 
   @property
   def vit_tokens(self) -> int:
+    """Tokens of an image that is shown."""
     return (self.vit_size // self.config.vit.patch) ** 2
 
   def encode_image(self, vae_params: types.Params, image_BYXC: Array) -> Array:
     """Latent tokens (B, N, C) of uint8 images: the posterior mean."""
     vae_params = activations.gathered(vae_params)
-    encode = lambda image: self.vae.apply(
-      {'params': vae_params}, contexts.to_unit(image), method='encode_mean'
-    )
+
+    def encode(image):
+      pixels = contexts.to_unit(image)
+      return self.vae.apply({'params': vae_params}, pixels, method='encode_mean')
+
     latent = self._over_images(encode, image_BYXC)
     return vae_lib.patchify(latent, self.latent_patch)
 
-  def _over_images(self, function: Callable[[Array], Array], x: Array) -> Array:
+  def _over_images(self, function: Callable[[Array], Any], x: Array) -> Array:
     """`function` of rows, at once where the images are small."""
     return function(x) if self.image_size <= LARGE else activations.one_by_one(function, x)
 
@@ -96,7 +100,10 @@ class Policy:
     rows = latents.reshape(-1, *latents.shape[-2:])
     latent = vae_lib.unpatchify(rows, (self.latent_grid, self.latent_grid), self.latent_patch)
     vae_params = activations.gathered(vae_params)
-    decode = lambda x: self.vae.apply({'params': vae_params}, x, method='decode')
+
+    def decode(x):
+      return self.vae.apply({'params': vae_params}, x, method='decode')
+
     image = self._over_images(decode, latent)
     image = (jnp.clip(image * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
     return image.reshape(*latents.shape[:-2], *image.shape[1:])
@@ -147,9 +154,34 @@ class Policy:
       next_position_B=prompts.next_position_B,
     )
 
+  @property
+  def width(self) -> int:
+    """Width of the states after every layer."""
+    return self.config.width
+
+  @property
+  def depth(self) -> int:
+    """Number of layers."""
+    return self.config.depth
+
   def init(self, key: Array) -> types.Params:
     """Fresh parameters."""
     return bagel.init(self.config, key)
+
+  def init_autoencoder(self, key: Array) -> types.Params:
+    """Fresh parameters of the autoencoder."""
+    side = self.image_size
+    return self.vae.init(key, jnp.zeros((1, side, side, 3)))['params']
+
+  def fit_autoencoder(self, image_BYXC: np.ndarray, seed: int) -> types.Params:
+    """Parameters of the small autoencoder, fitted to uint8 images in closed form.
+
+    Raises:
+      ValueError: the autoencoder is a released one.
+    """
+    if not isinstance(self.vae, vae_lib.PatchAutoencoder):
+      raise ValueError('a released autoencoder is loaded, not fitted')
+    return vae_lib.fit_patch_autoencoder(self.vae, contexts.to_unit(image_BYXC), seed)
 
   def apply(self, params: types.Params, *args, method: str) -> Any:
     """`Unified.<method>` with these parameters."""
@@ -249,7 +281,7 @@ class Policy:
       for task, query in queries.items()
     }
 
-  def empty_row(self, shape: tuple[int, ...], length: int) -> types.Tree:
+  def empty_row(self, shape: tuple[int, int], length: int) -> types.Tree:
     """Room for the keys and values of texts of at most `length` tokens, for rows of a shape."""
     return bagel.empty_row(self.config, shape, length)
 

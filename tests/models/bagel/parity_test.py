@@ -33,7 +33,9 @@ from lvrpo_jax.models.bagel import trunk
 from lvrpo_jax.objectives import sft
 from lvrpo_jax.rollouts import guidance as guidance_lib
 from lvrpo_jax.rollouts import text as text_rollout
+from tests.helpers import guided_walk
 from tests.helpers import jax_settings
+from tests.helpers import released_packing
 
 DEFAULT_DIR = pathlib.Path(__file__).resolve().parents[2] / 'goldens' / 'bagel'
 PARITY_DIR = pathlib.Path(os.environ.get('LVRPO_PARITY_DIR', DEFAULT_DIR))
@@ -63,8 +65,13 @@ setUpModule, tearDownModule = jax_settings.of_module(
   jax_disable_most_optimizations=True,
 )
 
-to_last = lambda image_CYX: np.moveaxis(image_CYX, -3, -1)
-to_first = lambda image_YXC: np.moveaxis(np.asarray(image_YXC), -1, -3)
+
+def to_last(image_CYX):
+  return np.moveaxis(image_CYX, -3, -1)
+
+
+def to_first(image_YXC):
+  return np.moveaxis(np.asarray(image_YXC), -1, -3)
 
 
 def group_of(name: str) -> str:
@@ -225,9 +232,9 @@ class World:
     """Compiled greedy decoding; the length is static."""
 
     def run(params, cache, eos, length):
-      decode = lambda row, index, token: self.apply(
-        params, cache, row, index, token, method='decode'
-      )
+      def decode(row, index, token):
+        return self.apply(params, cache, row, index, token, method='decode')
+
       row = bagel.empty_row(self.model_config, (1, 1), length)
       keys = jax.random.split(jax.random.key(0), (1, 1))
       return text_rollout.sample(decode, row, keys, self.form.bos, eos, length, 0.0)
@@ -245,11 +252,11 @@ class World:
     """Compiled guided sampling from noise (N, C); the renormalisation type is static."""
 
     def run(params, caches, guidance, noise, position, grid):
-      branch = lambda cache: (
-        lambda x, time: self.apply(params, cache, x, time, position[None], method='velocity')
-      )
+      def branch(cache):
+        return lambda x, time: self.apply(params, cache, x, time, position[None], method='velocity')
+
       branches = guidance_lib.Branches(**{name: branch(cache) for name, cache in caches.items()})
-      return guidance_lib.sample_guided(branches, guidance, noise[None, None], grid)
+      return guided_walk.sample_guided(branches, guidance, noise[None, None], grid)
 
     return jax.jit(run)
 
@@ -450,13 +457,19 @@ class ParityTest(absltest.TestCase):
 
   def test_train(self):
     w, t = self.w, train()
-    for name, value in packing.reference_arrays(t.packed).items():
+    for name, value in released_packing.reference_arrays(t.packed).items():
       np.testing.assert_allclose(value, w.inputs[f'train/{name}'], 1e-6, err_msg=name)
     np.testing.assert_array_equal(to_first(t.padded_YXC), w.inputs['train/padded_images'])
-    embed = lambda method, *args: w.apply(w.params, *args, method=method)
+
+    def embed(method, *args):
+      return w.apply(w.params, *args, method=method)
+
     seq = t.sequence
     vit = (seq.patches_BNP, seq.patch_position_BN, seq.patch_image_BN)
-    connector = lambda m, *args: m.embed_patches(*args)
+
+    def connector(m, *args):
+      return m.embed_patches(*args)
+
     vit_tokens = embed(connector, *vit)[0]
     position = w.params['vit_pos_embed'][seq.patch_position_BN[0]]
     inputs = np.concatenate(
@@ -493,7 +506,10 @@ class ParityTest(absltest.TestCase):
   def test_gradients(self):
     gradients = dict(bagel_params.tensors(train_results()[1], self.w.model_config))
     names = self.w.outputs['train/grad_names']
-    norm = lambda name: np.sqrt(np.sum(np.square(gradients[name], dtype=np.float64)))
+
+    def norm(name):
+      return np.sqrt(np.sum(np.square(gradients[name], dtype=np.float64)))
+
     self.check('train/grad_names', names)
     self.check('train/grad_l2', np.array([norm(name) for name in names]))
     for name in gradients.keys() - set(names):
@@ -529,7 +545,7 @@ class ParityTest(absltest.TestCase):
       self.check(
         name,
         {
-          **packing.reference_arrays(packed),
+          **released_packing.reference_arrays(packed),
           'number_of_distinct_timesteps': np.int32(len(np.unique(draws))),
         }[array],
       )
@@ -563,7 +579,10 @@ class ParityTest(absltest.TestCase):
   def check_walk(self, prefix, settings, caches, noise, position, plain=False):
     """Runs guided sampling with the settings of a case; returns the final latent tokens."""
     w = self.w
-    scale = lambda name: 1.0 if plain else settings.get(name, 1.0)
+
+    def scale(name):
+      return 1.0 if plain else settings.get(name, 1.0)
+
     guidance = guidance_lib.Guidance(
       scale('cfg_text_scale'),
       scale('cfg_img_scale'),
@@ -596,7 +615,7 @@ class ParityTest(absltest.TestCase):
     caches = w.contexts(segments)
     query = packing.Latent(position, target=True)
     packed = {
-      name: packing.reference_arrays(packing.pack([[*value, query]], w.form))
+      name: released_packing.reference_arrays(packing.pack([[*value, query]], w.form))
       for name, value in segments.items()
     }
     rope = {
@@ -608,7 +627,10 @@ class ParityTest(absltest.TestCase):
     self.check('gen/packed_text_ids', packed['main']['packed_text_ids'][-2:])
     for name, cache in caches.items():
       self.assertEqual(cache.next_position_B[0], rope[name][0])
-    velocity = lambda name, t: w.velocity(w.params, caches[name], noise, jnp.float32(t), position)
+
+    def velocity(name, t):
+      return w.velocity(w.params, caches[name], noise, jnp.float32(t), position)
+
     v, u = velocity('main', 1.0), velocity('without_text', 1.0)
     self.check('gen/v_t1', v)
     self.check('gen/v_t1_uncond', u)
@@ -690,7 +712,10 @@ class ParityTest(absltest.TestCase):
     ):
       self.check(f'edit/{name}_kv_len', np.sum(caches[ours].valid_BS, dtype=np.int32))
       self.check(f'edit/{name}_rope_next', caches[ours].next_position_B[0])
-    velocity = lambda name, x, t: w.velocity(w.params, caches[name], x, jnp.float32(t), position)
+
+    def velocity(name, x, t):
+      return w.velocity(w.params, caches[name], x, jnp.float32(t), position)
+
     v, v_text, v_image = (velocity(name, noise, 1.0) for name in segments)
     self.check('edit/v_t1', v)
     self.check('edit/v_t1_cfg_text_branch', v_text)
@@ -744,7 +769,10 @@ class ParityTest(absltest.TestCase):
   def test_vae(self):
     w = self.w
     a, b = (to_last(w.inputs[f'vae/image_{name}'])[None] for name in 'ab')
-    moments = lambda image: to_first(np.concatenate(w.moments(image), axis=-1))
+
+    def moments(image):
+      return to_first(np.concatenate(w.moments(image), axis=-1))
+
     padding = [(0, have - need) for have, need in zip(a.shape, b.shape)]
     self.check('vae/moments_a', moments(a))
     self.check('vae/mean_a', to_first(w.moments(a)[0]))
@@ -767,7 +795,7 @@ class ParityTest(absltest.TestCase):
     )
     self.check('misc/rope_cos', cos)
     self.check('misc/rope_sin', sin)
-    positions = dict(extrapolate=layers.grid_positions, interpolate=layers.interpolated_positions)
+    positions = dict(extrapolate=layers.grid_positions, interpolate=interpolated_positions)
     for name in (name for name in w.outputs if name.startswith('misc/')):
       if grid := re.fullmatch(r'misc/grid_n(\d+)_shift([\d.]+)', name):
         self.check(name, flow.time_grid(int(grid[1]), float(grid[2])))
@@ -798,6 +826,16 @@ class ParityTest(absltest.TestCase):
     return np.array([image_files.resize_rule(*size, *rule) for size in sizes])
 
 
+def interpolated_positions(rows: int, columns: int, side: int) -> np.ndarray:
+  """Table rows of an image of rows x columns tokens, as the released code interpolates them."""
+  boundaries = np.arange(1 / side, 1.0, 1 / side)
+  row, column = (
+    np.searchsorted(boundaries, np.arange(0, 1 - 1e-6, 1 / n), side='right')
+    for n in (rows, columns)
+  )
+  return (row[:, None] * side + column[None]).reshape(-1).astype(np.int32)
+
+
 def guidance_results(w: World) -> np.ndarray:
   """All combinations of the guidance case."""
   fields = [w.inputs[f'cfgmix/v_{name}'] for name in ('main', 'cfg_text', 'cfg_img')]
@@ -820,9 +858,10 @@ class MistakesTest(absltest.TestCase):
 
   def test_mask(self):
     honest = attention.keep_mask
-    visible = lambda query, key: honest(
-      query, key.replace(mode_BL=jnp.minimum(key.mode_BL, types.FULL))
-    )
+
+    def visible(query, key):
+      return honest(query, key.replace(mode_BL=jnp.minimum(key.mode_BL, types.FULL)))
+
     with mock.patch.object(attention, 'keep_mask', visible):
       self.assertGreater(self.deviation(), MISTAKE)
 
@@ -830,28 +869,38 @@ class MistakesTest(absltest.TestCase):
     honest = packing._advance
     with mock.patch.object(packing, '_advance', lambda segment: max(honest(segment), 1)):
       self.assertGreater(self.deviation(), MISTAKE)
-    own_width = lambda rows, columns, side: np.arange(rows * columns)
+
+    def own_width(rows, columns, side):
+      return np.arange(rows * columns)
+
     with mock.patch.object(layers, 'grid_positions', own_width):
       self.assertGreater(self.deviation(), MISTAKE)
 
   def test_expert_slices(self):
     honest, other = trunk.Expert, {'und': 'gen', 'gen': 'und'}
-    swapped = lambda name, **kwargs: honest(name=other[name], **kwargs)
+
+    def swapped(name, **kwargs):
+      return honest(name=other[name], **kwargs)
+
     with mock.patch.object(trunk, 'Expert', swapped):
       self.assertGreater(self.deviation(), MISTAKE)
 
   def test_time_features(self):
     honest = layers.time_features
-    sines_first = lambda t: jnp.concatenate(jnp.split(honest(t), 2, axis=-1)[::-1], axis=-1)
+
+    def sines_first(t):
+      return jnp.concatenate(jnp.split(honest(t), 2, axis=-1)[::-1], axis=-1)
+
     with mock.patch.object(layers, 'time_features', sines_first):
       self.assertGreater(self.deviation(), MISTAKE)
 
   def test_guidance(self):
     w = world()
     honest = flow.guide
-    late = lambda v, u, w, a, b, renorm, floor: honest(
-      v, u, w, a, b, 'channel' if renorm == 'text_channel' else renorm, floor
-    )
+
+    def late(v, u, w, a, b, renorm, floor):
+      return honest(v, u, w, a, b, 'channel' if renorm == 'text_channel' else renorm, floor)
+
     with mock.patch.object(flow, 'guide', late):
       away = np.abs(guidance_results(w) - w.outputs['cfgmix/result'])
     self.assertGreater(away.max(), MISTAKE)

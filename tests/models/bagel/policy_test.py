@@ -14,8 +14,8 @@ from configs import tiny
 from lvrpo_jax.data import encoding
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
-from lvrpo_jax.models import layers
 from lvrpo_jax.models import contexts
+from lvrpo_jax.models import layers
 from lvrpo_jax.runtime import experiment as experiment_lib
 from tests.helpers import noise
 
@@ -73,7 +73,10 @@ def prefill(params, vae_params, p):
 @jax.jit
 def outputs(params, cache, ids, x, time):
   """Text logits and velocities after a context."""
-  return (experiment().policy.text_logits(params, cache, ids), experiment().policy.velocity(params, cache, x, time))
+  return (
+    experiment().policy.text_logits(params, cache, ids),
+    experiment().policy.velocity(params, cache, x, time),
+  )
 
 
 def inputs(rows=2):
@@ -178,13 +181,14 @@ class PixelsTest(absltest.TestCase):
   def test_the_vision_tower_sees_no_more_than_its_table_holds(self):
     policy = experiment().policy
     vit = dataclasses.replace(policy.config.vit, patch=14, side=70)
-    at = lambda size: (
-      dataclasses.replace(
+
+    def at(size):
+      return dataclasses.replace(
         policy,
         image_size=size,
         config=dataclasses.replace(policy.config, interpolate_pos=False, vit=vit),
       ).vit_size
-    )
+
     self.assertEqual([at(size) for size in (8, 512, 980, 1024)], [14, 37 * 14, 980, 980])
 
   def test_to_unit(self):
