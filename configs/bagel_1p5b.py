@@ -1,13 +1,12 @@
-"""The smaller size of the paper: BAGEL's architecture around the shape of Qwen2.5-1.5B.
+"""The smaller model of the paper: BAGEL's architecture with the sizes of Qwen2.5-1.5B.
 
-No weights of this size are released: `config.checkpoint` names a folder of your own.
+No weights of this size are released; `config.checkpoint` names a folder of your own.
 """
-
-from typing import Any
 
 from ml_collections import config_dict
 
 from configs import bagel_7b
+from configs import base
 
 LLM = dict(
   bagel_7b.LLM,
@@ -19,7 +18,7 @@ LLM = dict(
 )
 
 
-def get_config() -> Any:
+def get_config() -> base.Config:
   """Returns the configuration of the small model."""
   config = bagel_7b.get_config()
   config.architecture.llm_config = config_dict.ConfigDict(LLM)

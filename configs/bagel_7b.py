@@ -1,14 +1,12 @@
-"""BAGEL-7B-MoT (arXiv 2505.14683): sampling from the released weights, and aligning them.
+"""BAGEL-7B-MoT (arXiv 2505.14683): samples from the released weights, and aligns them.
 
     python -m lvrpo_jax.main --config=configs/bagel_7b.py --config.checkpoint=DIR \
         --config.program=sample --config.sample.prompt='a red fox in the snow'
 
-DIR holds `llm_config.json`, `vit_config.json`, `ema.safetensors`, `ae.safetensors` and the files of
-the tokenizer, as they were released. The data of an alignment are the shapes world until
-`config.data.source` names yours.
+DIR holds the released files `llm_config.json`, `vit_config.json`, `ema.safetensors`,
+`ae.safetensors` and those of the tokenizer. Alignment uses the shapes world unless
+`config.data.source` names other data.
 """
-
-from typing import Any
 
 from ml_collections import config_dict
 
@@ -27,7 +25,7 @@ LLM = dict(
   hidden_act='silu',
   **bagel_config.SCRIPT_LLM,
 )
-"""Qwen2.5-7B."""
+"""Sizes of Qwen2.5-7B."""
 
 VIT = dict(
   hidden_size=1152,
@@ -41,7 +39,7 @@ VIT = dict(
   hidden_act='gelu_pytorch_tanh',
   rope=False,
 )
-"""SigLIP so400m at 980 pixels, without its last layer."""
+"""Sizes of SigLIP so400m at 980 pixels, without its last layer."""
 
 THINK = (
   'You should first think about the {} process in the mind and then {}. \nThe {} process is '
@@ -50,7 +48,7 @@ THINK = (
 """The system prompt that the released model was trained with."""
 
 
-def get_config() -> Any:
+def get_config() -> base.Config:
   """Returns the configuration of the released model."""
   config = base.get_config()
   config.architecture = config_dict.ConfigDict(
@@ -82,9 +80,9 @@ def get_config() -> Any:
     prompts=dict(generate=64, understand=64, edit=64),
     rollout=dict(steps=15, shift=3.0),
     image=dict(draws=1),
-    # Gradients of 8B unified models have a root mean square of about 5e-9: 1e-8 would outweigh them.
+    # Gradients of 8B unified models have a root mean square of about 5e-9, below an eps of 1e-8.
     optimizer=dict(learning_rate=1e-5, eps=1e-12),
-    # It copies the state; ask for it where the update leaves room.
+    # The measurement copies the state; turn it on where the memory suffices.
     checks=dict(gradients_every=0),
     checkpoints=dict(every=50),
     evaluate=dict(every=50),

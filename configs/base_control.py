@@ -2,15 +2,15 @@
 
     python -m lvrpo_jax.main --config=configs/base_control.py
 
-The first stages are those of `configs/base.py`, so `before` is the same; `after` is the model that
-was pretrained on for `control.steps` more steps, on fresh rows, with the learning rate falling
-to 0 once more.
+The first stages are those of `configs/base.py`, so the scores `before` are the same. The scores
+`after` are those of the model after `control.steps` further steps of pretraining on fresh rows,
+with a second learning-rate schedule that ends at 0.
 """
 
 from configs import base
 
 
-def get_config():
+def get_config() -> base.Config:
   """Returns the configuration of the control."""
   config = base.get_config()
   config.program = 'control'

@@ -1,4 +1,4 @@
-"""A config file that reads the `config.json` of a run: `--config=configs/from_json.py:FILE`."""
+"""Reads the `config.json` of a run as a config: `--config=configs/from_json.py:FILE`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 
 def get_config(path: str) -> config_dict.ConfigDict:
-  """The configuration in a JSON file, lists as tuples."""
+  """Returns the configuration in a JSON file, with lists as tuples."""
 
   def tuples(value: Any) -> Any:
     if isinstance(value, dict):

@@ -2,19 +2,19 @@
 
     python -m lvrpo_jax.main --config=configs/paper.py
 
-Rules pay all or nothing, components of equal weight are summed, and the sum is divided by its
+Rules give all or nothing. Rewards of equal weight are summed, and the sum is divided by its
 deviation in the group, however small that is. The objective is GRPO's clipped ratio, on every token
-of an answer (each answer counting the same) and on replayed steps of the sampler. For answers the
-paper compares the input image with the question; in a group that is constant, and what is constant
-teaches nothing, so it has no weight here. Rates, sampler and weights of the penalties, which the
-paper leaves open, are those of the default job.
+of an answer (with the same weight for each answer) and on replayed steps of the sampler. For
+answers the paper compares the input image with the question. That reward is constant in a group and
+has no gradient, so its weight is 0 here. Learning rates, sampler and weights of the penalties,
+which the paper does not state, are those of the default job.
 """
 
 from configs import base
 
 
-def _rewards(*names):
-  """Rewards of weight 1; rules pay all or nothing."""
+def _rewards(*names: str) -> dict[str, dict]:
+  """Returns settings with weight 1 for the rewards named and 0 for others; rules are not graded."""
   weights = {name: dict(weight=float(name in names)) for name in ('rules', 'semantic', 'knowledge')}
   weights['rules']['graded'] = False
   return weights
@@ -32,10 +32,10 @@ CHANGES = dict(
     ),
   )
 )
-"""To the default job."""
+"""Changes to the default job."""
 
 
-def get_config():
+def get_config() -> base.Config:
   """Returns the configuration."""
   config = base.get_config()
   config.update(CHANGES)

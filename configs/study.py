@@ -1,17 +1,17 @@
-"""The study: which part of the method helps, at equal compute, over three seeds.
+"""The study: compares parts of the method at equal compute, over three seeds.
 
     python -m lvrpo_jax.main --config=configs/study.py                       # about 3 hours
     python -m lvrpo_jax.main --config=configs/study.py --config.study.name=quick  # about 20 minutes
 
-Two CPU cores, a run on each (`config.study.workers`). Every variant starts from the pretrained model of its seed
-and is measured on the same held-out prompts and noise. What was done is kept: the same command goes
-on.
+The study uses two CPU cores, with one run on each (`config.study.workers`). Every variant starts
+from the pretrained model of its seed and is evaluated on the same held-out prompts and noise.
+Finished runs are kept: the same command continues an interrupted study.
 
-Models are pretrained four times as long as in the default job, until more of the same helps little:
-alignment is for models that have learned what their data teach. It runs 70 iterations with 24
-groups of 8 images: 336,000 passes of an image through the policy (10 to sample, 15 for the gaps and
-the updates). 'control' and 'repa' see as many in 2,333 further steps of pretraining with 144 noised
-images each, which takes five times as long.
+Models are pretrained four times as long as in the default job, until further pretraining helps
+little, as alignment is applied to models that have converged on their data. Alignment runs 70
+iterations with 24 groups of 8 images: 336,000 passes of an image through the policy (10 to sample,
+15 for the mismatch and the updates). 'control' and 'repa' have as many in 2,333 further steps of
+pretraining with 144 noised images each, which takes five times as long.
 """
 
 from ml_collections import config_dict
@@ -23,19 +23,20 @@ TASKS = ('generate', 'understand', 'edit')
 COMPONENTS = ('rules', 'semantic', 'knowledge', 'mutual')
 
 
-def only(*names, questions=1):
-  """The rewards named, with weight 1, for every task.
+def only(*names: str, questions: int = 1) -> dict[str, dict]:
+  """Returns changes that give the rewards named weight 1 and others weight 0, for every task.
 
   Args:
-    questions: of a prompt that 'mutual' asks in an iteration.
+    names: of `COMPONENTS`.
+    questions: count of a prompt's questions that 'mutual' asks in an iteration.
   """
   rewards = {name: dict(weight=float(name in names)) for name in COMPONENTS}
   rewards['mutual']['questions'] = questions
   return dict(align=dict(rewards=dict.fromkeys(TASKS, rewards)))
 
 
-def rows(generate, understand, edit):
-  """Prompts of every task an iteration."""
+def rows(generate: int, understand: int, edit: int) -> dict[str, dict]:
+  """Returns changes that set the prompts of every task in an iteration."""
   return dict(align=dict(prompts=dict(generate=generate, understand=understand, edit=edit)))
 
 
@@ -56,7 +57,7 @@ VARIANTS = {
   'both': rows(24, 32, 0),
   'objectives': dict(align={part: paper.CHANGES['align'][part] for part in ('image', 'text')}),
 }
-"""Changes to the default job; 'default' is what the others are compared with."""
+"""Changes to the default job, by variant; the others are compared with 'default'."""
 
 QUICK = dict(
   pretrain=dict(steps=400),
@@ -66,7 +67,7 @@ QUICK = dict(
 )
 
 
-def get_config():
+def get_config() -> base.Config:
   """Returns the configuration of the study."""
   config = base.get_config()
   config.program = 'study'

@@ -1,4 +1,4 @@
-"""A run of seconds, for tests: every stage, nothing learned.
+"""A short job for tests: it runs every stage and learns nothing.
 
 python -m lvrpo_jax.main --config=configs/tiny.py
 """
@@ -6,7 +6,7 @@ python -m lvrpo_jax.main --config=configs/tiny.py
 from configs import base
 
 
-def get_config():
+def get_config() -> base.Config:
   """Returns the configuration of the tests."""
   config = base.get_config()
   config.model.update(

@@ -5,12 +5,12 @@ python -m lvrpo_jax.main --config=configs/base.py [--workdir=DIR] [--config.KEY=
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import os
 import pathlib
 import re
 import signal
 import sys
-from typing import Any
 
 from absl import app
 from absl import flags
@@ -47,7 +47,10 @@ COORDINATOR = flags.DEFINE_string(
 PROCESSES = flags.DEFINE_integer('processes', 1, 'Number of processes.', lower_bound=1)
 PROCESS = flags.DEFINE_integer('process', 0, 'Index of this process.', lower_bound=0)
 
-PROGRAMS = {
+Scores = dict[str, types.Json]
+Program = Callable[[types.Config, pathlib.Path], Scores | None]
+
+PROGRAMS: dict[str, Program] = {
   'train': train.run,
   'pretrain': train.run,
   'control': train.run,
@@ -57,18 +60,18 @@ PROGRAMS = {
   'describe': describe.describe,
   'compile': aot_compile.run,
 }
-"""What `config.program` names; each takes (config, workdir)."""
+"""Functions of (config, workdir) by `config.program`."""
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses flags; one that is unknown or wrong ends the process with one line, status 2."""
+  """Parses flags; an unknown or wrong flag ends the process with a message and status 2."""
   try:
     return flags.FLAGS(argv)
   except (KeyError, AttributeError, flags.Error) as error:
     known = [key for key, _ in validate.leaves(base.get_config())]
     keys = [found[1] for arg in argv if (found := re.match(r'--?config\.([\w.]+)', arg))]
     wrong = [key for key in keys if key not in known]
-    if isinstance(error, flags.Error):  # It names the flag; others may give a dict to a section.
+    if isinstance(error, flags.Error):  # It names the flag; other errors may be about a section.
       wrong = [key for key in wrong if f'--config.{key}=' in str(error)]
     elif not wrong:
       raise
@@ -76,15 +79,20 @@ def parse(argv: list[str]) -> list[str]:
     sys.exit(2)
 
 
-def execute(config: types.Config, workdir: pathlib.Path) -> Any:
-  """Runs the program of a config; one that stops early ends the process, its status says why."""
+def execute(config: types.Config, workdir: pathlib.Path) -> Scores | None:
+  """Runs the program of a config.
+
+  A program that stops early ends the process with an error message and a status: 1 where a compiled
+  program is above a limit, 2 for wrong settings, `os.EX_UNAVAILABLE` for an unavailable judge, and
+  128 + SIGTERM for a run that was asked to stop.
+  """
   try:
     validate.validate(config)
     platform.prepare(config, workdir)
     if config.program not in ('compile', 'describe'):
       platform.start_processes(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     elif config.compile.topology and 'JAX_PLATFORMS' not in os.environ:
-      jax.config.update('jax_platforms', 'cpu')  # libtpu without a TPU looks for one.
+      jax.config.update('jax_platforms', 'cpu')  # Else libtpu searches for a TPU.
     return PROGRAMS[config.program](config, workdir)
   except aot_compile.Exceeded as error:
     logging.error('%s', error)
@@ -101,7 +109,7 @@ def execute(config: types.Config, workdir: pathlib.Path) -> Any:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the program of the flags, and reports on a run."""
+  """Runs the program of the flags; after a run it logs the main scores and writes the report."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
   logging.set_verbosity(logging.INFO)
@@ -109,7 +117,7 @@ def main(argv: list[str]) -> None:
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
   workdir = pathlib.Path(WORKDIR.value or f'runs/{name}')
   scores = execute(config, workdir)
-  if config.program not in ('train', 'control') or jax.process_index():
+  if scores is None or config.program not in ('train', 'control') or jax.process_index():
     return
   for score, test in scores.get('paired', {}).items():
     if score.endswith(('overall', 'unseen', 'accuracy')):

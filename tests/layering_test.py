@@ -20,7 +20,7 @@ LAYERS = (
   ('evaluation',),
   ('training', 'reports'),
   ('programs', 'aot'),
-  ('main',),
+  ('main', 'saved', 'study_tables', 'summary'),
 )
 """Packages by layer, the lowest first. Those of one layer do not see each other."""
 

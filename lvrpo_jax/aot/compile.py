@@ -1,9 +1,9 @@
-"""Compiles the programs of alignment for TPUs that need not be there, and says what they take.
+"""Compiles the programs of alignment for TPUs that need not be present, and measures their cost.
 
     python -m lvrpo_jax.main --config=configs/bagel_7b.py --config.program=compile \
         --config.compile.topology=v5p:4x4x4
 
-Everything is abstract: no parameter is ever made. libtpu must be installed (`pip install libtpu`).
+All arguments are abstract: no parameter is made. libtpu must be installed (`pip install libtpu`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import time
-from typing import Any
 
 from absl import logging
 import jax
@@ -54,46 +53,48 @@ CHIPS = {
   'v5p': Chip(459e12, 95 * 2**30, 2.765e12, 3e11),
   'v6e': Chip(918e12, 32 * 2**30, 1.638e12, 2.24e11),
 }
-
+"""Chips by name."""
 
 MIN_FREE_FRACTION = 0.15
 """Share of a chip's memory that should stay free."""
 
-
 MAX_REPLICATED_BYTES = 2**20
-"""Bytes that an array of a program's state may take on every chip."""
-
+"""Largest size in bytes of an array of a program's state that is replicated on every chip."""
 
 MAX_TRAFFIC_RATIO = 1.3
-"""What a micro-batch of an update may move, in the unit of `passes`."""
+"""Largest traffic of a micro-batch of an update, in the unit of `passes`."""
+
+Measures = dict[str, types.Json]
+"""Measures of a program by name."""
 
 
 class Exceeded(Exception):
-  """A program takes more than it should; the message says which and of what."""
+  """Raised when a program is above a limit; the message names the program and the limit."""
 
 
-def devices(topology: str) -> list[Any]:
-  """The devices of a topology such as 'v5p:4x4x4', one a chip.
+# JAX declares `Device` as a variable, which is no type to pyright.
+def devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+  """Returns the devices of a topology such as 'v5p:4x4x4', one for each chip.
 
   Raises:
     ValueError: no such topology, libtpu is missing, or it describes other devices than chips.
   """
   kind, _, shape = topology.partition(':')
   chips = math.prod(int(side) for side in shape.split('x') if side.isdigit())
-  # libtpu asks the cloud's metadata server where it runs unless it is told.
+  # Without these settings libtpu asks the cloud's metadata server where it runs.
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  # These two are named by their cores, two a chip.
+  # The names of v4 and v5p count cores, two for each chip.
   os.environ.setdefault(
     'TPU_ACCELERATOR_TYPE', f'{kind}-{chips * (2 if kind in ("v4", "v5p") else 1)}'
   )
   # Nothing runs on a TPU here, so several compilations may go on at once.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  # Programs see a v4 chip as one device; libtpu describes its cores unless it is asked for that.
+  # Programs see a v4 chip as one device, but libtpu describes its cores by default.
   options = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
     found = list(topologies.get_topology_desc(topology, platform='tpu', **options).devices)
-  except Exception as error:  # The plugin raises whatever it likes.
+  except Exception as error:  # The plugin raises errors of many types.
     raise ValueError(
       f'config.compile.topology is {topology!r}, which cannot be described ({error}); '
       "expected a name such as 'v5p:4x4x4', and libtpu installed"
@@ -107,7 +108,7 @@ def devices(topology: str) -> list[Any]:
 
 
 def build(config: types.Config, workdir: pathlib.Path) -> experiment_lib.Experiment:
-  """The experiment on the devices of the topology, with `auto` attention being that of a TPU."""
+  """Builds the experiment on the devices of the topology; `auto` attention is that of a TPU."""
   if config.model.attention == 'auto':
     config = config.copy_and_resolve_references()
     config.model.attention = 'splash'
@@ -118,13 +119,19 @@ def build(config: types.Config, workdir: pathlib.Path) -> experiment_lib.Experim
 
 def measure(
   name: str, program: programs_lib.Traced, chip: Chip, keep: pathlib.Path | None = None
-) -> dict[str, Any]:
-  """Compiles a program and counts what it takes, on one chip unless said otherwise.
+) -> Measures:
+  """Compiles a program and measures its cost on one chip.
 
-  `flops` is the arithmetic of the whole program over the number of chips: what each does where none
-  is done twice. What is not split over all axes of the mesh, such as the vision tower over
-  `tensor`, every chip of the axis repeats, so chips do no less than that. Bytes are counted in the
-  program of one chip, repetitions included.
+  `flops` is the arithmetic of the whole program divided by the number of chips, and thus the work
+  of a chip if none is repeated. Work that is not split over all axes of the mesh, such as the
+  vision tower over `tensor`, is repeated by every chip of the axis, so a chip does no less. Bytes
+  are counted in the program of one chip, with repetitions.
+
+  Args:
+    name: of the program.
+    program: with its abstract arguments.
+    chip: its peaks.
+    keep: folder for the compiled program's text; None for no file.
   """
   chips = program.mesh.size
   with mesh_lib.scope(program.mesh):
@@ -133,11 +140,11 @@ def measure(
   start = time.monotonic()
   compiled = lowered.compile()
   seconds = time.monotonic() - start
-  text = compiled.as_text()
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert text is not None and memory is not None, 'the backend describes no compiled programs'
   if keep:
     keep.mkdir(parents=True, exist_ok=True)
     (keep / f'{name}.hlo.txt').write_text(text)
-  memory = compiled.memory_analysis()
   hbm = {
     'arguments': memory.argument_size_in_bytes,
     'temporaries': memory.temp_size_in_bytes,
@@ -154,12 +161,12 @@ def measure(
     'chips': chips,
     'mesh': list(program.mesh.shape.values()),
     'compile_seconds': round(seconds, 1),
-    'hbm_bytes': {k: int(v) for k, v in hbm.items()},
+    'hbm_bytes': {part: int(count) for part, count in hbm.items()},
     'hbm_peak_bytes': int(peak),
     'hbm_share': round(peak / chip.hbm, 3),
     'fits': bool(peak <= (1 - MIN_FREE_FRACTION) * chip.hbm),
     'flops': arithmetic,
-    'collective_bytes': {k: int(v) for k, v in moved.items()},
+    'collective_bytes': {kind: int(count) for kind, count in moved.items()},
     'unknown_loops': len(hlo.unknown_loops(text)),
     'replicated': large_replicated(program.held),
     'arithmetic_seconds': round(arithmetic / chip.flops, 3),
@@ -169,11 +176,13 @@ def measure(
 
 
 def run(config: types.Config, workdir: pathlib.Path) -> None:
-  """Prints a JSON line for every program of `config.compile.programs`; writes `compile.jsonl`.
+  """Compiles the programs of `config.compile.programs`.
+
+  The measures of each are printed as a JSON line and appended to `<workdir>/compile.jsonl`.
 
   Raises:
     ValueError: the topology is unknown, or sizes do not divide over it.
-    Exceeded: after all programs, that one is above a limit.
+    Exceeded: a program is above a limit; raised after all programs.
   """
   kind = config.compile.topology.split(':')[0]
   if kind not in CHIPS:
@@ -201,9 +210,10 @@ def run(config: types.Config, workdir: pathlib.Path) -> None:
     raise Exceeded('; '.join(faults))
 
 
-def exceeded(measured: dict[str, Any]) -> list[str]:
-  """What of a program's measures is above its limit."""
-  out, name = [], measured['program']
+def exceeded(measured: Measures) -> list[str]:
+  """Returns a message for every measure of a program that is above its limit."""
+  out: list[str] = []
+  name = measured['program']
   if not measured['fits']:
     out.append(
       f'{name}: fits is false, hbm_share is {measured["hbm_share"]}; allowed: at most '
@@ -222,16 +232,16 @@ def exceeded(measured: dict[str, Any]) -> list[str]:
   return out
 
 
-def passes(experiment: experiment_lib.Experiment, measured: dict[str, Any]) -> float:
-  """Bytes moved in a micro-batch, in units of three passes over the parameters in 16 bits."""
+def passes(experiment: experiment_lib.Experiment, measured: Measures) -> float:
+  """Counts bytes moved in a micro-batch, in units of three passes over the parameters in 16 bits."""
   parallel = experiment.config.parallel
   count = sum(np.prod(x.shape) for x in jax.tree.leaves(weights.template(experiment, weights.BASE)))
   turns = parallel.micro_batches * experiment.group_parts
   return sum(measured['collective_bytes'].values()) / turns / (3 * 2 * float(count))
 
 
-def large_replicated(tree: Any, limit: float = MAX_REPLICATED_BYTES) -> dict[str, int]:
-  """Bytes, by name, of the abstract arrays above `limit` that each of several devices holds whole."""
+def large_replicated(tree: types.Tree, limit: float = MAX_REPLICATED_BYTES) -> dict[str, int]:
+  """Returns the bytes of the abstract arrays above `limit` that are replicated on all devices."""
   out = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize

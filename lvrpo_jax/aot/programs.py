@@ -1,9 +1,10 @@
-"""The programs of an iteration with abstract arguments; nothing is allocated."""
+"""Builds the programs of an iteration with abstract arguments; nothing is allocated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple, Protocol
 
 import jax
 from jax import numpy as jnp
@@ -26,39 +27,65 @@ from lvrpo_jax.training import losses
 from lvrpo_jax.training import update as update_lib
 
 
+class Compilable(Protocol):
+  """A function under `jax.jit`."""
+
+  def trace(self, *arguments: types.Tree) -> jax.stages.Traced:
+    """Traces the function for abstract arguments."""
+    ...
+
+
 class Traced(NamedTuple):
-  """A program with its abstract arguments: all that is needed to compile it.
+  """A program with its abstract arguments, ready to be compiled.
 
   Attributes:
+    function: the compiled function.
+    arguments: abstract arguments.
+    mesh: of the arguments.
     held: parameters and states among the arguments, by name.
-    resident: bytes on a chip that stay while the program runs, though it does not read them.
-    loop: passes of a loop whose number the program does not tell.
+    resident: bytes of arrays that the program does not read, but that stay on a chip while it runs.
+    loop: passes of a loop whose count the program does not hold.
   """
 
-  function: Any
-  arguments: tuple[Any, ...]
+  function: Compilable
+  arguments: tuple[types.Tree, ...]
   mesh: Mesh
-  held: dict[str, Any]
+  held: dict[str, types.Tree]
   resident: float
   loop: int
 
 
-def abstract(tree: Any, where: Any, dtype: Callable[[str, Any], Any] = lambda name, d: d) -> Any:
-  """Shapes with shardings in place of arrays; `where` is a sharding or a tree of them."""
-  where = (
-    where if not isinstance(where, jax.sharding.Sharding) else jax.tree.map(lambda _: where, tree)
-  )
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x, s: jax.ShapeDtypeStruct(
-      x.shape, dtype(placement.parameter_name(path), x.dtype), sharding=s
-    ),
-    tree,
-    where,
-  )
+def _same_dtype(name: str, dtype: np.dtype) -> np.dtype:
+  del name
+  return dtype
 
 
-def bytes_of(tree: Any) -> float:
-  """Bytes of a tree on one device, from its shardings."""
+def abstract(
+  tree: types.Tree,
+  where: types.Tree,
+  dtype: Callable[[str, np.dtype], np.dtype] = _same_dtype,
+) -> types.Tree:
+  """Replaces arrays by their shapes with shardings.
+
+  Args:
+    tree: arrays, or abstract arrays.
+    where: a sharding, or a tree of them.
+    dtype: gives the dtype of the abstract array from name and dtype of the array.
+  """
+  if isinstance(where, jax.sharding.Sharding):
+    where = jax.tree.map(lambda _: where, tree)
+
+  def shape(
+    path: jax.tree_util.KeyPath, x: types.Array, sharding: jax.sharding.Sharding
+  ) -> jax.ShapeDtypeStruct:
+    name = placement.parameter_name(path)
+    return jax.ShapeDtypeStruct(x.shape, dtype(name, x.dtype), sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(shape, tree, where)
+
+
+def bytes_of(tree: types.Tree) -> float:
+  """Counts the bytes of a tree on one device, from its shardings."""
   return float(
     sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
   )
@@ -67,64 +94,74 @@ def bytes_of(tree: Any) -> float:
 def abstract_prompts(
   experiment: experiment_lib.Experiment, rows: dict[str, int], where: jax.sharding.Sharding
 ) -> dict[str, types.Prompts]:
-  """Abstract prompts, so many rows of every task."""
+  """Returns abstract prompts, `rows` of every task."""
   side = experiment.policy.image_size
   blank = np.zeros((side, side, 3), np.uint8)
   example = examples.Example(0, '', source=blank, target=blank, answer='')
   out = {}
   for task, count in rows.items():
     prompts = experiment.encoder(task, [example]).prompts
-    out[task] = abstract(
-      jax.tree.map(
-        lambda x, count=count: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), prompts
-      ),
-      where,
-    )
+    out[task] = abstract(jax.tree.map(functools.partial(_with_rows, count), prompts), where)
   return out
+
+
+def _with_rows(count: int, x: np.ndarray) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
 
 
 def abstract_batch(
   experiment: experiment_lib.Experiment, where: jax.sharding.Sharding
 ) -> update_lib.Batch:
-  """What an update reads, abstract: the shapes of rollouts, and of what is made of them."""
+  """Returns the abstract batch of an update, from the shapes of rollouts."""
   align, policy = experiment.config.align, experiment.policy
   engine = engine_lib.RolloutEngine(experiment, apart=False)
   prompts = abstract_prompts(experiment, tasks_lib.active(align.prompts), where)
 
-  def batch(params, vae_params, prompts):
+  def batch(
+    params: types.Params, vae_params: types.Params, prompts: dict[str, types.Prompts]
+  ) -> update_lib.Batch:
     rollouts = engine.sample((params,), vae_params, prompts, jnp.int32(1), engine.levels_T)
-    out = {}
+    sampled: dict[str, types.SampledTexts | types.SampledImages] = {}
     for task, found in prompts.items():
       if task in rollouts.texts:
-        out[task] = _text_batch(trajectories.sampled_texts(found, rollouts.texts[task]))
+        sampled[task] = trajectories.sampled_texts(found, rollouts.texts[task])
         continue
       rollout = rollouts.images[task]
       steps = trajectories.transitions(rollout, engine.kept_steps(1), engine.grid, engine.levels_T)
       image = trajectories.sampled_images(found, rollout, steps)
       if not tasks_lib.BY_NAME[task].plans:
-        out[task] = _image_batch(image, align)
+        sampled[task] = image
         continue
       plan = trajectories.sampled_texts(found, rollouts.texts[tasks_lib.PLAN])
       shape = image.latents_BGNC.shape[:2]
       halves = think.split_halves(
         think.SampledPlans(plan, image), policy.bos, jnp.zeros(shape), jnp.ones(shape, bool)
       )
-      out[tasks_lib.PLAN] = _text_batch(halves[tasks_lib.PLAN][0])
-      out[task] = _image_batch(halves[task][0], align)
-    return out
+      sampled.update({name: half for name, (half, _, _) in halves.items()})
+    return {
+      task: _text_batch(samples)
+      if isinstance(samples, types.SampledTexts)
+      else _image_batch(samples, align)
+      for task, samples in sampled.items()
+    }
 
   params, vae_params = (weights.template(experiment, name) for name in (weights.BASE, weights.VAE))
   return abstract(jax.eval_shape(batch, params, vae_params, prompts), where)
 
 
 def _text_batch(texts: types.SampledTexts) -> types.TextTrainBatch:
-  """A train batch of texts, with whatever numbers."""
+  """Makes a batch of texts with the right shapes; its values mean nothing."""
   shape = texts.logp_BGT.shape[:2]
-  return types.TextTrainBatch(texts, jnp.zeros(shape), jnp.ones(shape, bool), texts.logp_BGT)
+  return types.TextTrainBatch(
+    sampled=texts,
+    advantage_BG=jnp.zeros(shape),
+    valid_BG=jnp.ones(shape, bool),
+    reference_BGT=texts.logp_BGT,
+  )
 
 
 def _image_batch(images: types.SampledImages, align: types.Config) -> types.ImageTrainBatch:
-  """A train batch of images, with whatever numbers."""
+  """Makes a batch of images with the right shapes; its values mean nothing."""
   if flow_objectives.find(align.image.objective).coupled:
     query = trajectories.step_query(images, guided=align.rollout.guidance != 1)
   else:
@@ -132,7 +169,7 @@ def _image_batch(images: types.SampledImages, align: types.Config) -> types.Imag
     x_BKGNC = jnp.broadcast_to(
       latents[:, None], (latents.shape[0], align.image.draws, *latents.shape[1:])
     )
-    query = types.FlowQuery(images.prompts, x_BKGNC, x_BKGNC[..., 0, 0])
+    query = types.FlowQuery(prompts=images.prompts, x_BKGNC=x_BKGNC, time_BKG=x_BKGNC[..., 0, 0])
   shape = images.latents_BGNC.shape[:2]
   return types.ImageTrainBatch(
     sampled=images,
@@ -145,9 +182,10 @@ def _image_batch(images: types.SampledImages, align: types.Config) -> types.Imag
 
 
 class Programs:
-  """The programs of an iteration with their abstract arguments."""
+  """Builds the programs of an iteration with their abstract arguments."""
 
   def __init__(self, experiment: experiment_lib.Experiment):
+    """Traces the initial state of an update."""
     self.experiment = experiment
     self._params = weights.template(experiment, weights.BASE)
     optimizer, self._update = update_lib.build_update(experiment)
@@ -157,41 +195,50 @@ class Programs:
     self._state = abstract(state, placement.tree_shardings(state, experiment.mesh))
 
   def by_name(self) -> dict[str, Callable[[], Traced]]:
-    """Text and image rollouts, and the update."""
+    """Returns functions that build text and image rollouts, and the update."""
     sizes = tasks_lib.active(self.experiment.config.align.prompts)
-    texts = {t: n for t, n in sizes.items() if not tasks_lib.draws_image(t)}
-    images = {t: n for t, n in sizes.items() if tasks_lib.draws_image(t)}
+    texts = {task: rows for task, rows in sizes.items() if not tasks_lib.draws_image(task)}
+    images = {task: rows for task, rows in sizes.items() if tasks_lib.draws_image(task)}
     return {
-      'text': lambda: self._rollout(texts),
-      'image': lambda: self._rollout(images),
+      'text': functools.partial(self._rollout, texts),
+      'image': functools.partial(self._rollout, images),
       'step': self._train,
     }
 
   def _vae(self, mesh: Mesh) -> types.Params:
+    """Returns the abstract autoencoder on a mesh."""
     template = weights.template(self.experiment, weights.VAE)
     return abstract(template, placement.tree_shardings(template, mesh))
 
   def _rollout(self, sizes: dict[str, int]) -> Traced:
+    """Builds the rollout of tasks with these rows."""
     experiment, mesh = self.experiment, self.experiment.rollout_mesh
     engine = engine_lib.RolloutEngine(experiment, apart=False)
     everywhere = NamedSharding(mesh, P())
-    mine = abstract(
+    params = abstract(
       self._params, placement.tree_shardings(self._params, mesh), experiment.rollout_dtype
     )
-    held = {weights.BASE: mine, weights.VAE: self._vae(mesh)}
+    held = {weights.BASE: params, weights.VAE: self._vae(mesh)}
     arguments = (
-      (mine,),
+      (params,),
       held[weights.VAE],
       abstract_prompts(experiment, sizes, placement.rows_sharding(mesh)),
       jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
       abstract(engine.levels_T, everywhere),
     )
-    # The copy of the other rollout, of texts or of images, is made before this one has ended.
-    resident = bytes_of(self._state) + (bytes_of(mine) if experiment.copies_weights else 0.0)
-    loop = experiment.config.data.answer_tokens + 1
-    return Traced(jax.jit(engine.sample), arguments, mesh, held, resident, loop)
+    # The copy for the other rollout, of texts or of images, is made before this rollout has ended.
+    copies = bytes_of(params) if experiment.copies_weights else 0.0
+    return Traced(
+      function=jax.jit(engine.sample),
+      arguments=arguments,
+      mesh=mesh,
+      held=held,
+      resident=bytes_of(self._state) + copies,
+      loop=experiment.config.data.answer_tokens + 1,
+    )
 
   def _train(self) -> Traced:
+    """Builds the update."""
     mesh = self.experiment.mesh
     everywhere = NamedSharding(mesh, P())
     factors = {
@@ -199,11 +246,16 @@ class Programs:
     }
     frozen = {'vae': self._vae(mesh), 'factors': factors}
     batch = abstract_batch(self.experiment, placement.rows_sharding(mesh))
-    held = {'state': self._state, weights.VAE: frozen['vae']}
-    function = mesh_lib.traceable(self._update)
-    return Traced(function, (self._state, frozen, batch), mesh, held, 0.0, 1)
+    return Traced(
+      function=mesh_lib.traceable(self._update),
+      arguments=(self._state, frozen, batch),
+      mesh=mesh,
+      held={'state': self._state, weights.VAE: frozen['vae']},
+      resident=0.0,
+      loop=1,
+    )
 
 
 def programs(experiment: experiment_lib.Experiment) -> dict[str, Callable[[], Traced]]:
-  """The programs by name: text and image rollouts, and the update."""
+  """Returns functions that build the programs by name: text and image rollouts, and the update."""
   return Programs(experiment).by_name()

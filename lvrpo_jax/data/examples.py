@@ -1,40 +1,44 @@
-"""Examples, the sources that they come from, and the sources that have a name."""
+"""Examples, the protocols of data sources, and the table of named sources."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from lvrpo_jax import types
 from lvrpo_jax.data import tokenizer as tokenizer_lib
 
 TABLE = {'shapes': 'lvrpo_jax.data.shapes.source:ShapesData'}
 """Import paths of data sources by name."""
 
 PRETRAIN, ALIGN, EVAL, UNSEEN = 'pretrain', 'align', 'eval', 'unseen'
-"""Splits: two of training, with no row in common; held-out prompts, of the kinds of training or of
-compositions that training leaves out."""
+"""Splits: two of training, which share no row, and two of held-out prompts.
+
+The prompts of `EVAL` are of the kinds of training, those of `UNSEEN` are compositions that training
+leaves out.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One prompt and all that is known about it.
+  """One prompt, with the images, answers and records that belong to it.
 
   Attributes:
-    index: its index in the source; random draws for the row depend on it alone.
+    index: index of the prompt in its source; random draws of the row depend on it alone.
     prompt: caption, question or instruction.
     source: uint8 (Y, X, 3), the image shown, or None.
-    target: uint8 (Y, X, 3), an image to draw, or None.
-    answer: an answer, in pretraining as found, elsewhere the right one; of `THINK`, in pretraining,
-      a plan of the image.
+    target: uint8 (Y, X, 3), the image to generate, or None.
+    answer: the right answer; in pretraining an answer as found, which may be wrong, and for
+      `THINK_GENERATE` a plan of the image; or None.
     kind: category for scores.
-    meaning: canonical text of what is meant; prompts of one meaning count as one cluster.
-    spec: record for rule rewards, JSON-able (GenEval's format for images).
-    questions: (question, answer) pairs about an image sampled for the prompt.
-    statement: turns an answer into a statement about the source image.
-    drop_text, drop_vit, drop_latents: conditions left out, to train guidance.
+    meaning: canonical text of the prompt's content; prompts of one meaning count as one cluster.
+    spec: JSON-able record for rule rewards (GenEval's format for images), or None.
+    questions: (question, answer) pairs about an image generated for the prompt.
+    statement: turns an answer into a statement about the source image, or None.
+    drop_text, drop_vit, drop_latents: conditions that are left out, which trains guidance.
   """
 
   index: int
@@ -44,7 +48,7 @@ class Example:
   answer: str | None = None
   kind: str = ''
   meaning: str = ''
-  spec: dict[str, Any] | None = None
+  spec: dict[str, types.Json] | None = None
   questions: tuple[tuple[str, str], ...] = ()
   statement: Callable[[str], str] | None = None
   drop_text: bool = False
@@ -52,22 +56,22 @@ class Example:
   drop_latents: bool = False
 
   def asked(self, iteration: int) -> tuple[str, str]:
-    """The (question, answer) of an iteration, one after the other; ('', '') if there is none."""
+    """Returns the (question, answer) of an iteration, in turn; ('', '') if there is none."""
     return (self.inquiry(iteration, 1) or [('', '')])[0]
 
   def inquiry(self, iteration: int, most: int) -> list[tuple[str, str]]:
-    """The (question, answer) pairs of an iteration: all, or `most` after those of the last one."""
-    number = len(self.questions)
-    return [self.questions[(iteration * most + i) % number] for i in range(min(most, number))]
+    """Returns the (question, answer) pairs of an iteration: all, or the next `most` in turn."""
+    count = len(self.questions)
+    return [self.questions[(iteration * most + i) % count] for i in range(min(most, count))]
 
 
 class DataSource(Protocol):
-  """Random access to examples: the index is all that an example depends on.
+  """Source of examples with random access; an example depends on its index alone.
 
-  Some rewards and stages ask for more, see `Answers`, `KeyWords`, `Pairs` and `Images`.
+  Some rewards and stages need further capabilities: `Answers`, `KeyWords`, `Pairs` and `Images`.
 
   Attributes:
-    tokenizer: from texts to ids.
+    tokenizer: maps texts to ids.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
@@ -78,20 +82,27 @@ class DataSource(Protocol):
     ...
 
   def size(self, task: str, split: str) -> int:
-    """Number of examples; indices run from 0."""
+    """Returns the count of examples; indices start at 0."""
     ...
 
   def example(self, task: str, split: str, index: int, category: str = '') -> Example:
-    """An example of a task; held-out ones of a category. In `PRETRAIN` answers are as found."""
+    """Returns an example of a task.
+
+    Args:
+      task: a name of `tasks.TASKS`.
+      split: one of the splits above; answers of `PRETRAIN` may be wrong.
+      index: from 0.
+      category: of held-out examples, one of `categories`.
+    """
     ...
 
   def categories(self, task: str, split: str) -> Sequence[str]:
-    """Categories of the held-out examples of a task in a split."""
+    """Returns the categories of the held-out examples of a task in a split."""
     ...
 
 
 class Answers(Protocol):
-  """A source that tells what a reply states; asked for by rules and knowledge of texts."""
+  """Source with a closed set of answers; rewards of texts by rules and knowledge need it."""
 
   @property
   def answers(self) -> Sequence[str]:
@@ -99,16 +110,16 @@ class Answers(Protocol):
     ...
 
   def read_answer(self, text: str) -> str | None:
-    """The answer that a reply states, or None."""
+    """Returns the answer that a reply states, or None."""
     ...
 
   def well_formed(self, text: str) -> bool:
-    """Whether a reply has the form that was asked for."""
+    """Whether a reply has the form that its prompt demands."""
     ...
 
 
 class KeyWords(Protocol):
-  """A source whose texts have words with a visual meaning; asked for by the reward 'dense'."""
+  """Source whose texts have words with a visual meaning; the reward 'dense' needs it."""
 
   @property
   def key_words(self) -> frozenset[str]:
@@ -117,20 +128,20 @@ class KeyWords(Protocol):
 
 
 class Pairs(Protocol):
-  """A source of true pairs; asked for where a dual encoder is trained in the job."""
+  """Source of true image-text pairs; the training of a dual encoder in the run needs it."""
 
   def image_text_pair(self, index: int) -> tuple[np.ndarray, str]:
-    """A uint8 image (Y, X, 3), and a text that is true of it."""
+    """Returns a uint8 image (Y, X, 3), and a text that is true of it."""
     ...
 
 
 class Images(Protocol):
-  """A source of images; asked for where an autoencoder is fitted in the job."""
+  """Source of images; the fit of an autoencoder in the run needs it."""
 
   def images(self, count: int) -> np.ndarray:
-    """uint8 (count, Y, X, 3) training images."""
+    """Returns uint8 training images (count, Y, X, 3)."""
     ...
 
 
 class Source(DataSource, Answers, KeyWords, Pairs, Images, Protocol):
-  """A source with all capabilities. One that lacks some serves what does not ask for them."""
+  """Source with all capabilities; a source that lacks some serves the stages that need none."""

@@ -1,4 +1,4 @@
-"""The tasks: what each shows the policy and what it asks of it."""
+"""The tasks: modalities of their prompts and of their outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Task(NamedTuple):
     name: as in the config.
     context: modalities of a prompt.
     output: modality that is scored.
-    plans: whether a text stands between context and output, sampled and trained with it.
+    plans: True if a text stands between context and output and is sampled and trained with it.
   """
 
   name: str
@@ -39,15 +39,16 @@ BY_NAME = {
 """Tasks by name, in the order in which they are sampled and logged."""
 
 TASKS = tuple(BY_NAME)
+"""Names of the tasks, in the same order."""
 
 TEXT_FIRST = (UNDERSTAND, THINK_GENERATE)
-"""Tasks whose rollouts begin with a text, in the order in which they are sampled."""
+"""Tasks whose rollouts start with a text, in the order in which they are sampled."""
 
 PLAN = 'plan'
-"""The text half of `THINK_GENERATE` where both halves of a trajectory stand side by side."""
+"""Name of the text half of `THINK_GENERATE`, where both halves of a trajectory are in one dict."""
 
 TEXT_OUTPUTS = (UNDERSTAND, PLAN)
-"""Outputs that are texts; all others are images."""
+"""Names of outputs that are texts; all others are images."""
 
 
 def writes_text(name: str) -> bool:
@@ -61,5 +62,5 @@ def draws_image(name: str) -> bool:
 
 
 def active(counts: Mapping[str, int]) -> dict[str, int]:
-  """Tasks of a section such as `config.align.prompts` with their counts, those of 0 left out."""
+  """Returns the tasks of a section such as `config.align.prompts` whose count is not 0."""
   return {task: counts[task] for task in TASKS if counts[task]}

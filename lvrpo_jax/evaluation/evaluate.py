@@ -1,6 +1,6 @@
-"""Scores a policy on held-out prompts; the same prompts and noise before and after alignment.
+"""Scores a policy on held-out prompts, with the same prompts and noise before and after alignment.
 
-The detector of `config.evaluate` is of another construction than that of the reward.
+The detector of `config.evaluate` is built differently from that of the reward.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +29,8 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 HELD_OUT_FIRST = 100_000
 """Index of the first prompt of `Evaluator.held_out_reward`."""
 
-Records = list[dict[str, Any]]
+Records = list[dict[str, types.Json]]
+"""Lines of `predictions.jsonl`."""
 
 
 class PromptSet(NamedTuple):
@@ -41,7 +42,7 @@ class PromptSet(NamedTuple):
   examples: list[examples_lib.Example]
 
   def name(self, index: int) -> str:
-    """Name of a prompt, and the beginning of the names of its files."""
+    """Returns the id of a prompt, with which the names of its files start."""
     return f'{self.task}/{self.split}/{self.kind}/{index:03d}'
 
 
@@ -57,43 +58,48 @@ class Evaluator:
     )
 
   def run(self, params: types.Params, folder: pathlib.Path) -> Records:
-    """Samples, scores and writes all predictions and images; returns the prediction records.
+    """Samples and scores all prompts, writes images and predictions, and returns the predictions.
 
-    `predictions.jsonl` is written last and in one piece: where it exists, the folder is complete.
+    `predictions.jsonl` is written last and in one piece: if it exists, the folder is complete and
+    its predictions are returned.
     """
     path = folder / 'predictions.jsonl'
     if multihost.path_exists(path):
       return [json.loads(line) for line in path.read_text().split('\n') if line]
     prompts = self._settings.prompts
-    records, shown = [], []
-    for prompt_set in prompt_sets(
-      self.experiment.data,
-      lambda task, split: prompts[examples_lib.UNSEEN if split == examples_lib.UNSEEN else task],
-    ):
+
+    def count(task: str, split: str) -> int:
+      return prompts[examples_lib.UNSEEN if split == examples_lib.UNSEEN else task]
+
+    records, image_sets = [], []
+    for prompt_set in prompt_sets(self.experiment.data, count):
       if tasks.BY_NAME[prompt_set.task].output == tasks.TEXT:
         part = self._answers(params, prompt_set)
       else:
         part, images_BGYXC = self._images(params, prompt_set)
-        shown.append((*prompt_set[:3], images_BGYXC, prompt_set.examples))
+        image_sets.append(
+          (prompt_set.task, prompt_set.split, prompt_set.kind, images_BGYXC, prompt_set.examples)
+        )
         _save_images(folder, prompt_set, images_BGYXC, part)
       records.extend(_describe(folder, prompt_set, part))
-    records.append(dict(task='panel', panel=over_optimization.measure(shown)))
+    records.append(dict(task='panel', panel=over_optimization.measure(image_sets)))
     if jax.process_index() == 0:
       temporary = path.with_suffix('.tmp')
       temporary.write_text(''.join(json.dumps(record) + '\n' for record in records))
       temporary.replace(path)
     return records
 
-  def guided(self, params: types.Params) -> dict[str, Any]:
-    """Generation scores of every guidance scale, on fewer prompts of the same kinds.
+  def guided(self, params: types.Params) -> dict[str, types.Json]:
+    """Computes generation scores by guidance scale, on fewer prompts of the same kinds.
 
-    Empty where `evaluate.guided_prompts` is 0.
+    The result is empty if `evaluate.guided_prompts` is 0.
     """
-    count = self._settings.guided_prompts
-    sets = prompt_sets(
-      self.experiment.data,
-      lambda task, split: count if (task, split) == (tasks.GENERATE, examples_lib.EVAL) else 0,
-    )
+
+    def count(task: str, split: str) -> int:
+      generates = (task, split) == (tasks.GENERATE, examples_lib.EVAL)
+      return self._settings.guided_prompts if generates else 0
+
+    sets = prompt_sets(self.experiment.data, count)
     out = {}
     for scale in (1.0, *self._settings.guided_scales) if sets else ():
       groups = {}
@@ -105,9 +111,9 @@ class Evaluator:
     return out
 
   def held_out_reward(self, params: types.Params, count: int) -> dict[str, float]:
-    """Scores of `count` held-out captions of every kind, for use during training.
+    """Scores `count` held-out captions of every kind, for use during training.
 
-    None of them is among those of `run`, so a run may be stopped by them.
+    None of these captions is among those of `run`, so the scores may decide when a run stops.
     """
     data = self.experiment.data
     examples = [
@@ -119,7 +125,12 @@ class Evaluator:
     B, G = images_BGYXC.shape[:2]
     found = self._detector(images_BGYXC.reshape(B * G, *images_BGYXC.shape[2:]))
     specs = rules.targets(tasks.GENERATE, examples, 'evaluation')
-    correct, _ = rules.images(lambda _: found, images_BGYXC, specs, strict=True)
+
+    def detected(images_RYXC: np.ndarray) -> Sequence[Sequence[detection.Detection]]:
+      del images_RYXC
+      return found
+
+    correct, _ = rules.images(detected, images_BGYXC, specs, strict=True)
     groups = [list(map(list, found[b * G : (b + 1) * G])) for b in range(B)]
     return {
       'reward': float(np.mean(correct)),
@@ -129,7 +140,10 @@ class Evaluator:
   def _batches(
     self, task: str, examples: Sequence[examples_lib.Example]
   ) -> list[tuple[int, types.Prompts]]:
-    """(rows that count, prompts) of one shape; the last batch is filled with its own first row."""
+    """Returns batches (rows that count, prompts) of one shape.
+
+    The last batch is filled up with its own first row.
+    """
     experiment = self.experiment
     size = -(-self._settings.batch // experiment.mesh.size) * experiment.mesh.size
     out = []
@@ -142,7 +156,7 @@ class Evaluator:
   def _draw(
     self, params: types.Params, batches: Sequence[tuple[int, types.Prompts]], *guidance: float
   ) -> np.ndarray:
-    """uint8 images (B, G, Y, X, 3) of all prompts."""
+    """Samples uint8 images (B, G, Y, X, 3) of all prompts."""
     return np.concatenate(
       [
         multihost.gather_rows(self._samplers.draw(params, self._vae_params, prompts, *guidance))[
@@ -155,7 +169,7 @@ class Evaluator:
   def _think(
     self, params: types.Params, batches: Sequence[tuple[int, types.Prompts]], *guidance: float
   ) -> tuple[list[list[str]], np.ndarray]:
-    """Plans (B, G), and uint8 images (B, G, Y, X, 3) after them."""
+    """Samples plans (B, G), and uint8 images (B, G, Y, X, 3) after them."""
     decode = self.experiment.data.tokenizer.decode
     plans, images = [], []
     for rows, prompts in batches:
@@ -170,7 +184,7 @@ class Evaluator:
   def _images(
     self, params: types.Params, prompt_set: PromptSet, *guidance: float
   ) -> tuple[Records, np.ndarray]:
-    """Records and images (B, G, Y, X, 3) of prompts of one kind."""
+    """Returns records and uint8 images (B, G, Y, X, 3) of prompts of one kind."""
     task, examples = prompt_set.task, prompt_set.examples
     batches, plans = self._batches(task, examples), []
     if tasks.BY_NAME[task].plans:
@@ -179,7 +193,7 @@ class Evaluator:
       images_BGYXC = self._draw(params, batches, *guidance)
     specs = rules.targets(task, examples, 'evaluation')
     if task == tasks.EDIT:
-      source_BYXC = np.stack([example.source for example in examples])
+      source_BYXC = np.stack([_required(example, 'source') for example in examples])
       correct, _ = rules.edits(self._detector, source_BYXC, images_BGYXC, specs, strict=True)
     else:
       correct, _ = rules.images(self._detector, images_BGYXC, specs, strict=True)
@@ -191,7 +205,7 @@ class Evaluator:
     return records, images_BGYXC
 
   def _answers(self, params: types.Params, prompt_set: PromptSet) -> Records:
-    """Records of sampled and greedy answers to questions of one kind."""
+    """Returns records of sampled and greedy answers to questions of one kind."""
     data, out = self.experiment.data, []
     decode = data.tokenizer.decode
     for rows, prompts in self._batches(prompt_set.task, prompt_set.examples):
@@ -200,8 +214,8 @@ class Evaluator:
         out.append(([decode(x) for x in sampled], decode(greedy[0])))
     answers = rules.targets(prompt_set.task, prompt_set.examples, 'evaluation')
 
-    def score(texts):
-      return rules.answers(texts, answers, data.read_answer, data.well_formed)
+    def score(texts_BG: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+      return rules.answers(texts_BG, answers, data.read_answer, data.well_formed)
 
     correct, well_formed = score([sampled for sampled, _ in out])
     greedy_correct, _ = score([[greedy] for _, greedy in out])
@@ -219,10 +233,13 @@ class Evaluator:
 
 
 def prompt_sets(data: examples_lib.DataSource, count: Callable[[str, str], int]) -> list[PromptSet]:
-  """All held-out prompts, `count(task, split)` of every kind."""
+  """Returns all held-out prompts, `count(task, split)` of every kind."""
   return [
     PromptSet(
-      task, split, kind, [data.example(task, split, i, kind) for i in range(count(task, split))]
+      task=task,
+      split=split,
+      kind=kind,
+      examples=[data.example(task, split, i, kind) for i in range(count(task, split))],
     )
     for task in tasks.TASKS
     for split in (examples_lib.EVAL, examples_lib.UNSEEN)
@@ -232,12 +249,12 @@ def prompt_sets(data: examples_lib.DataSource, count: Callable[[str, str], int])
 
 
 def _describe(folder: pathlib.Path, prompt_set: PromptSet, part: Records) -> Records:
-  """Records with what is known of their prompts."""
+  """Adds the prompts to records, and writes the images that questions show."""
   out = []
   for index, (record, example) in enumerate(zip(part, prompt_set.examples)):
     name = prompt_set.name(index)
     if tasks.BY_NAME[prompt_set.task].output == tasks.TEXT:
-      record['image'] = _save(folder, f'{name}.png', example.source)
+      record['image'] = _save(folder, f'{name}.png', _required(example, 'source'))
     out.append(
       dict(
         task=prompt_set.task,
@@ -252,8 +269,20 @@ def _describe(folder: pathlib.Path, prompt_set: PromptSet, part: Records) -> Rec
   return out
 
 
+def _required(example: examples_lib.Example, field: str) -> np.ndarray:
+  """Returns the source image or the target image of an example.
+
+  Raises:
+    ValueError: the example has none.
+  """
+  image_YXC = example.source if field == 'source' else example.target
+  if image_YXC is None:
+    raise ValueError(f'example {example.index} has no {field} image, which the evaluation reads')
+  return image_YXC
+
+
 def _save(folder: pathlib.Path, name: str, image_YXC: np.ndarray) -> str:
-  """Writes an image, in the first process; returns its name."""
+  """Writes an image in process 0; returns its name."""
   if jax.process_index() == 0:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,10 +293,10 @@ def _save(folder: pathlib.Path, name: str, image_YXC: np.ndarray) -> str:
 def _save_images(
   folder: pathlib.Path, prompt_set: PromptSet, images_BGYXC: np.ndarray, records: Records
 ) -> None:
-  """Writes the images of prompts of one kind, and their names into the records."""
+  """Writes the images of prompts of one kind, and adds their names to the records."""
   for index, (example, row, record) in enumerate(zip(prompt_set.examples, images_BGYXC, records)):
     name = prompt_set.name(index)
     record['images'] = [_save(folder, f'{name}_{i}.png', image) for i, image in enumerate(row)]
     if prompt_set.task == tasks.EDIT:
-      record['source'] = _save(folder, f'{name}_source.png', example.source)
-      record['target'] = _save(folder, f'{name}_target.png', example.target)
+      record['source'] = _save(folder, f'{name}_source.png', _required(example, 'source'))
+      record['target'] = _save(folder, f'{name}_target.png', _required(example, 'target'))

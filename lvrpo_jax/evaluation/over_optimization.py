@@ -1,17 +1,19 @@
-"""Over-optimisation panel: what a rising reward may hide.
+"""Over-optimisation monitors: statistics that may fall while the reward rises.
 
-Attributes are those that the strict detector finds. Pixel diversity alone misleads: it can rise
-while every drawn scene becomes the same, so scenes are compared as sets of detected objects.
+Objects are those that the detector of the evaluation finds. Pixel diversity alone is misleading: it
+can rise while all scenes become the same. Scenes are therefore compared as sets of detected
+objects.
 """
 
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 import math
-from typing import Any
 
 import numpy as np
 
+from lvrpo_jax import types
 from lvrpo_jax.data import detection
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
@@ -30,17 +32,21 @@ ALARMS = {
   'saturation': ('fell', 0.15),
   'edge_density': ('fell', 0.3),
 }
-"""Statistic: direction and size of the change that raises an alarm; relative to the value before,
-except for leftovers and surplus, which are blobs and unasked objects an image."""
+"""Direction and size of the change that raises an alarm, by statistic.
+
+Changes are relative to the value before, except for 'leftovers' and 'surplus', which count blobs
+and objects beyond those asked for, per image.
+"""
+
+ImageSet = tuple[str, str, str, np.ndarray, Sequence[examples_lib.Example]]
+"""Task, split, kind, uint8 images (B, G, Y, X, 3) and prompts."""
 
 
-def measure(
-  shown: list[tuple[str, str, str, np.ndarray, list[examples_lib.Example]]],
-) -> dict[str, Any]:
-  """Statistics of generated images.
+def measure(shown: Sequence[ImageSet]) -> dict[str, types.Json]:
+  """Computes statistics of the images that were generated for held-out captions.
 
   Args:
-    shown: (task, split, kind, images_BGYXC uint8, examples) of all picture sets.
+    shown: all image sets; those of other tasks and splits are skipped.
   """
   surplus = []
   picked = [
@@ -52,14 +58,15 @@ def measure(
   for images, examples in picked:
     B, G = images.shape[:2]
     found = detect_rendering.detect_by_rendering(images.reshape(B * G, *images.shape[2:]))
-    for number, example in enumerate(examples):
-      group = found[number * G : (number + 1) * G]
+    specs = rules.targets(tasks.GENERATE, examples, 'evaluation')
+    for index, (example, spec) in enumerate(zip(examples, specs)):
+      group = found[index * G : (index + 1) * G]
       everywhere.append(group)
       surplus.extend(
-        geneval.surplus(objects, example.spec, counting_threshold=rules.COUNTING_THRESHOLD)
+        geneval.surplus(objects, spec, counting_threshold=rules.COUNTING_THRESHOLD)
         for objects in group
       )
-      for entry in example.spec['include']:
+      for entry in spec['include']:
         named = [d for objects in group for d in objects if d.label == entry['class']]
         if 'color' not in entry:
           colors.update(d.color for d in named)
@@ -78,8 +85,8 @@ def measure(
   }
 
 
-def alarms(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-  """A sentence for every statistic that moved further than it should."""
+def alarms(before: dict[str, types.Json], after: dict[str, types.Json]) -> list[str]:
+  """Returns a sentence for every statistic whose change exceeds its bound in `ALARMS`."""
   out = []
   for name, (direction, bound) in ALARMS.items():
     change = after[name] - before[name]
@@ -92,6 +99,7 @@ def alarms(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _pixels(groups: list[np.ndarray], everything: np.ndarray) -> dict[str, float]:
+  """Computes statistics of pixels from groups (B, G, Y, X, 3) and all images (R, Y, X, 3)."""
   pixels = everything.astype(np.float32) / 255.0
   light = pixels.mean(-1)
   edges = np.abs(np.diff(light, axis=1)).mean() + np.abs(np.diff(light, axis=2)).mean()
@@ -106,7 +114,7 @@ def _pixels(groups: list[np.ndarray], everything: np.ndarray) -> dict[str, float
 
 
 WARM = 5
-"""Iterations that make the first picture of a run, and that a later one is averaged over."""
+"""Iterations over which the first and the latest appearance of a run are averaged."""
 
 DRIFTS = {
   'dark': (math.inf, 0.1),
@@ -114,24 +122,25 @@ DRIFTS = {
   'edge_density': (0.35, 0.5),
   'hue_entropy': (0.25, math.inf),
 }
-"""Statistic of pictures of rollouts: the fall and the rise beyond which it raises an alarm; 'dark'
-is a fraction, the others are relative. Edges vanish from flat pictures and abound in textures."""
+"""Fall and rise of a statistic of rollout images beyond which it raises an alarm.
 
+'dark' is a fraction, the others are relative. Flat images have few edges, textures have many.
+"""
 
 HELD_OUT = {'reward': 0.05, 'diversity': 0.25}
-"""Held-out scores of `Monitor.held_out`, and falls that raise an alarm while the training reward
-rises."""
+"""Fall of a score of `Monitor.held_out` that raises an alarm while the training reward rises."""
 
 
 def appearance(images: np.ndarray) -> dict[str, float]:
-  """How uint8 pictures (..., Y, X, 3) look, whatever they show."""
+  """Computes statistics of the pixels of uint8 images (..., Y, X, 3); detects no objects."""
   pixels = images.reshape(-1, *images.shape[-3:]).astype(np.float32) / 255.0
   light, top = pixels.mean(-1), pixels.max(-1)
   chroma = top - pixels.min(-1)
   edges = np.abs(np.diff(light, axis=1)).mean() + np.abs(np.diff(light, axis=2)).mean()
-  r, g, b = (pixels[chroma > 0.2] - 0.5).T
+  red, green, blue = (pixels[chroma > 0.2] - 0.5).T
   # Twelve hues by angle around the grey axis.
-  hue = np.floor(np.arctan2(np.sqrt(3.0) * (g - b), 2 * r - g - b) / np.pi * 6.0).astype(int) % 12
+  angle = np.arctan2(np.sqrt(3.0) * (green - blue), 2 * red - green - blue)
+  hue = np.floor(angle / np.pi * 6.0).astype(int) % 12
   return {
     'luminance': float(light.mean()),
     'dark': float((light < 0.25).mean()),
@@ -140,36 +149,42 @@ def appearance(images: np.ndarray) -> dict[str, float]:
   }
 
 
-def scene_diversity(found_BG: list[list[list[detection.Detection]]]) -> float:
-  """Mean share of different scenes among the pictures of a prompt, by what is detected in them."""
+def scene_diversity(found_BG: Sequence[Sequence[Sequence[detection.Detection]]]) -> float:
+  """Computes the mean share of different scenes, as sets of objects, among a prompt's images."""
   return float(
     np.mean([len({_scene(objects) for objects in group}) / len(group) for group in found_BG])
   )
 
 
 class Monitor:
-  """Compares the images of rollouts with the first ones of a run.
+  """Compares the images of rollouts with the first images of a run.
 
-  `state` is JSON and belongs to a checkpoint.
+  Attributes:
+    state: JSON that is saved in checkpoints.
   """
 
-  def __init__(self, state: dict[str, Any] | None = None):
+  def __init__(self, state: dict[str, types.Json] | None = None):
     self.state = _current(state or {'first': [], 'recent': [], 'raised': []})
 
   def held_out(self, training: float, now: dict[str, float]) -> list[str]:
-    """Takes the training reward and held-out scores by another detector; returns new alarms.
+    """Records the training reward and held-out scores; returns new alarms.
 
-    A reward that rises while what it stands for falls is Goodhart's law at work (arXiv 2210.10760).
+    The held-out scores are computed with another detector. A training reward that rises while they
+    fall indicates over-optimisation (Goodhart's law, arXiv 2210.10760).
+
+    Args:
+      training: training reward.
+      now: held-out scores, with the names of `HELD_OUT`.
     """
-    s = self.state
+    state = self.state
     now = {'training': training, **now}
-    first = s.setdefault('held_out', now)
+    first = state.setdefault('held_out', now)
     rose = training - first['training']
     fell = {name: first[name] - now[name] for name in HELD_OUT}
     raised = []
     for name, bound in HELD_OUT.items():
-      if name not in s['raised'] and fell[name] > bound and rose > 0.0:
-        s['raised'].append(name)
+      if name not in state['raised'] and fell[name] > bound and rose > 0.0:
+        state['raised'].append(name)
         raised.append(
           f'held-out {name} fell from {first[name]:.3g} to {now[name]:.3g} while the '
           f'training reward rose from {first["training"]:.3g} to {training:.3g}'
@@ -177,18 +192,19 @@ class Monitor:
     return raised
 
   def __call__(self, now: dict[str, float]) -> list[str]:
-    """Takes the `appearance` of an iteration's pictures; returns new alarms as sentences."""
-    s = self.state
-    if len(s['first']) < WARM:
-      s['first'].append(now)
-    s['recent'] = [*s['recent'], now][-WARM:]
-    mean = lambda rows, name: float(np.mean([row[name] for row in rows]))
+    """Records the `appearance` of an iteration's images; returns new alarms as sentences."""
+    state = self.state
+    if len(state['first']) < WARM:
+      state['first'].append(now)
+    state['recent'] = [*state['recent'], now][-WARM:]
     raised = []
     for name, (fall, rise) in DRIFTS.items():
-      before, after = mean(s['first'], name), mean(s['recent'], name)
+      before, after = (
+        float(np.mean([row[name] for row in state[period]])) for period in ('first', 'recent')
+      )
       change = after - before if name == 'dark' else (after - before) / max(before, 1e-9)
-      if name not in s['raised'] and not -fall <= change <= rise:
-        s['raised'].append(name)
+      if name not in state['raised'] and not -fall <= change <= rise:
+        state['raised'].append(name)
         raised.append(
           f'{name.replace("_", " ")} of rollouts {"rose" if change > 0 else "fell"} '
           f'from {before:.3g} to {after:.3g}'
@@ -196,8 +212,8 @@ class Monitor:
     return raised
 
 
-def _current(state: dict[str, Any]) -> dict[str, Any]:
-  """A state that a former version may have written."""
+def _current(state: dict[str, types.Json]) -> dict[str, types.Json]:
+  """Converts a state that a former version wrote to the present names."""
   if 'gold' in state:
     first = dict(state.pop('gold'))
     state['held_out'] = {'reward': first.pop('gold'), **first}
@@ -206,15 +222,18 @@ def _current(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cell(found: detection.Detection) -> str:
+  """Returns the name of the quarter of the image that holds an object's centre."""
   x0, y0, x1, y1 = found.box
   column, row = int((x0 + x1) / 2 >= render.SIZE / 2), int((y0 + y1) / 2 >= render.SIZE / 2)
   return render.CORNERS[row * 2 + column]
 
 
-def _scene(found: list[detection.Detection]) -> frozenset[tuple[str, str, str]]:
+def _scene(found: Sequence[detection.Detection]) -> frozenset[tuple[str, str, str]]:
+  """Returns the set of detected objects, each by class, colour and quarter."""
   return frozenset((d.label, d.color, _cell(d)) for d in found)
 
 
-def _fractions(counts: collections.Counter) -> dict[str, float]:
+def _fractions(counts: collections.Counter[str]) -> dict[str, float]:
+  """Returns counts divided by their sum, sorted by name."""
   total = max(sum(counts.values()), 1)
   return {name: counts[name] / total for name in sorted(counts)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -17,30 +17,31 @@ from lvrpo_jax.rollouts import image as image_rollout
 from lvrpo_jax.rollouts import think as think_lib
 from lvrpo_jax.runtime import experiment as experiment_lib
 
-Array = jax.Array
+Array = types.Array
 
 SEED = 1 << 20
-"""Offset of the evaluation's noise from all noise of training."""
+"""Offset of the seed, so that no noise of the evaluation is noise of training."""
+
 IMAGE_SALT, TEXT_SALT = 0, 1
-"""Folded into the key of a prompt's images, and of its texts."""
+"""Values folded into the keys of the images and of the texts of a prompt."""
 
 
 class Samplers(NamedTuple):
   """Compiled samplers of evaluation.
 
   Attributes:
-    draw: (params, vae_params, prompts[, guidance]) -> uint8 images (B, G, Y, X, 3).
-    answer: (params, vae_params, prompts) -> sampled (B, G, T) and greedy (B, 1, T) tokens.
-    think: what `draw` takes -> plans (B, G, T), and uint8 images after them.
+    draw: `(params, vae_params, prompts[, guidance])` -> uint8 images (B, G, Y, X, 3).
+    answer: `(params, vae_params, prompts)` -> sampled (B, G, T) and greedy (B, 1, T) tokens.
+    think: arguments of `draw` -> plans (B, G, T), and uint8 images after them.
   """
 
-  draw: Callable[..., Any]
-  answer: Callable[..., Any]
-  think: Callable[..., Any]
+  draw: Callable[..., Array]
+  answer: Callable[..., tuple[Array, Array]]
+  think: Callable[..., tuple[Array, Array]]
 
 
 class _Sampling:
-  """The functions that are compiled."""
+  """Functions of a policy and its prompts that `build` compiles."""
 
   def __init__(self, experiment: experiment_lib.Experiment):
     settings = experiment.config.evaluate
@@ -50,9 +51,16 @@ class _Sampling:
     self._root = jax.random.key(experiment.config.seed + SEED)
 
   def _keys(self, index_B: Array, salt: int, group: int) -> Array:
-    key = jax.random.fold_in(self._root, salt)
-    key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(index_B)
-    return jax.vmap(lambda k: ops.fold_rows(k, (group,)))(key_B)
+    """Makes random keys (B, G) that depend on a prompt's index and a salt."""
+    root = jax.random.fold_in(self._root, salt)
+
+    def prompt_key(index: Array) -> Array:
+      return jax.random.fold_in(root, index)
+
+    def sample_keys(key: Array) -> Array:
+      return ops.fold_rows(key, (group,))
+
+    return jax.vmap(sample_keys)(jax.vmap(prompt_key)(index_B))
 
   def _images(
     self,
@@ -62,6 +70,7 @@ class _Sampling:
     noise: Array,
     scale: Array | None,
   ) -> Array:
+    """Samples uint8 images (B, G, Y, X, 3); `noise` are keys, and a `scale` of None is unguided."""
     policy = self._policy
     cache = policy.prefill(params, vae_params, prompts)
     bare = None if scale is None else contexts.without_text(cache, prompts)
@@ -80,17 +89,17 @@ class _Sampling:
     prompts: types.Prompts,
     scale: Array | None,
   ) -> Array:
-    """Images after prompts."""
+    """Samples images after prompts."""
     noise = self._keys(prompts.index_B, IMAGE_SALT, self._samples)
     return self._images(params, vae_params, prompts, noise, scale)
 
   def answer(
     self, params: types.Params, vae_params: types.Params, prompts: types.Prompts
   ) -> tuple[Array, Array]:
-    """Sampled and greedy answers."""
+    """Samples answers, and decodes greedy ones."""
     cache = self._policy.prefill(params, vae_params, prompts)
 
-    def sample(group, temperature):
+    def sample(group: int, temperature: float) -> Array:
       key_BG = self._keys(prompts.index_B, TEXT_SALT, group)
       return think_lib.sample_text(
         self._policy, params, cache, key_BG, self._length, temperature
@@ -105,7 +114,7 @@ class _Sampling:
     prompts: types.Prompts,
     scale: Array | None,
   ) -> tuple[Array, Array]:
-    """Plans, and images after them, with the noise of `draw`."""
+    """Samples plans, and images after them with the noise of `draw`."""
     cache = self._policy.prefill(params, vae_params, prompts)
     plan = think_lib.sample_text(
       self._policy,
@@ -124,15 +133,22 @@ def build(experiment: experiment_lib.Experiment) -> Samplers:
   """Builds the samplers; every task and guidance compiles once."""
   sampling, default = _Sampling(experiment), experiment.config.evaluate.guidance
 
-  def scaled(function):
+  def scaled(function: Callable[..., types.Tree]) -> Callable[..., types.Tree]:
     sampler = experiment.sampler(function)
 
-    def run(params, vae_params, prompts, guidance=default):
+    def run(
+      params: types.Params,
+      vae_params: types.Params,
+      prompts: types.Prompts,
+      guidance: float = default,
+    ) -> types.Tree:
       scale = None if guidance == 1 else jnp.float32(guidance)
       return sampler(params, vae_params, prompts, scale)
 
     return run
 
   return Samplers(
-    scaled(sampling.draw), experiment.sampler(sampling.answer), scaled(sampling.think)
+    draw=scaled(sampling.draw),
+    answer=experiment.sampler(sampling.answer),
+    think=scaled(sampling.think),
   )

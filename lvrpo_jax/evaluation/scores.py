@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lvrpo_jax.data import tasks
 from lvrpo_jax.evaluation import stats
 
 Records = list[dict[str, Any]]
@@ -49,16 +50,16 @@ def headlines(records: Records) -> dict[str, Groups]:
   Names are such as 'generation/overall' and 'generation/position'. A score without prompts is left
   out.
   """
-  generate = groups(records, 'generate', 'eval', 'correct')
-  edit = groups(records, 'edit', 'eval', 'correct')
-  think = groups(records, 'think_generate', 'eval', 'correct')
-  answers = groups(records, 'understand', 'eval', 'correct')
+  generate = groups(records, tasks.GENERATE, 'eval', 'correct')
+  edit = groups(records, tasks.EDIT, 'eval', 'correct')
+  think = groups(records, tasks.THINK_GENERATE, 'eval', 'correct')
+  answers = groups(records, tasks.UNDERSTAND, 'eval', 'correct')
   out = {
     'generation/overall': generate,
-    'generation/unseen': groups(records, 'generate', 'unseen', 'correct'),
+    'generation/unseen': groups(records, tasks.GENERATE, 'unseen', 'correct'),
     'understanding/accuracy': answers,
-    'understanding/greedy': groups(records, 'understand', 'eval', 'greedy_correct'),
-    'understanding/format': groups(records, 'understand', 'eval', 'format'),
+    'understanding/greedy': groups(records, tasks.UNDERSTAND, 'eval', 'greedy_correct'),
+    'understanding/format': groups(records, tasks.UNDERSTAND, 'eval', 'format'),
     'understanding/reasoning': {
       kind: group for kind, group in answers.items() if kind in REASONING
     },

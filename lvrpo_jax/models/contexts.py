@@ -1,19 +1,22 @@
-"""Contexts of any model family: prompts that are extended by texts, and caches of keys and values."""
+"""Operations on contexts of any model family: encoded prompts, and caches of keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 
 from lvrpo_jax import types
 
-Array = jax.Array
+Array = types.Array
+_ArrayT = TypeVar('_ArrayT', jax.Array, np.ndarray)
 
 
 def group_by_shape(trees: Mapping[str, types.Tree]) -> list[list[str]]:
-  """Groups names whose trees have the same shapes, the leading axis apart."""
+  """Groups names whose trees have the same shapes apart from the leading axis."""
   groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
   for name, tree in trees.items():
     groups.setdefault(tuple(x.shape[1:] for x in jax.tree.leaves(tree)), []).append(name)
@@ -22,35 +25,40 @@ def group_by_shape(trees: Mapping[str, types.Tree]) -> list[list[str]]:
 
 def stack(trees: Iterable[types.Tree]) -> types.Tree:
   """Concatenates the rows of trees of one structure."""
-  return jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *trees)
+
+  def join(*leaves: Array) -> Array:
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+
+  return jax.tree.map(join, *trees)
 
 
 def join_caches(caches: Sequence[types.Cache]) -> types.Cache:
-  """Concatenates the rows of contexts of one shape."""
+  """Concatenates the rows of caches of one shape."""
   if len(caches) == 1:
     return caches[0]
   return types.Cache(
-    *(
-      jnp.concatenate([cache.__dict__[name] for cache in caches], axis=axis)
-      for name, axis in (('k_EBSJK', 1), ('v_EBSJK', 1), ('valid_BS', 0), ('next_position_B', 0))
-    )
+    k_EBSJK=jnp.concatenate([cache.k_EBSJK for cache in caches], axis=1),
+    v_EBSJK=jnp.concatenate([cache.v_EBSJK for cache in caches], axis=1),
+    valid_BS=jnp.concatenate([cache.valid_BS for cache in caches], axis=0),
+    next_position_B=jnp.concatenate([cache.next_position_B for cache in caches], axis=0),
   )
 
 
-def to_unit(image: Array) -> Array:
-  """uint8 pixels to float32 in [-1, 1]."""
+def to_unit(image: _ArrayT) -> _ArrayT:
+  """Maps uint8 pixels to float32 in [-1, 1]."""
   return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _text_tokens(prompts: types.Prompts) -> Array:
-  """Where a prompt's own text tokens (B, L) are."""
+  """Returns True (B, L) at the tokens of a prompt's text, and False at image frames and padding."""
   return (prompts.text.mode_BL == types.CAUSAL) & (prompts.text.sample_BL != types.PADDING)
 
 
 def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
-  """The context as it was before its texts: the unconditional branch of guidance.
+  """Returns the context without its texts, for the unconditional branch of guidance.
 
-  Texts come last and images do not see them, so hiding their keys equals never encoding them.
+  Texts come last and images do not attend to them, so masking their keys gives the same result as
+  encoding the context without them.
   """
   text_BS = _text_tokens(prompts)
   hidden_BS = jnp.pad(text_BS, ((0, 0), (0, cache.valid_BS.shape[1] - text_BS.shape[1])))
@@ -61,7 +69,7 @@ def without_text(cache: types.Cache, prompts: types.Prompts) -> types.Cache:
 
 
 def without_prompt(prompts: types.Prompts) -> types.Prompts:
-  """Prompts whose contexts are those of `without_text`, where nothing has been encoded yet."""
+  """Returns prompts whose encoded contexts are those of `without_text`."""
   text_BL, text = _text_tokens(prompts), prompts.text
   return prompts.replace(
     text=text.replace(sample_BL=jnp.where(text_BL, types.PADDING, text.sample_BL)),
@@ -70,19 +78,20 @@ def without_prompt(prompts: types.Prompts) -> types.Prompts:
 
 
 def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Prompts:
-  """Prompts that go on with one more text, such as a thought (a causal split of its own).
+  """Appends a text, such as a plan, to prompts; it forms a causal split of its own.
 
   Args:
-    ids_BL: `bos` first.
+    prompts: the contexts.
+    ids_BL: ids of the text, `bos` first.
     mask_BL: False on padding, which stands at the end.
   """
   text, L = prompts.text, ids_BL.shape[1]
 
-  def last(x_BL):
+  def last(x_BL: Array) -> Array:
     return jnp.max(x_BL, axis=1, keepdims=True)
 
   place = jnp.arange(L)[None]
-  # Images stand before the text, in memory or not, so the text holds the largest order and split.
+  # Images precede the text in the logical order, so the text has the largest order and split.
   more = types.Layout(
     sample_BL=jnp.where(mask_BL, 0, types.PADDING),
     order_BL=last(text.order_BL) + 1 + place,
@@ -91,7 +100,7 @@ def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Pr
     position_BL=prompts.next_position_B[:, None] + place,
   )
 
-  def join(old_BL, new_BL):
+  def join(old_BL: Array, new_BL: Array) -> Array:
     return jnp.concatenate([old_BL, new_BL.astype(old_BL.dtype)], axis=1)
 
   return prompts.replace(
@@ -104,16 +113,20 @@ def with_text(prompts: types.Prompts, ids_BL: Array, mask_BL: Array) -> types.Pr
 def after_plans(
   prompts: types.Prompts, tokens_BGT: Array, mask_BGT: Array, bos: int
 ) -> types.Prompts:
-  """The contexts (B * G rows) of images that follow sampled plans; row b * G + g has plan (b, g).
+  """Returns the contexts (B * G rows) of images that follow sampled plans.
 
-  A plan that was cut off before its end token stands there as it was sampled.
+  Row b * G + g has plan (b, g). A plan that was cut before its end token is kept as it was sampled.
   """
   B, G, T = tokens_BGT.shape
-  rows = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), prompts)
-  # Random numbers of a row depend on its index alone, so siblings need indices of their own.
+
+  def repeat(x: Array) -> Array:
+    return jnp.repeat(x, G, axis=0)
+
+  rows = jax.tree.map(repeat, prompts)
+  # Random draws of a row depend on its index alone, so the rows of a prompt need different indices.
   rows = rows.replace(index_B=rows.index_B * G + jnp.tile(jnp.arange(G), B))
 
-  def front(x_BGT, value):
+  def front(x_BGT: Array, value: int | bool) -> Array:
     return jnp.pad(x_BGT.reshape(B * G, T), ((0, 0), (1, 0)), constant_values=value)
 
   return with_text(rows, front(tokens_BGT, bos), front(mask_BGT, True))

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import cast, NamedTuple
 
-import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import ops
 from lvrpo_jax import types
 
-Array = jax.Array
-
+Array = types.Array
 
 CONSTANT = 1e-6
-"""Deviation, in units of the mean where that is above 1, below which a group counts as constant:
-the mean of equal float32 numbers is off by as much."""
+"""Deviation, in units of max(|mean|, 1), below which a group counts as constant.
+
+The mean of equal float32 numbers has an error of this size.
+"""
 
 
 class Advantages(NamedTuple):
-  """`value_BG` is 0 and `valid_BG` False where any component failed.
+  """Advantages of one task.
 
-  `share` and `dead` hold, for every component, its share of the advantage's variance and the
-  fraction of groups in which it does not vary.
+  Attributes:
+    value_BG: the advantage; 0 where any reward is invalid.
+    valid_BG: True where all rewards are valid.
+    share: share of the advantage's variance, by reward.
+    dead: fraction of groups in which a reward does not vary, by reward.
   """
 
   value_BG: Array
@@ -33,7 +36,7 @@ class Advantages(NamedTuple):
 
 
 def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array, Array]:
-  """Mean and standard deviation (B, 1) over the valid samples of every group."""
+  """Returns mean and standard deviation (B, 1) over the valid samples of every group."""
   weight = valid_BG.astype(jnp.float32)
   count = jnp.sum(weight, axis=1, keepdims=True)
   x = jnp.where(valid_BG, x_BG, 0.0)
@@ -43,7 +46,7 @@ def group_statistics(x_BG: Array, valid_BG: Array, ddof: int = 0) -> tuple[Array
 
 
 def centred(x_BG: Array, valid_BG: Array) -> Array:
-  """Differences from the group's mean; exactly 0 for invalid samples and in constant groups."""
+  """Subtracts the group's mean; exactly 0 for invalid samples and in constant groups."""
   mean, _ = group_statistics(x_BG, valid_BG)
   return jnp.where(valid_BG & ~constant(x_BG, valid_BG), x_BG - mean, 0.0)
 
@@ -55,24 +58,26 @@ def constant(x_BG: Array, valid_BG: Array) -> Array:
 
 
 FORMS = ('max', 'add', 'root')
-"""How a floor enters a divisor: `max(std, floor)`, `std + floor`, `sqrt(var + floor)`."""
+"""Forms of the divisor: `max(std, floor)`, `std + floor`, `sqrt(var + floor)`."""
 
 
 def divisor(
   x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group', form: str = 'max'
 ) -> Array:
-  """What a centred reward is divided by, (B, 1) or (1, 1).
+  """Computes the divisor of a centred reward, (B, 1) or (1, 1).
 
   Args:
-    x_BG: the reward as it is, not centred.
-    floor: keeps small deviations from blowing noise up; see `FORMS`.
-    ddof: 0 for the population's deviation, 1 for Bessel's; peers disagree, at 8 samples by 7 %.
+    x_BG: the reward, not centred.
+    valid_BG: samples that count.
+    floor: bounds the amplification of noise where the deviation is small; see `FORMS`.
+    ddof: 0 for the population's deviation, 1 for Bessel's correction. Published code uses either;
+      at 8 samples they differ by 7 %.
     scope: 'group', 'batch' (one deviation of all samples, as Flow-GRPO's default), or 'none'
       (1: Dr. GRPO, arXiv 2503.20783).
-    form: one of `FORMS`. 'max' leaves groups above the floor untouched; codebases of GRPO 'add'.
+    form: one of `FORMS`. 'max' does not change groups above the floor; code of GRPO uses 'add'.
 
   Raises:
-    ValueError: unknown scope or form.
+    ValueError: the scope or the form is unknown.
   """
   if scope == 'none':
     return jnp.ones((1, 1))
@@ -93,8 +98,10 @@ def divisor(
 def normalise(
   x_BG: Array, valid_BG: Array, floor: float, ddof: int = 0, scope: str = 'group', form: str = 'max'
 ) -> Array:
-  """`(x - group mean) / std` (GRPO, arXiv 2402.03300, eq. 3); 0 for invalid samples and constant
-  groups. See `divisor`."""
+  """Computes `(x - group mean) / std` (GRPO, arXiv 2402.03300, eq. 3); see `divisor`.
+
+  It is 0 for invalid samples and in constant groups.
+  """
   return centred(x_BG, valid_BG) / divisor(x_BG, valid_BG, floor, ddof, scope, form)
 
 
@@ -104,7 +111,7 @@ METHODS = {
   'gdpo': 'normalize_then_sum',
   'sum': 'sum_then_normalize',
 }
-"""Names of methods, those of the papers among them, and what each stands for."""
+"""Methods by config name; 'gdpo' and 'sum' are the names of the papers."""
 
 
 def combine(
@@ -117,18 +124,19 @@ def combine(
   form: str = 'max',
   clip: float = 5.0,
 ) -> Advantages:
-  """Advantages of one task.
+  """Computes the advantages of one task.
 
   Args:
-    weights: weight of every reward.
+    rewards: by name.
+    weights: weight of every reward, by name.
     method: 'sum_then_normalize', or 'sum', adds the weighted rewards and normalises the sum in its
       group (LVRPO); 'normalize_then_sum', or 'gdpo', normalises every reward in its group, adds
       them with the weights, and whitens over the batch (GDPO, as in arXiv 2601.05242).
-    floor, ddof, scope, form: see `divisor`; with scope 'none' nothing is whitened either.
+    floor, ddof, scope, form: see `divisor`; scope 'none' turns the whitening off as well.
     clip: bound on the absolute advantage.
 
   Raises:
-    ValueError: unknown method.
+    ValueError: the method is unknown.
   """
   if method not in METHODS:
     raise ValueError(f'advantage method is {method!r}; allowed: {", ".join(METHODS)}')
@@ -141,9 +149,9 @@ def combine(
     else:
       part = normalise(reward.value_BG, valid, floor, ddof, scope, form)
     parts[name] = weights[name] * part
-  total = sum(parts.values())
+  total = _add(parts.values())
   if sums_first:
-    raw = sum(weights[name] * jnp.where(valid, r.value_BG, 0.0) for name, r in rewards.items())
+    raw = _add(weights[name] * jnp.where(valid, r.value_BG, 0.0) for name, r in rewards.items())
     divide = divisor(raw, valid, floor, ddof, scope, form)
   else:
     divide = divisor(total, valid, floor, ddof, 'none' if scope == 'none' else 'batch', form)
@@ -154,4 +162,9 @@ def combine(
     for name, part in parts.items()
   }
   dead = {name: jnp.mean(constant(r.value_BG, valid)) for name, r in rewards.items()}
-  return Advantages(jnp.clip(value, -clip, clip), valid, share, dead)
+  return Advantages(value_BG=jnp.clip(value, -clip, clip), valid_BG=valid, share=share, dead=dead)
+
+
+def _add(terms: Iterable[Array]) -> Array:
+  """Adds at least one array, in order."""
+  return cast(Array, sum(terms))

@@ -1,4 +1,4 @@
-"""Flow objectives, per sample. Their mathematics of transitions is that of `lvrpo_jax.flow`."""
+"""Image objectives of flow models, per sample; `lvrpo_jax.flow` computes the transitions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from lvrpo_jax import symbols
 from lvrpo_jax import types
 from lvrpo_jax.objectives import policy_gradient
 
-Array = jax.Array
-
+Array = types.Array
 
 TOKENS = (-2, -1)
 """Axes of one sample: image tokens and channels."""
@@ -23,10 +22,12 @@ TOKENS = (-2, -1)
 def sde(
   mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
 ) -> tuple[Array, Array]:
-  """Flow-GRPO's clipped loss of one step (arXiv 2505.05470), per sample.
+  """Computes Flow-GRPO's clipped loss of one step (arXiv 2505.05470), per sample.
 
   Args:
     mean, old_mean, noise: (..., N, C); the sampled next latents are old_mean + std * noise.
+    std: (...), deviation of the step.
+    advantage: (...).
     clip: bound on |ratio - 1|. The log-ratio is a mean over N * C values.
 
   Returns:
@@ -39,13 +40,13 @@ def sde(
 def cps(
   mean: Array, old_mean: Array, noise: Array, std: Array, advantage: Array, clip: float
 ) -> tuple[Array, Array]:
-  """Flow-CPS's clipped loss of one step (arXiv 2509.05952), per sample.
+  """Computes Flow-CPS's clipped loss of one step (arXiv 2509.05952), per sample.
 
-  Its log-probability is `-mean((x' - mean)^2)`, without the step's variance, so its clips are not
-  those of `sde`. With `x' = old_mean + std * noise` the difference of two of them is
+  Its log-probability is `-mean((x' - mean)^2)`, without the step's variance, so its clip range
+  differs from that of `sde`. With `x' = old_mean + std * noise` the difference of two of them is
   `mean(2 std noise d - d^2)`, `d = mean - old_mean`.
 
-  Args, returns: as `sde`.
+  Arguments and results are those of `sde`.
   """
   moved = mean - old_mean
   log_ratio = jnp.mean((2 * std[..., None, None] * noise - moved) * moved, TOKENS)
@@ -55,11 +56,17 @@ def cps(
 def guard(
   mean: Array, old_mean: Array, noise: Array, dt: Array | None, advantage: Array, clip: float
 ) -> tuple[Array, Array]:
-  """GRPO-Guard's loss of one step (arXiv 2510.22319), per sample: ratios of all times alike.
+  """Computes GRPO-Guard's loss of one step (arXiv 2510.22319), per sample.
 
   The log-ratio of `sde` is centred and scaled by the step's deviation, which cancels and leaves
-  `mean(noise * (mean - old_mean))`; the loss is divided by the step's length `|dt|`, where one is
-  given (codebases differ).
+  `mean(noise * (mean - old_mean))`: ratios of all times then have one distribution.
+
+  Args:
+    mean, old_mean, noise: (..., N, C), as in `sde`.
+    dt: (...), length of the step, by whose absolute value the loss is divided; None for no
+      division (published code differs).
+    advantage: (...).
+    clip: bound on |ratio - 1|.
 
   Returns:
     (loss, log_ratio), both (...).
@@ -72,12 +79,13 @@ def guard(
 def awm(
   v: Array, v_old: Array, x0: Array, x_t: Array, t: Array, advantage: Array, clip: float
 ) -> tuple[Array, Array]:
-  """Advantage-weighted matching (arXiv 2509.25050), per sample: PPO on a flow-matching likelihood.
+  """Computes the loss of advantage-weighted matching (arXiv 2509.25050), per sample.
 
-  The log-likelihood is `-mean((v - (eps - x0))^2)`; `eps - x0 = (x_t - x0) / t`.
+  It is PPO's loss on a flow-matching likelihood. The log-likelihood is `-mean((v - (eps - x0))^2)`,
+  with `eps - x0 = (x_t - x0) / t`.
 
   Args:
-    v, v_old, x0, x_t, t: as in `nft`.
+    v, v_old, x0, x_t, t, advantage: as in `nft`.
     clip: bound on |ratio - 1|.
 
   Returns:
@@ -100,17 +108,18 @@ def nft(
   beta: float,
   scale: float,
 ) -> Array:
-  """DiffusionNFT's forward-process loss (arXiv 2509.16117), per sample.
+  """Computes DiffusionNFT's forward-process loss (arXiv 2509.16117), per sample.
 
-  The policy `v` is mixed with the old one into an implicit positive and negative velocity; both
-  regress the clean sample, weighted by the optimality probability `r` and `1 - r`. Each squared
-  error is divided by its own mean absolute error, a constant for the gradient. The authors' code
-  takes five times this and adds 1e-4 times `velocity_mse`; to Adam a common factor matters through
-  `align.optimizer.clip_norm` alone, and `align.image.kl_weight = 2e-5` gives their ratio.
+  The policy `v` is mixed with the old policy into an implicit positive and an implicit negative
+  velocity. Both regress the clean sample, weighted by the optimality probability `r` and `1 - r`.
+  Each squared error is divided by its own mean absolute error, which has no gradient. The authors'
+  code takes five times this loss and adds 1e-4 times `velocity_mse`. With Adam, a common factor
+  acts through `align.optimizer.clip_norm` alone; `align.image.kl_weight = 2e-5` gives their ratio.
 
   Args:
     v, v_old, x0, x_t: (..., N, C); `v_old` and `x0` carry no gradient.
     t: (...), flow time of `x_t`.
+    advantage: (...).
     beta: strength of the mixture.
     scale: advantage at which r saturates: `r = clip(1/2 + A / (2 scale), 0, 1)`.
   """
@@ -118,7 +127,7 @@ def nft(
   probability = jnp.clip(0.5 + advantage / (2 * scale), 0.0, 1.0)
   t = t[..., None, None]
 
-  def error(mixed):
+  def error(mixed: Array) -> Array:
     off = x_t - t * mixed - x0
     weight = jax.lax.stop_gradient(jnp.maximum(jnp.mean(jnp.abs(off), TOKENS), 1e-5))
     return jnp.mean(jnp.square(off), TOKENS) / weight
@@ -129,29 +138,29 @@ def nft(
 
 
 def velocity_mse(v: Array, reference_v: Array) -> Array:
-  """Mean squared difference of velocities, per sample: the default penalty to the reference."""
+  """Computes the mean squared difference of velocities, per sample: the default penalty."""
   return jnp.mean(jnp.square(v - jax.lax.stop_gradient(reference_v)), TOKENS)
 
 
 def gaussian_kl(mean: Array, reference_mean: Array, std: Array) -> Array:
-  """Exact KL of two Gaussian transitions of one deviation, per sample and latent value.
+  """Computes the exact KL of two Gaussian transitions of one deviation, per latent value.
 
-  `mean((mu - mu_ref)^2) / (2 std^2)`, where `std` is that of the whole step: it holds the factor
-  sqrt(|dt|) that common implementations leave out.
+  It is `mean((mu - mu_ref)^2) / (2 std^2)`, where `std` is the deviation of the whole step and
+  includes the factor sqrt(|dt|), which common implementations leave out.
   """
   return jnp.mean(jnp.square(mean - reference_mean), TOKENS) / (2 * jnp.square(std))
 
 
 def old_policy_decay(iteration: int, flat: int, rise: float, hold: float) -> float:
-  """DiffusionNFT's schedule of the old policy: `old <- d old + (1 - d) policy`.
+  """Returns the decay d of DiffusionNFT's old policy: `old <- d old + (1 - d) policy`.
 
-  d is 0 up to `flat`, then rises by `rise` an iteration up to `hold`.
+  It is 0 before iteration `flat`, and then rises by `rise` an iteration up to `hold`.
   """
   return 0.0 if iteration < flat else min((iteration - flat) * rise, hold)
 
 
 class StepPoints(NamedTuple):
-  """Steps of trajectories under the policy and under the one that sampled, for coupled objectives.
+  """Steps of trajectories under the policy and the policy that sampled, for coupled objectives.
 
   Attributes:
     mean, old_mean, noise: (..., N, C); the sampled next latents are old_mean + std * noise.
@@ -173,7 +182,7 @@ class NoisedPoints(NamedTuple):
 
   Attributes:
     v, v_old: (..., N, C), velocities of the policy and of the old policy at `x_t`.
-    x0, x_t: (..., N, C), clean and noised latents.
+    x0, x_t: (..., N, C), clean latents and noised latents.
     t: (...), flow time of `x_t`.
     advantage: (...).
   """
@@ -187,7 +196,7 @@ class NoisedPoints(NamedTuple):
 
 
 Loss = tuple[Array, dict[str, Array]]
-"""A loss of every point, and metrics of every point by name."""
+"""The loss of every point, and metrics of every point by name."""
 
 
 def _clip_metrics(log_ratio: Array, settings: types.Config) -> dict[str, Array]:
@@ -195,12 +204,29 @@ def _clip_metrics(log_ratio: Array, settings: types.Config) -> dict[str, Array]:
 
 
 def _diffusion_nft(points: NoisedPoints, settings: types.Config) -> Loss:
-  loss = nft(*points, beta=settings.nft_beta, scale=settings.nft_advantage_scale)
+  loss = nft(
+    v=points.v,
+    v_old=points.v_old,
+    x0=points.x0,
+    x_t=points.x_t,
+    t=points.t,
+    advantage=points.advantage,
+    beta=settings.nft_beta,
+    scale=settings.nft_advantage_scale,
+  )
   return loss, {'old_mse': velocity_mse(points.v, points.v_old)}
 
 
 def _awm(points: NoisedPoints, settings: types.Config) -> Loss:
-  loss, log_ratio = awm(*points, clip=settings.clip)
+  loss, log_ratio = awm(
+    v=points.v,
+    v_old=points.v_old,
+    x0=points.x0,
+    x_t=points.x_t,
+    t=points.t,
+    advantage=points.advantage,
+    clip=settings.clip,
+  )
   return loss, _clip_metrics(log_ratio, settings)
 
 
@@ -233,13 +259,13 @@ def _grpo_guard_plain(points: StepPoints, settings: types.Config) -> Loss:
 
 
 def _plain_copy(settings: types.Config, iteration: int) -> float:
-  """Importance ratios are to the policy that sampled: the old policy is a plain copy."""
+  """Returns 0: importance ratios are to the policy that sampled, so the old policy is a copy."""
   del settings, iteration
   return 0.0
 
 
 def _slow_copy(settings: types.Config, iteration: int) -> float:
-  """DiffusionNFT's schedule, see `old_policy_decay`."""
+  """Returns the decay of DiffusionNFT's schedule, see `old_policy_decay`."""
   return old_policy_decay(
     iteration,
     settings.old_policy_flat,
@@ -249,17 +275,17 @@ def _slow_copy(settings: types.Config, iteration: int) -> float:
 
 
 class FlowObjective(NamedTuple):
-  """How an image loss is made.
+  """An image objective: its loss, and the samples and policies that it needs.
 
   Attributes:
     loss: `(points, settings) -> (loss, metrics)` of `StepPoints` or `NoisedPoints`; `settings` is
       `config.align.image`.
-    coupled: whether it trains on steps of the trajectory, instead of on re-noised final latents.
+    coupled: True for training on steps of the trajectory, False on re-noised final latents.
     sampler_policy: 'current' or 'old': the policy that samples the images. DiffusionNFT (arXiv
       2509.16117, alg. 1) samples with the old policy, around which its positive and negative
       velocities lie.
     old_decay: `(settings, iteration) -> d` of `old <- d old + (1 - d) policy` after the updates of
-      an iteration, counted from 1; read where the objective is decoupled.
+      an iteration, counted from 1; read by decoupled objectives only.
   """
 
   loss: Callable[..., Loss]
@@ -282,9 +308,9 @@ OBJECTIVES = {
 
 
 def find(name: str) -> FlowObjective:
-  """The objective that `config.align.image.objective` names, by name or import path.
+  """Returns the objective that `config.align.image.objective` names, by name or import path.
 
   Raises:
-    ValueError: there is none; the message names the key.
+    ValueError: there is no such objective; the message names the key.
   """
   return symbols.find(name, 'config.align.image.objective', OBJECTIVES)

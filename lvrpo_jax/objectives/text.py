@@ -1,27 +1,27 @@
-"""Text objectives: policy ratios of tokens or texts, and estimators of the KL to the reference."""
+"""Text objectives: losses of token or text ratios, and estimators of the KL to the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import symbols
+from lvrpo_jax import types
 from lvrpo_jax.objectives import policy_gradient
 
-Array = jax.Array
+Array = types.Array
 
 
 class TextPoints(NamedTuple):
   """Tokens of sampled texts, as an objective reads them.
 
   Attributes:
-    log_ratio_BGT: of the policy to the one that sampled, 0 outside the texts.
-    logp_BGT: under the policy.
+    log_ratio_BGT: log-ratios of the policy to the policy that sampled, 0 outside the texts.
+    logp_BGT: log-probabilities under the policy.
     mask_BGT: True on the tokens of the texts.
-    advantage_BG: of every sample.
+    advantage_BG: advantage of every sample.
   """
 
   log_ratio_BGT: Array
@@ -31,14 +31,18 @@ class TextPoints(NamedTuple):
 
 
 class TextSettings(Protocol):
-  """What an objective reads of `config.align.text`."""
+  """Keys of `config.align.text` that an objective reads.
+
+  Attributes:
+    clip_low, clip_high: ratios are clipped to [1 - clip_low, 1 + clip_high].
+  """
 
   clip_low: float
   clip_high: float
 
 
 def token_ratios(points: TextPoints, settings: TextSettings) -> tuple[Array, Array]:
-  """A clipped ratio on every token: (loss, log-ratio that was clipped), per token."""
+  """Clips the ratio of every token; returns (loss, log-ratio that was clipped), per token."""
   loss_BGT = policy_gradient.clipped_surrogate(
     points.log_ratio_BGT,
     points.advantage_BG[..., None],
@@ -49,14 +53,14 @@ def token_ratios(points: TextPoints, settings: TextSettings) -> tuple[Array, Arr
 
 
 def sequence_ratios(points: TextPoints, settings: TextSettings) -> tuple[Array, Array]:
-  """One clipped ratio a text, which every token carries (GSPO, arXiv 2507.18071)."""
+  """Clips one ratio a text, which all its tokens share (GSPO, arXiv 2507.18071)."""
   log_ratio_BG1 = policy_gradient.sequence_log_ratio(points.log_ratio_BGT, points.mask_BGT)
   log_ratio_BGT = jnp.broadcast_to(log_ratio_BG1, points.log_ratio_BGT.shape)
   return token_ratios(points._replace(log_ratio_BGT=log_ratio_BGT), settings)
 
 
 def cut_weights(points: TextPoints, settings: TextSettings) -> tuple[Array, Array]:
-  """Weights that are cut at 1 + `clip_high` (CISPO, arXiv 2506.13585)."""
+  """Caps the ratios, which are weights here, at 1 + `clip_high` (CISPO, arXiv 2506.13585)."""
   loss_BGT = policy_gradient.cispo_surrogate(
     points.log_ratio_BGT, points.logp_BGT, points.advantage_BG[..., None], 1 + settings.clip_high
   )
@@ -64,12 +68,12 @@ def cut_weights(points: TextPoints, settings: TextSettings) -> tuple[Array, Arra
 
 
 class TextObjective(NamedTuple):
-  """How a text loss is made.
+  """A text objective: its loss, and the weights of tokens in it.
 
   Attributes:
     loss: `(points, settings) -> (loss, log-ratio that was clipped)`, per token.
     aggregation: see `token_weights`.
-    clips_low: whether ratios below 1 - clip_low are clipped.
+    clips_low: True if ratios below 1 - clip_low are clipped.
   """
 
   loss: Callable[[TextPoints, TextSettings], tuple[Array, Array]]
@@ -89,48 +93,53 @@ OBJECTIVES = {
 
 
 def find(name: str) -> TextObjective:
-  """The objective that `config.align.text.objective` names, by name or import path.
+  """Returns the objective that `config.align.text.objective` names, by name or import path.
 
   Raises:
-    ValueError: there is none; the message names the key.
+    ValueError: there is no such objective; the message names the key.
   """
   return symbols.find(name, 'config.align.text.objective', OBJECTIVES)
 
 
 def k1(logp: Array, reference_logp: Array) -> Array:
-  """`log p - log p_ref`: unbiased, may be negative (http://joschu.net/blog/kl-approx.html)."""
+  """Computes `log p - log p_ref`, unbiased; it may be negative.
+
+  Source of all three estimators: http://joschu.net/blog/kl-approx.html
+  """
   return logp - reference_logp
 
 
 def k2(logp: Array, reference_logp: Array) -> Array:
-  """`(log p - log p_ref)^2 / 2` (same source)."""
+  """Computes `(log p - log p_ref)^2 / 2`."""
   return jnp.square(logp - reference_logp) / 2
 
 
 def k3(logp: Array, reference_logp: Array, bound: float = policy_gradient.BOUND) -> Array:
-  """`e^d - d - 1` with `d = log p_ref - log p` (same source): unbiased and never negative.
+  """Computes `e^d - d - 1` with `d = log p_ref - log p`, unbiased and never negative.
 
-  `d` is bounded from above: a token that the policy all but excludes and the reference does not
-  gives a large finite penalty without a gradient instead of an overflow.
+  `d` is bounded from above. A token that is likely under the reference and has almost no
+  probability under the policy gives a large finite penalty without a gradient, not an overflow.
   """
   d = jnp.minimum(reference_logp - logp, bound)
   return jnp.exp(d) - d - 1
 
 
 KL: dict[str, Callable[[Array, Array], Array]] = {'k1': k1, 'k2': k2, 'k3': k3}
+"""Estimators of the KL by name."""
 
 
 def token_weights(mask_BGT: Array, valid_BG: Array, aggregation: str) -> Array:
-  """Weight of every token in the loss; divide by `total_weight` of the whole batch.
+  """Returns the weight of every token in the loss; divide by `total_weight` of the whole batch.
 
   Args:
-    mask_BGT: tokens of the answers.
-    valid_BG: samples that have an advantage.
-    aggregation: 'token' gives all tokens the same weight (DAPO), 'sequence' all answers
-      (GRPO: 1 / |o_i|), 'constant' divides by the longest possible answer (Dr. GRPO: 1 / T).
+    mask_BGT: True on the tokens of the texts.
+    valid_BG: True for samples that have an advantage.
+    aggregation: 'token' gives all tokens the same weight (DAPO), 'sequence' gives all texts the
+      same weight (GRPO: 1 / |o_i|), 'constant' divides by the longest possible text (Dr. GRPO:
+      1 / T).
 
   Raises:
-    ValueError: unknown aggregation.
+    ValueError: the aggregation is unknown.
   """
   mask = mask_BGT.astype(jnp.float32) * valid_BG.astype(jnp.float32)[..., None]
   if aggregation == 'token':
@@ -143,7 +152,7 @@ def token_weights(mask_BGT: Array, valid_BG: Array, aggregation: str) -> Array:
 
 
 def total_weight(mask_BGT: Array, valid_BG: Array, aggregation: str) -> Array:
-  """What the weighted sum of a loss is divided by: tokens ('token'), or answers that count."""
+  """Returns the divisor of a weighted loss: the count of valid tokens ('token') or texts."""
   if aggregation == 'constant':
     return jnp.sum(valid_BG.astype(jnp.float32))
   return jnp.sum(token_weights(mask_BGT, valid_BG, aggregation))

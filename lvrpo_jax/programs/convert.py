@@ -1,4 +1,4 @@
-"""The program 'convert': a released model into the workdir, or the aligned one out of it."""
+"""Runs the program 'convert': imports a released model, or exports the aligned one."""
 
 from __future__ import annotations
 

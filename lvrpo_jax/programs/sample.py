@@ -1,4 +1,4 @@
-"""One answer, picture or edit from the command line.
+"""Samples one answer, image or edit from the command line.
 
     python -m lvrpo_jax.main --config=configs/base.py --config.program=sample \
         --config.sample.prompt='a photo of a red circle left of a blue square'
@@ -7,14 +7,17 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 from absl import logging
 import jax
+import numpy as np
 
 from lvrpo_jax import flow
+from lvrpo_jax import types
 from lvrpo_jax.data import images as image_files
 from lvrpo_jax.data import packing
+from lvrpo_jax.data import tasks
+from lvrpo_jax.models.bagel import policy as bagel_policy
 from lvrpo_jax.rollouts import generator
 from lvrpo_jax.rollouts import guidance as guidance_lib
 from lvrpo_jax.runtime import experiment as experiment_lib
@@ -23,7 +26,7 @@ from lvrpo_jax.runtime import weights
 
 
 def image_size(model: generator.Model, wanted: tuple[int, int]) -> tuple[int, int]:
-  """(Y, X) of a new image, from (width, height) with 0 for the model's own size.
+  """Returns (Y, X) of a new image, from (width, height) with 0 for the model's own size.
 
   Raises:
     ValueError: a side does not fit the latent tokens or the position table.
@@ -39,65 +42,85 @@ def image_size(model: generator.Model, wanted: tuple[int, int]) -> tuple[int, in
   return height, width
 
 
-def run(config: Any, workdir: pathlib.Path) -> dict[str, str]:
-  """Answers or draws, and writes `<workdir>/samples/<number>.{txt,png}`.
+def _build_model(config: types.Config, workdir: pathlib.Path) -> generator.Model:
+  """Builds the generator of the newest weights.
+
+  Raises:
+    ValueError: there are no weights, or the model family has no generator.
+  """
+  experiment = experiment_lib.build(config, workdir)
+  policy = experiment.policy
+  if not isinstance(policy, bagel_policy.Policy):
+    raise ValueError(
+      f"config.model.family is {config.model.family!r}; allowed with config.program = 'sample': "
+      "'bagel', or a family that builds its policies"
+    )
+  params, vae_params = weights.load_newest(experiment)
+  return generator.Model(
+    policy, experiment.data.tokenizer, params, vae_params, config.sample.buckets
+  )
+
+
+def run(config: types.Config, workdir: pathlib.Path) -> dict[str, str]:
+  """Answers, generates or edits, and writes `<workdir>/samples/<index>.{txt,png}`.
 
   Returns:
-    What was made: 'thought', 'answer' and 'image' (a path), each where there is one.
+    The results: 'thought', 'answer' and 'image' (a path), each where there is one.
 
   Raises:
     ValueError: the image cannot be read, the size does not fit, or there is no model.
   """
-  s = config.sample
-  if not s.prompt:
+  settings, task = config.sample, config.sample.task
+  if not settings.prompt:
     raise ValueError("config.sample.prompt is ''; allowed: a text")
-  if s.task == 'edit' and not s.image:
+  if task == tasks.EDIT and not settings.image:
     raise ValueError("config.sample.image is ''; allowed: the file of the image to edit")
-  source = image_files.load_image(s.image) if s.image else None
-  experiment = experiment_lib.build(config, workdir)
-  params, vae_params = weights.load_newest(experiment)
-  model = generator.Model(experiment.policy, experiment.data.tokenizer, params, vae_params, s.buckets)
-  size = image_size(model, tuple(s.size))
-  system = s.system[s.task] if s.think else ''
+  source = image_files.load_image(settings.image) if settings.image else None
+  model = _build_model(config, workdir)
+  size = image_size(model, tuple(settings.size))
+  system = settings.system[task] if settings.think else ''
   draw_key, text_key, encode_key = jax.random.split(jax.random.key(config.seed), 3)
-  contexts, edited = model.contexts(s.task, s.prompt, source, system, encode_key)
-  out = {}
-  if s.think or s.task == 'understand':
-    decoding = generator.Decoding(s.max_tokens, s.temperature, s.top_p)
+  contexts, edited = model.contexts(task, settings.prompt, source, system, encode_key)
+  texts: dict[str, str] = {}
+  if settings.think or task == tasks.UNDERSTAND:
+    decoding = generator.Decoding(settings.max_tokens, settings.temperature, settings.top_p)
     ids = model.answer(contexts.main, decoding, text_key)
     text = model.tokenizer.decode(ids)
-    logging.info('%s: %s', 'answer' if s.task == 'understand' else 'thought', text)
-    if s.task == 'understand':
-      return write(workdir, {'answer': text})
-    out['thought'] = text
+    name = 'answer' if task == tasks.UNDERSTAND else 'thought'
+    logging.info('%s: %s', name, text)
+    texts[name] = text
+    if task == tasks.UNDERSTAND:
+      return write(workdir, texts)
     contexts = contexts._replace(main=[*contexts.main, packing.Text(ids)])
-  g = s.guidance[s.task]
+  scales = settings.guidance[task]
   guidance = guidance_lib.Guidance(
-    g.text_scale, g.image_scale, g.low, g.high, g.renorm, g.renorm_min
+    scales.text_scale, scales.image_scale, scales.low, scales.high, scales.renorm, scales.renorm_min
   )
-  with metrics_lib.Progress('sample', s.steps, interval=config.log_every) as progress:
+  with metrics_lib.Progress('sample', settings.steps, interval=config.log_every) as progress:
     image = model.draw(
       contexts,
       edited or size,
       guidance,
-      flow.time_grid(s.steps + 1, s.shift),
+      flow.time_grid(settings.steps + 1, settings.shift),
       draw_key,
       lambda step: progress.update(step, {}),
     )
-  return write(workdir, {**out, 'image': image})
+  return write(workdir, texts, image)
 
 
-def write(workdir: pathlib.Path, made: dict[str, Any]) -> dict[str, str]:
-  """Writes what was made under the next free number."""
+def write(
+  workdir: pathlib.Path, texts: dict[str, str], image_YXC: np.ndarray | None = None
+) -> dict[str, str]:
+  """Writes texts and an image under the next free index; returns the texts and the image's path."""
   folder = workdir / 'samples'
   folder.mkdir(parents=True, exist_ok=True)
   taken = [int(path.stem) for path in folder.iterdir() if path.stem.isdigit()]
   stem = folder / f'{max(taken, default=-1) + 1:04d}'
-  out = {name: value for name, value in made.items() if name != 'image'}
-  if out:
-    stem.with_suffix('.txt').write_text('\n'.join(out.values()) + '\n')
-  if 'image' in made:
+  out = dict(texts)
+  if texts:
+    stem.with_suffix('.txt').write_text('\n'.join(texts.values()) + '\n')
+  if image_YXC is not None:
     out['image'] = str(stem.with_suffix('.png'))
-    image_files.save_png(out['image'], made['image'])
+    image_files.save_png(out['image'], image_YXC)
     logging.info('image: %s', out['image'])
   return out

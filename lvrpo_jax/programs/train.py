@@ -1,4 +1,4 @@
-"""The programs 'train', 'pretrain' and 'control': all stages of a run, each done once."""
+"""Runs the programs 'train', 'pretrain' and 'control': all stages of a run, each done once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import json
 import pathlib
 import time
-from typing import Any
+from typing import TypeVar
 
 from absl import logging
 import jax
@@ -25,19 +25,28 @@ from lvrpo_jax.training import align
 from lvrpo_jax.training import fit
 from lvrpo_jax.training import pretrain
 
+Result = TypeVar('Result')
+Scores = dict[str, types.Json]
+"""Contents of `scores.json`."""
+
 
 class Clock:
-  """Seconds by stage, kept across restarts in `<workdir>/seconds.json`."""
+  """Measures the seconds of every stage, and keeps them across restarts in a JSON file.
+
+  Attributes:
+    seconds: time of every stage, over all starts of the run.
+  """
 
   def __init__(self, path: pathlib.Path):
+    """Reads the file, if there is one."""
     self._path = path
     self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
-  def __call__(self, stage: str, work: Callable[[], Any]) -> Any:
-    """Runs a stage and adds its time.
+  def __call__(self, stage: str, work: Callable[[], Result]) -> Result:
+    """Runs a stage, adds its time, and returns the result of `work`.
 
     Raises:
-      checkpoint.Preempted: several processes were asked to stop; one by itself just ends.
+      preemption.Preempted: several processes were asked to stop; a single process just ends.
     """
     if preemption.StopSignal().asked():
       raise preemption.Preempted(f'stopped before the stage {stage}')
@@ -50,7 +59,7 @@ class Clock:
 
 
 class Stages:
-  """The stages of a run in order; each is done once, and read back after a restart."""
+  """Runs the stages of a run; a stage is done once, and its result is read after a restart."""
 
   def __init__(self, config: types.Config, workdir: pathlib.Path):
     """Builds and checks the experiment; writes the config into the workdir.
@@ -69,11 +78,12 @@ class Stages:
     self.clock = Clock(workdir / 'seconds.json')
 
   def _made(self, name: str, make: Callable[[], types.Params]) -> types.Params:
+    """Reads parameters of the workdir; if they are missing, makes and saves them."""
     like = weights.template(self.experiment, name)
     return weights.make_or_restore(self.workdir, name, like, make)
 
   def autoencoder(self) -> types.Params:
-    """Parameters of the autoencoder: fitted, or those of the released model."""
+    """Returns the autoencoder: fitted, or of the released model."""
     if self.config.checkpoint:
       return self.clock('vae', lambda: weights.base(self.experiment, weights.VAE))
     return self.clock(
@@ -82,7 +92,7 @@ class Stages:
     )
 
   def dual_encoder(self) -> types.Params:
-    """Parameters of the dual encoder: trained, or those of `config.dual_encoder.path`."""
+    """Returns the dual encoder: trained, or of `config.dual_encoder.path`."""
     if self.config.dual_encoder.path:
       return self.clock(fit.STAGE, lambda: weights.read_dual_encoder(self.experiment))
     return self.clock(
@@ -93,7 +103,7 @@ class Stages:
     )
 
   def policy(self, vae_params: types.Params) -> types.Params:
-    """Parameters of the policy before alignment: pretrained, or those of the released model."""
+    """Returns the policy before alignment: pretrained, or of the released model."""
     if self.config.checkpoint:
       return self.clock('load', lambda: weights.base(self.experiment, weights.BASE))
     plan = pretrain.pretraining_plan(self.experiment)
@@ -107,7 +117,7 @@ class Stages:
     vae_params: types.Params,
     dual_encoder_params: types.Params,
   ) -> types.Params:
-    """Continued pretraining, the control of the alignment."""
+    """Continues pretraining, as the control of the alignment; returns the policy."""
     plan = pretrain.control_plan(self.experiment)
     return self.clock(
       plan.stage,
@@ -123,7 +133,7 @@ class Stages:
     dual_encoder_params: types.Params,
     evaluator: evaluate.Evaluator,
   ) -> types.Params:
-    """The aligned policy."""
+    """Aligns the policy; returns the one that is evaluated."""
     count = self.config.align.evaluate.prompts
     params = self.clock(
       'align',
@@ -141,22 +151,29 @@ class Stages:
   def measure(
     self, moment: str, evaluator: evaluate.Evaluator, params: types.Params
   ) -> scores.Records:
-    """Predictions of a policy on held-out prompts, before or after."""
+    """Evaluates a policy on held-out prompts; returns the prediction records.
+
+    Args:
+      moment: 'before' or 'after' the alignment.
+      evaluator: of the run.
+      params: the policy.
+    """
     folder = self.workdir / 'eval' / moment
     return self.clock(f'evaluate_{moment}', lambda: evaluator.run(params, folder))
 
-  def guided(self, evaluator: evaluate.Evaluator, params: types.Params) -> dict[str, Any]:
-    """Scores of the guided baseline."""
-    path = self.workdir / 'scores.json'  # Written after the guided baseline, so it holds all of it.
+  def guided(self, evaluator: evaluate.Evaluator, params: types.Params) -> Scores:
+    """Returns the scores of the guided baseline by guidance scale."""
+    # The file is written after the guided baseline, so it holds all its scores.
+    path = self.workdir / 'scores.json'
     if multihost.path_exists(path):
       return json.loads(path.read_text())['guidance']
     return self.clock('evaluate_guided', lambda: evaluator.guided(params))
 
 
-def run(config: types.Config, workdir: pathlib.Path) -> dict[str, Any]:
-  """Pretrains, measures, aligns and measures again; returns the scores.
+def run(config: types.Config, workdir: pathlib.Path) -> Scores:
+  """Pretrains, evaluates, aligns and evaluates again; returns the scores.
 
-  The program 'pretrain' ends after the first measurement.
+  The program 'pretrain' ends after the first evaluation.
   """
   stages = Stages(config, workdir)
   vae_params = stages.autoencoder()
@@ -181,20 +198,28 @@ def write_scores(
   workdir: pathlib.Path,
   config: types.Config,
   clock: Clock,
-  guided: dict[str, Any],
+  guided: Scores,
   before: scores.Records,
   after: scores.Records | None,
-) -> dict[str, Any]:
-  """Writes `scores.json`, also of a run that is not finished."""
+) -> Scores:
+  """Writes `scores.json`, also of a run that is not finished; returns its contents.
 
-  def split(records):
+  Args:
+    workdir: folder of the run.
+    config: of the run.
+    clock: seconds of the stages.
+    guided: scores of the guided baseline.
+    before, after: prediction records; None before the alignment has ended.
+  """
+
+  def split(records: scores.Records) -> tuple[scores.Records, types.Json]:
     return (
-      [r for r in records if r.get('task') != 'panel'],
-      next(r for r in records if r.get('task') == 'panel')['panel'],
+      [record for record in records if record.get('task') != 'panel'],
+      next(record for record in records if record.get('task') == 'panel')['panel'],
     )
 
   old, old_panel = split(before)
-  out: dict[str, Any] = {
+  out: Scores = {
     'seed': config.seed,
     'seconds': clock.seconds,
     'before': scores.table(old, config.seed),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pathlib
 from typing import NamedTuple
 
+from lvrpo_jax.data import tasks
 from lvrpo_jax.reports import files
 from lvrpo_jax.reports import html
 
@@ -54,7 +55,7 @@ def picture_section(workdir: pathlib.Path, scores: files.Json) -> html.Html:
     'and ✓: the detector finds what the prompt asks for; red and ✗: it does not.'
   )
   gallery = Gallery(
-    task='generate',
+    task=tasks.GENERATE,
     score_task='generation',
     note=note,
     limit=GENERATE_PROMPTS,
@@ -90,7 +91,7 @@ def edit_section(workdir: pathlib.Path, scores: files.Json) -> html.Html:
     'an edit counts when the detector finds the change and the rest kept.'
   )
   gallery = Gallery(
-    task='edit', score_task='editing', note=note, limit=EDIT_PROMPTS, kind=_kind, card=card
+    task=tasks.EDIT, score_task='editing', note=note, limit=EDIT_PROMPTS, kind=_kind, card=card
   )
   return _by_kind(workdir, scores, gallery)
 
@@ -119,7 +120,7 @@ def answer_section(workdir: pathlib.Path, scores: files.Json) -> html.Html:
     'the greedy one.'
   )
   gallery = Gallery(
-    task='understand',
+    task=tasks.UNDERSTAND,
     score_task='understanding',
     note=note,
     limit=QUESTION_PROMPTS,

@@ -20,6 +20,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+from lvrpo_jax.data import tasks
 from lvrpo_jax.data.shapes import world
 from lvrpo_jax.evaluation import scores
 from lvrpo_jax.evaluation import stats
@@ -79,7 +80,7 @@ class Scores:
       generated = [
         record
         for record in run['records']
-        if record['task'] == 'generate' and record['split'] == 'eval'
+        if record['task'] == tasks.GENERATE and record['split'] == 'eval'
       ]
       information: scores.Groups = {}
       for record, term in zip(generated, run['information'], strict=True):

@@ -14,10 +14,12 @@ import argparse
 import collections
 from collections.abc import Sequence
 import pathlib
+import sys
 
 import numpy as np
 from PIL import Image
 
+from lvrpo_jax.data import tasks
 from lvrpo_jax.data.shapes import detect_rendering
 from lvrpo_jax.data.shapes import world
 from lvrpo_jax.reports import files
@@ -107,7 +109,7 @@ def on_guided_prompts(workdir: pathlib.Path, moment: str) -> float:
   # Workdirs that were written before have the second name.
   count = evaluate['guided_prompts'] if 'guided_prompts' in evaluate else evaluate['guided']
   kinds = collections.defaultdict(list)
-  for record in records(workdir, moment, task='generate', split='eval'):
+  for record in records(workdir, moment, task=tasks.GENERATE, split='eval'):
     if int(record['id'].rpartition('/')[2]) < count:
       kinds[record['kind']].append(np.mean(record['correct']))
   return float(np.mean([np.mean(values) for values in kinds.values()]))
@@ -117,7 +119,7 @@ def relations_held(workdir: pathlib.Path, moment: str) -> tuple[int, int]:
   """Counts images of 'position': (whose relation holds, with just the two objects asked for)."""
   folder = workdir / 'eval' / moment
   held = total = 0
-  for record in records(workdir, moment, task='generate', split='eval', kind='position'):
+  for record in records(workdir, moment, task=tasks.GENERATE, split='eval', kind='position'):
     images = np.stack([np.asarray(Image.open(folder / name)) for name in record['images']])
     spec = record['spec']
     objects = {
@@ -148,7 +150,7 @@ def picture(workdir: pathlib.Path, columns: int = 2) -> np.ndarray:
   """
 
   def row(moment: str) -> np.ndarray:
-    folder = workdir / 'eval' / moment / 'generate' / 'eval'
+    folder = workdir / 'eval' / moment / tasks.GENERATE / 'eval'
     cells = []
     for kind in world.GENERATE_KINDS:
       for index in range(columns):
@@ -193,4 +195,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a reward is, and the rewards that have a name.
+"""Protocols and records of rewards, the table of named rewards, and their construction.
 
 A reward is one of
 
@@ -9,9 +9,9 @@ A reward is one of
                                       `__call__(params, frozen, samples, inputs) -> value_BG`
   a function that scores on the host: `samples -> (value_BG, valid_BG)`
 
-`config.align.rewards.<task>.<name>.kind` names it: a key of `TABLE`, or an import path. A class
-says by its attribute `runs_on` where it scores. `settings` is the section of the config with
-`kind`, `weight` and whatever else stands there.
+`config.align.rewards.<task>.<name>.kind` names it: a key of `TABLE`, or an import path. The
+attribute `runs_on` of a class says where it scores. `settings` is the config section of the reward:
+`kind`, `weight` and any further keys.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import functools
-import inspect
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from flax import struct
 import numpy as np
@@ -31,10 +30,11 @@ from lvrpo_jax import types
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
 from lvrpo_jax.parallel import multihost
+from lvrpo_jax.rewards.remote import client as remote_client
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 HOST, DEVICE, REMOTE = 'host', 'device', 'remote'
-"""Values of `runs_on`: NumPy in this process; a compiled function; a server, asked in advance."""
+"""Values of `runs_on`: NumPy in this process; a compiled function; a server that is asked early."""
 
 TABLE = {
   'rules': 'lvrpo_jax.rewards.rules:Rules',
@@ -130,12 +130,12 @@ class RewardParams(struct.PyTreeNode):
 
 
 class Scores(NamedTuple):
-  """What a reward on the host returns.
+  """Result of a reward on the host.
 
   Attributes:
     value_BG: the rewards.
-    valid_BG: False where a sample has no reward: it gets no advantage, and its siblings' statistics
-      are those of the valid ones.
+    valid_BG: False where a sample has no reward. Such a sample gets no advantage, and the
+      statistics of its group are those of the valid samples.
     facts: further values (B, G) whose means are logged, see `reward_metrics`.
   """
 
@@ -144,8 +144,12 @@ class Scores(NamedTuple):
   facts: Mapping[str, np.ndarray] = {}
 
 
+HostScores = Scores | tuple[np.ndarray, np.ndarray]
+"""Result of a reward on the host before its shapes are checked: `Scores`, or (value, valid)."""
+
+
 class Prepared(NamedTuple):
-  """What a reward on devices needs of the host.
+  """Inputs that the host makes for a reward on devices.
 
   Attributes:
     inputs: a tree of arrays, each with an axis of this process's prompts first.
@@ -159,48 +163,53 @@ class Prepared(NamedTuple):
 
 
 class Reward(Protocol):
-  """What all rewards that are classes have; see the head of this file for `__call__`.
+  """Attributes of every reward; the protocols below add how it is called."""
 
-  Attributes:
-    outputs: modalities that it scores, of `tasks.TEXT` and `tasks.IMAGE`.
-    runs_on: `HOST`, `DEVICE` or `REMOTE`.
-  """
+  @property
+  def outputs(self) -> frozenset[str]:
+    """Modalities that it scores, of `tasks.TEXT` and `tasks.IMAGE`."""
+    ...
 
-  outputs: ClassVar[frozenset[str]]
-  runs_on: ClassVar[str]
+  @property
+  def runs_on(self) -> str:
+    """`HOST`, `DEVICE` or `REMOTE`."""
+    ...
 
 
 class DeviceReward(Reward, Protocol):
   """A reward inside a compiled function."""
 
   def load(self, frozen: RewardParams) -> types.Params:
-    """Its own frozen parameters, on the mesh; () without any."""
+    """Returns its own frozen parameters, on the mesh; () without any."""
     ...
 
   def prepare(self, samples: Samples) -> Prepared:
-    """What the compiled function needs of the host. Of images it reads the examples alone."""
+    """Makes the inputs of the compiled function on the host.
+
+    For a task that samples images it reads the examples and not the images.
+    """
     ...
 
   def __call__(
     self, params: types.Params, frozen: RewardParams, samples: DeviceSamples, inputs: types.Tree
   ) -> types.Array:
-    """Values (B, G)."""
+    """Returns values (B, G)."""
     ...
 
 
 class HostReward(Reward, Protocol):
   """A reward in NumPy."""
 
-  def __call__(self, samples: Samples) -> Scores | tuple[np.ndarray, np.ndarray]:
-    """Values and validity (B, G) of this process's prompts."""
+  def __call__(self, samples: Samples) -> HostScores:
+    """Returns values and validity (B, G) of this process's prompts."""
     ...
 
 
 class RemoteReward(Reward, Protocol):
-  """A reward that is asked for early and awaited late."""
+  """A reward whose scoring starts early and is awaited late."""
 
-  def submit(self, samples: Samples) -> futures.Future:
-    """Starts scoring; a future of `client.Scored`."""
+  def submit(self, samples: Samples) -> futures.Future[remote_client.Scored]:
+    """Starts scoring and returns at once."""
     ...
 
   def close(self) -> None:
@@ -208,16 +217,31 @@ class RemoteReward(Reward, Protocol):
     ...
 
 
+def is_host(reward: Reward) -> TypeGuard[HostReward]:
+  """Whether a reward scores in NumPy."""
+  return reward.runs_on == HOST
+
+
+def is_device(reward: Reward) -> TypeGuard[DeviceReward]:
+  """Whether a reward scores inside a compiled function."""
+  return reward.runs_on == DEVICE
+
+
+def is_remote(reward: Reward) -> TypeGuard[RemoteReward]:
+  """Whether a server scores."""
+  return reward.runs_on == REMOTE
+
+
 class FunctionReward:
-  """A function of samples as a reward."""
+  """Makes a reward of a function of samples."""
 
   outputs = frozenset((tasks.TEXT, tasks.IMAGE))
   runs_on = HOST
 
-  def __init__(self, function: Callable[[Samples], Any]):
+  def __init__(self, function: Callable[[Samples], HostScores]):
     self._function = function
 
-  def __call__(self, samples: Samples) -> Any:
+  def __call__(self, samples: Samples) -> HostScores:
     """Calls the function."""
     return self._function(samples)
 
@@ -225,49 +249,69 @@ class FunctionReward:
 def build(
   task: str, name: str, settings: types.Config, experiment: experiment_lib.Experiment
 ) -> Reward:
-  """The reward that an entry of `config.align.rewards.<task>` describes.
+  """Builds the reward that an entry of `config.align.rewards.<task>` describes.
 
   Raises:
     ValueError: the kind is unknown, cannot be built, or does not score what the task samples.
   """
   key = f'config.align.rewards.{task}.{name}.kind'
-  made = symbols.find(settings.kind, key, TABLE)
-  if not inspect.isclass(made):
-    return FunctionReward(made)
-  reward = made(task, settings, experiment)
+  found = symbols.find(settings.kind, key, TABLE)
+  if not isinstance(found, type):
+    return FunctionReward(found)
   output = tasks.BY_NAME[task].output
-  if output not in reward.outputs:
+  if output not in found.outputs:
     raise ValueError(
-      f'{key} is {settings.kind!r}, which scores {sorted(reward.outputs)}; the task {task!r} '
+      f'{key} is {settings.kind!r}, which scores {sorted(found.outputs)}; the task {task!r} '
       f'samples {output!r}'
     )
-  return reward
+  return found(task, settings, experiment)
 
 
-def checked(key: str, scored: Any, shape: tuple[int, int]) -> Scores:
-  """What a host reward returned, with its shapes compared.
+def key_of(task: str, settings: types.Config, experiment: experiment_lib.Experiment) -> str:
+  """Returns the config key of a reward from its section, for messages."""
+  rewards = experiment.config.align.rewards[task]
+  name = next((name for name, found in rewards.items() if found is settings), settings.kind)
+  return f'config.align.rewards.{task}.{name}'
+
+
+def _shape(values: types.Tree) -> tuple[int, ...] | str:
+  """Returns the shape of nested sequences, or words for the message where they have none."""
+  try:
+    return np.shape(values)
+  except ValueError:
+    return 'rows of different lengths'
+
+
+def checked(key: str, scored: HostScores, shape: tuple[int, int]) -> Scores:
+  """Checks the shapes of a reward's result, and converts its values to float32.
 
   Args:
     key: config key of the reward, for the message.
+    scored: the result.
     shape: (B, G).
 
   Raises:
-    ValueError: other shapes, which NumPy would stretch over the groups without a word, or a value
-      that is no number.
+    ValueError: there are not two arrays; their shapes differ from (B, G), so that NumPy would
+      silently broadcast them over the groups; or a value cannot be converted to a float.
   """
+  if not isinstance(scored, tuple) or len(scored) < 2:
+    raise ValueError(
+      f'{key} names a reward that gave {type(scored).__name__}; expected value and valid, each '
+      f'of shape (B, G) = {shape}'
+    )
   scores = scored if isinstance(scored, Scores) else Scores(*scored)
-  shapes = [np.shape(scores.value_BG), np.shape(scores.valid_BG)]
+  shapes = [_shape(scores.value_BG), _shape(scores.valid_BG)]
   if shapes != [shape, shape]:
     raise ValueError(
       f'{key} names a reward that gave arrays of shapes {shapes}; expected value and valid, each '
       f'of shape (B, G) = {shape}'
     )
   try:
-    # None stands for a sample without a value, as in TRL.
+    # None stands for a sample without a value, as in TRL; it becomes NaN.
     value_BG = np.asarray(scores.value_BG, np.float32)
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f'{key} names a reward that gave values that are no numbers ({error}); expected floats, or '
+      f'{key} names a reward that gave values that are not numbers ({error}); expected floats, or '
       'None where a sample has no value'
     ) from error
   return scores._replace(value_BG=value_BG, valid_BG=np.asarray(scores.valid_BG, bool))

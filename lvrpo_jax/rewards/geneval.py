@@ -2,10 +2,12 @@
 
 The rules are those of https://github.com/djghosh13/geneval (arXiv 2310.11513): score thresholds of
 0.3, or 0.9 for counting; the `count` most certain boxes of a class; relations with a margin of a
-tenth of the boxes' sizes; `exclude` entries. Two things are added: `region` entries (a corner or a
-half that an object's centre must lie in) and `parts`, a soft score in [0, 1]. A score from a
-detector other than GenEval's must not be called a GenEval score.
+tenth of the boxes' sizes; `exclude` entries. Two additions are made: `region` entries (a corner or
+a half of the image that must hold an object's centre) and `parts`, a soft score in [0, 1]. A score
+from a detector other than GenEval's must not be called a GenEval score.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -13,18 +15,22 @@ import math
 
 import numpy as np
 
+from lvrpo_jax import types
 from lvrpo_jax.data import detection as detection_lib
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
-MAX_OBJECTS = 16  # of a class, the most certain ones
+MAX_OBJECTS = 16  # of a class; the most certain ones count
 POSITION_MARGIN = 0.1  # of the summed sizes of both boxes
-NO_RELATION = 1e-3  # pixels: smaller reduced offsets hold no relation
+NO_RELATION = 1e-3  # pixels: smaller reduced offsets have no relation
 LOOSE_COMPONENT = 0.5  # of the unit direction: a relation holds up to 60 degrees
-STRICT_COMPONENT = math.cos(math.radians(30))  # up to 30 degrees: diagonals hold no relation
+STRICT_COMPONENT = math.cos(math.radians(30))  # up to 30 degrees: diagonals have no relation
 
 KEEP_REACH = 3.0  # pixels that a kept object's centre may move
 KEEP_TOLERANCE = 8.0  # grey levels: mean absolute change allowed outside the edited cells
+
+Spec = dict[str, types.Json]
+"""A GenEval record, or one of its entries; see `data.shapes.world` and `data.shapes.edits`."""
 
 _SIDES = {'left': (0, -1), 'right': (0, 1), 'top': (1, -1), 'bottom': (1, 1)}
 _RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
@@ -32,7 +38,12 @@ _RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below':
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """Whether an image obeys a spec, and the mean of its parts in [0, 1]."""
+  """Result of the rules for one image.
+
+  Attributes:
+    correct: True if the image satisfies all parts of its spec.
+    parts: mean of the parts, in [0, 1].
+  """
 
   correct: bool
   parts: float
@@ -41,7 +52,7 @@ class Verdict:
 def relations(
   a: detection_lib.Detection, b: detection_lib.Detection, strict: bool = False
 ) -> frozenset[str]:
-  """Relations of a to b that hold: 'left of', 'right of', 'above', 'below'.
+  """Returns the relations of a to b that hold: 'left of', 'right of', 'above', 'below'.
 
   The offset of the centres is reduced by POSITION_MARGIN of the summed box sizes on each axis,
   and divided by its unreduced length, as in GenEval. The result's components are compared with
@@ -80,24 +91,29 @@ def in_region(centre: tuple[float, float], region: str, size: tuple[float, float
   return True
 
 
+def _uncertainty(detection: detection_lib.Detection) -> float:
+  """Returns a sort key that puts the most certain detection first."""
+  return -detection.score
+
+
 def _by_class(
   detections: Sequence[detection_lib.Detection], threshold: float
 ) -> dict[str, list[detection_lib.Detection]]:
-  """The detections above the threshold, by class, the most certain first."""
-  found = {}
-  for detection in sorted(detections, key=lambda d: -d.score):
+  """Groups the detections above the threshold by class, the most certain first."""
+  found: dict[str, list[detection_lib.Detection]] = {}
+  for detection in sorted(detections, key=_uncertainty):
     if detection.score > threshold:
       found.setdefault(detection.label, []).append(detection)
   return {label: items[:MAX_OBJECTS] for label, items in found.items()}
 
 
 def _take(
-  found: dict[str, list[detection_lib.Detection]], entry: dict, size: tuple[float, float]
+  found: dict[str, list[detection_lib.Detection]], entry: Spec, size: tuple[float, float]
 ) -> tuple[list[detection_lib.Detection], list[float]]:
-  """Boxes that stand for an include entry, and the entry's parts so far, each in [0, 1].
+  """Returns the boxes that represent an include entry, and the entry's parts, each in [0, 1].
 
-  As in GenEval, the `count` most certain boxes of the class stand for the entry, and colour and
-  region are asked of these.
+  As in GenEval, the `count` most certain boxes of the class represent the entry, and its colour and
+  its region are compared with these. The part of a relation is not among the parts.
   """
   count = entry['count']
   boxes = found.get(entry['class'], [])
@@ -112,13 +128,13 @@ def _take(
 
 def evaluate(
   detections: Sequence[detection_lib.Detection],
-  spec: dict,
+  spec: Spec,
   strict: bool = False,
   size: tuple[float, float] = (32.0, 32.0),
   threshold: float = THRESHOLD,
   counting_threshold: float = COUNTING_THRESHOLD,
 ) -> Verdict:
-  """Judges the detections of one image by a GenEval record.
+  """Compares the detections of one image with a GenEval record.
 
   Args:
     detections: objects found in the image.
@@ -131,8 +147,8 @@ def evaluate(
 
   Returns:
     A verdict; `parts` is the mean over counts, colours, regions, relations and exclusions. A
-    relation that fails for any pair scores 0, and surplus objects lower an exclusion's part
-    no further than 0.
+    relation that fails for any pair scores 0, and surplus objects lower the part of an exclusion to
+    0 at the least.
   """
   counting = spec['tag'] == 'counting'
   found = _by_class(detections, counting_threshold if counting else threshold)
@@ -159,18 +175,24 @@ def evaluate(
 
 def surplus(
   detections: Sequence[detection_lib.Detection],
-  spec: dict,
+  spec: Spec,
   threshold: float = THRESHOLD,
   counting_threshold: float = COUNTING_THRESHOLD,
 ) -> int:
-  """How many more known objects score above the threshold of `evaluate` than the record asks for."""
+  """Counts the known objects above the threshold of `evaluate` beyond those of the record.
+
+  It is at least 0.
+  """
   threshold = counting_threshold if spec['tag'] == 'counting' else threshold
   known = sum(d.label != detection_lib.UNKNOWN and d.score > threshold for d in detections)
   return max(known - sum(entry['count'] for entry in spec['include']), 0)
 
 
-def _touched(spec: dict, shape: tuple[int, int]) -> np.ndarray:
-  """Mask_YX of the quarters that the edit may change: those of its gone boxes and new regions."""
+def _touched(spec: Spec, shape: tuple[int, int]) -> np.ndarray:
+  """Returns the mask (Y, X) of the quarters that an edit may change.
+
+  They are the quarters of its gone boxes and of its new regions.
+  """
   height, width = shape
   y = (np.arange(height)[:, None] + 0.5) * 2 > height
   x = (np.arange(width)[None, :] + 0.5) * 2 > width
@@ -189,6 +211,7 @@ def _touched(spec: dict, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _inside(centre: tuple[float, float], box: Sequence[float]) -> bool:
+  """Whether a centre (x, y) lies in a box."""
   x0, y0, x1, y1 = box
   return x0 <= centre[0] <= x1 and y0 <= centre[1] <= y1
 
@@ -197,16 +220,16 @@ def evaluate_edit(
   source_image_YXC: np.ndarray,
   image_YXC: np.ndarray,
   detections: Sequence[detection_lib.Detection],
-  spec: dict,
+  spec: Spec,
   strict: bool = False,
   threshold: float = THRESHOLD,
   tolerance: float = KEEP_TOLERANCE,
 ) -> Verdict:
-  """Judges an edited image by its source, its detections and the edit's record.
+  """Compares an edited image with its source, and its detections with the edit's record.
 
-  Every kept object must be found (class, colour, centre within KEEP_REACH), every new one must
-  stand in its region, a gone box may hold no object other than a new one, no further objects may
-  appear, and pixels outside the touched quarters must stay as they were.
+  Every kept object must be found (class, colour, centre within KEEP_REACH), every new object must
+  stand in its region, a gone box may hold no object but a new one, no further objects may appear,
+  and pixels outside the touched quarters must not change.
 
   Args:
     source_image_YXC: the image before the edit, uint8 or float in [0, 255].
@@ -225,17 +248,10 @@ def evaluate_edit(
   height, width = image_YXC.shape[:2]
   left = sorted(
     (d for d in detections if d.label != detection_lib.UNKNOWN and d.score > threshold),
-    key=lambda d: -d.score,
+    key=_uncertainty,
   )
-  parts = []
-  for entry in spec['keep']:
-    centre = np.add(entry['box'][:2], entry['box'][2:]) / 2
-    near = lambda d: math.dist(d.centre, centre) <= KEEP_REACH
-    parts.append(_claim(left, entry, near))
-  new = []
-  for entry in spec['new']:
-    there = lambda d: in_region(d.centre, entry['region'], (width, height))
-    new.append(_claim(left, entry, there))
+  parts = [_claim(left, entry, _near(entry['box'])) for entry in spec['keep']]
+  new = [_claim(left, entry, _within(entry['region'], (width, height))) for entry in spec['new']]
   gone = [float(not any(_inside(d.centre, box) for d in left)) for box in spec['gone']]
   parts.extend(new + gone)
   parts.append(float(not left))
@@ -249,10 +265,32 @@ def evaluate_edit(
   return Verdict(all(part == 1.0 for part in parts), float(np.mean(parts)))
 
 
+def _near(box: Sequence[float]) -> Callable[[detection_lib.Detection], bool]:
+  """Makes a test of whether an object's centre is within KEEP_REACH of a box's centre."""
+  centre = np.add(box[:2], box[2:]) / 2
+
+  def fits(detection: detection_lib.Detection) -> bool:
+    return math.dist(detection.centre, centre) <= KEEP_REACH
+
+  return fits
+
+
+def _within(region: str, size: tuple[float, float]) -> Callable[[detection_lib.Detection], bool]:
+  """Makes a test of whether an object's centre lies in a region; see `in_region`."""
+
+  def fits(detection: detection_lib.Detection) -> bool:
+    return in_region(detection.centre, region, size)
+
+  return fits
+
+
 def _claim(
-  left: list[detection_lib.Detection], entry: dict, fits: Callable[[detection_lib.Detection], bool]
+  left: list[detection_lib.Detection], entry: Spec, fits: Callable[[detection_lib.Detection], bool]
 ) -> float:
-  """1.0 and takes the object out of `left` if one of the entry's class and colour fits."""
+  """Removes the first object that fits an entry from `left`; returns 1.0, or 0.0 if none fits.
+
+  An object fits if it has the entry's class and colour and passes the test `fits`.
+  """
   for detection in left:
     if (detection.label, detection.color) == (entry['class'], entry['color']) and fits(detection):
       left.remove(detection)

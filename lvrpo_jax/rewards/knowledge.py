@@ -1,4 +1,4 @@
-"""Knowledge reward: the reference, asked about an image, gives the right answers."""
+"""Knowledge reward: probability that the reference answers questions about an image correctly."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 Array = jax.Array
 
 
-def answer_probabilities(logits_V: Array, candidates_A: Array) -> Array:
-  """Probability of every candidate answer (..., A), renormalised over the candidates.
+def answer_probabilities(logits_V: Array, candidates_A: Array | np.ndarray) -> Array:
+  """Computes the probability of every candidate answer (..., A), renormalised over the candidates.
 
   Args:
     logits_V: the reference's logits for the first token of its answer.
@@ -26,9 +26,10 @@ def answer_probabilities(logits_V: Array, candidates_A: Array) -> Array:
 
 
 def agreement(probability_BGQA: Array, answer_BQ: Array, asked_BQ: Array) -> Array:
-  """Mean probability (B, G) of the right answers over the questions that were asked.
+  """Averages the probabilities of the right answers over the questions that were asked, (B, G).
 
   Args:
+    probability_BGQA: of every candidate answer.
     answer_BQ: index of the right answer among the candidates.
     asked_BQ: False where a prompt has fewer questions.
   """
@@ -38,31 +39,37 @@ def agreement(probability_BGQA: Array, answer_BQ: Array, asked_BQ: Array) -> Arr
 
 
 class Knowledge:
-  """Probability that the frozen reference gives the answers that a prompt implies.
+  """Scores samples by the answers of the frozen reference.
 
-  Of an image, of the questions that its prompt implies; of a text, of the answer that it states.
+  An image gets the mean probability of the right answers to the questions that its prompt implies.
+  A text gets the probability of the answer that it states.
   """
 
   outputs = frozenset((tasks.TEXT, tasks.IMAGE))
   runs_on = base.DEVICE
 
   def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
+    """Looks up the first tokens of all answers.
+
+    Raises:
+      ValueError: two answers begin with the same token.
+    """
     self._task, self._experiment, self._questions = task, experiment, settings.questions
-    self._answer_ids = reference_qa.answer_ids(experiment, f'config.align.rewards.{task}.knowledge')
+    self._answer_ids = reference_qa.answer_ids(experiment, base.key_of(task, settings, experiment))
 
   def load(self, frozen: base.RewardParams) -> types.Params:
-    """The reference is shared."""
+    """Returns (): the reference is shared."""
     del frozen
     return ()
 
   def prepare(self, samples: base.Samples) -> base.Prepared:
-    """Questions about images, or indices (B, G) of the answers that texts state."""
+    """Encodes questions about images, or finds the indices (B, G) of the answers of texts."""
     if samples.are_texts:
       return base.Prepared(stated_answers(self._experiment, samples))
     asked = reference_qa.prompt_questions(
       self._experiment, samples.examples, samples.iteration, self._questions, blind=False
     )
-    return base.Prepared(asked, np.array([bool(e.questions) for e in samples.examples]))
+    return base.Prepared(asked, np.array([bool(x.questions) for x in samples.examples]))
 
   def __call__(
     self,
@@ -71,7 +78,7 @@ class Knowledge:
     samples: base.DeviceSamples,
     inputs: types.Tree,
   ) -> Array:
-    """Probabilities (B, G)."""
+    """Returns probabilities (B, G)."""
     del params
     if tasks.BY_NAME[self._task].output == tasks.TEXT:
       seen_BV = reference_qa.first_token(self._experiment, frozen, samples.prompts)
@@ -80,20 +87,20 @@ class Knowledge:
       return jnp.where(inputs >= 0, stated, 0.0)
     B, G = samples.outputs.shape[:2]
 
-    def one(questions, blind, answer_B):
+    def probabilities(questions: types.Prompts, blind: types.Tree, answer_B: Array) -> Array:
       del blind, answer_B
       seen_RV = reference_qa.seen_logits(self._experiment, frozen, samples.outputs, questions)
       return answer_probabilities(seen_RV, self._answer_ids).reshape(B, G, -1)
 
-    probability_QBGA = reference_qa.map_questions(one, inputs)
+    probability_QBGA = reference_qa.map_questions(probabilities, inputs)
     return agreement(jnp.moveaxis(probability_QBGA, 0, 2), inputs.answer_BQ, inputs.asked_BQ)
 
 
 def stated_answers(experiment: experiment_lib.Experiment, samples: base.Samples) -> np.ndarray:
-  """Indices (B, G) of the answers that texts state; -1 where one states none of `data.answers`."""
+  """Finds the indices (B, G) of the answers that texts state; -1 for none of `data.answers`."""
   data = experiment.data
-  index = {answer: number for number, answer in enumerate(data.answers)}
+  index_of: dict[str | None, int] = {answer: index for index, answer in enumerate(data.answers)}
   return np.array(
-    [[index.get(data.read_answer(text), -1) for text in row] for row in samples.texts_BG],
+    [[index_of.get(data.read_answer(text), -1) for text in row] for row in samples.texts_BG],
     np.int32,
   )

@@ -1,8 +1,8 @@
-"""Questions to the frozen reference about the images of a task."""
+"""Asks the frozen reference questions about the images of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
 from flax import struct
@@ -23,11 +23,11 @@ class ReferenceQuestions(struct.PyTreeNode):
   """Up to Q questions about each of the images that were sampled for B prompts.
 
   Attributes:
-    questions: the first, the second, ... of every prompt, without images.
+    questions: Q sets of one question a prompt, without images.
     blind: the same with the place of the image masked, or () where nothing reads them.
     answer_BQ: indices of the right answers.
     asked_BQ: False where a prompt has fewer questions.
-    count_B: questions that a prompt has.
+    count_B: number of questions of a prompt.
   """
 
   questions: tuple[types.Prompts, ...]
@@ -38,14 +38,15 @@ class ReferenceQuestions(struct.PyTreeNode):
 
 
 def answer_ids(experiment: experiment_lib.Experiment, key: str) -> np.ndarray:
-  """First token of every possible answer, in the order of `data.answers`.
+  """Returns the first token of every possible answer, in the order of `data.answers`.
 
   Args:
+    experiment: gives the tokenizer and the answers.
     key: config key of the reward that asks, for the message.
 
   Raises:
-    ValueError: two answers begin with the same token: the reference's first token would not tell
-      them apart.
+    ValueError: two answers begin with the same token, so that the first token cannot tell them
+      apart.
   """
   encode, answers = experiment.data.tokenizer.encode, experiment.data.answers
   ids = np.array([encode(answer)[0] for answer in answers], np.int32)
@@ -68,9 +69,9 @@ def prompt_questions(
   count: int,
   blind: bool,
 ) -> ReferenceQuestions:
-  """What prompts imply about their images: `count` of each, see `Example.inquiry`.
+  """Encodes `count` questions a prompt that its images should answer, see `Example.inquiry`.
 
-  Arrays are those of this process's prompts, not placed yet.
+  The arrays are NumPy arrays of this process's prompts.
   """
   asked = [example.inquiry(iteration, count) for example in examples]
   asked_BQ = np.array([[q < len(pairs) for q in range(count)] for pairs in asked])
@@ -90,23 +91,23 @@ def prompt_questions(
   return ReferenceQuestions(
     questions=tuple(_without_pixels(experiment, row) for row in rows),
     blind=tuple(_without_pixels(experiment, _masked(row)) for row in rows) if blind else (),
-    answer_BQ=answer_BQ,
-    asked_BQ=asked_BQ,
-    count_B=np.array([len(example.questions) for example in examples], np.float32),
+    answer_BQ=types.on_host(answer_BQ),
+    asked_BQ=types.on_host(asked_BQ),
+    count_B=types.on_host(np.array([len(example.questions) for example in examples], np.float32)),
   )
 
 
 def mask_images(
   experiment: experiment_lib.Experiment, examples: Sequence[examples_lib.Example]
 ) -> types.Prompts:
-  """Questions whose images are masked."""
+  """Encodes questions whose images are masked."""
   return experiment.encoder(tasks.UNDERSTAND, _masked(examples)).prompts
 
 
 def _without_pixels(
   experiment: experiment_lib.Experiment, row: Sequence[examples_lib.Example]
 ) -> types.Prompts:
-  """Encoded questions whose blank images stay on the host: the sampled ones take their place."""
+  """Encodes questions and drops their blank images, whose place the sampled images take."""
   prompts = experiment.encoder(tasks.UNDERSTAND, row).prompts
   return prompts.replace(source_BYXC=np.zeros((len(row), 0, 0, 3), np.uint8))
 
@@ -118,7 +119,7 @@ def _masked(examples: Sequence[examples_lib.Example]) -> list[examples_lib.Examp
 def first_token(
   experiment: experiment_lib.Experiment, frozen: base.RewardParams, prompts: types.Prompts
 ) -> Array:
-  """The reference's logits (B, V) of the first token of an answer."""
+  """Computes the reference's logits (B, V) of the first token of an answer."""
   policy = experiment.policy
   cache = policy.prefill(frozen.reference, frozen.vae, prompts)
   start = jnp.full((prompts.ids_BL.shape[0], 1, 1), policy.bos)
@@ -131,7 +132,10 @@ def seen_logits(
   images_BGYXC: Array,
   questions: types.Prompts,
 ) -> Array:
-  """Logits (B * G, V) of the first token of the answers to one question a prompt about its images."""
+  """Computes logits (B * G, V) of the first token of the answers to one question a prompt.
+
+  Each of the G images of a prompt is shown with its question.
+  """
   G = images_BGYXC.shape[1]
   flat_RYXC = images_BGYXC.reshape(-1, *images_BGYXC.shape[2:])
   spread = jax.tree.map(lambda x: jnp.repeat(x, G, axis=0), questions)
@@ -144,22 +148,31 @@ def blind_logits(
   images_BGYXC: Array,
   blind: types.Prompts,
 ) -> Array:
-  """Logits (B, V) of the first token of the answers to one question a prompt without its images."""
+  """Computes logits (B, V) of the first token of the answers to one question a prompt.
+
+  The images are masked.
+  """
   blank = jnp.zeros((images_BGYXC.shape[0], *images_BGYXC.shape[2:]), images_BGYXC.dtype)
   return first_token(experiment, frozen, blind.replace(source_BYXC=blank))
 
 
-def map_questions(function, asked: ReferenceQuestions):
-  """`function(questions, blind, answer_B)` of every question, stacked to (Q, ...).
+def _stack(*arrays: Array) -> Array:
+  return jnp.stack(arrays)
 
-  `blind` is () where there are none. Questions are asked one after the other: they take the memory
-  of one.
+
+def map_questions(
+  function: Callable[[types.Prompts, types.Tree, Array], Array], asked: ReferenceQuestions
+) -> Array:
+  """Applies `function(questions, blind, answer_B)` to every question and stacks to (Q, ...).
+
+  `blind` is () where there are none. Questions are asked one after the other and take the memory of
+  one.
   """
 
-  def stack(trees):
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees) if trees else ()
+  def stack(trees: tuple[types.Prompts, ...]) -> types.Tree:
+    return jax.tree.map(_stack, *trees) if trees else ()
 
   inputs = stack(asked.questions), stack(asked.blind), asked.answer_BQ.T
   if len(asked.questions) > 1:
-    return jax.lax.map(lambda one: function(*one), inputs)
+    return jax.lax.map(lambda question: function(*question), inputs)
   return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], inputs)))

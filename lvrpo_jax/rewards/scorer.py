@@ -1,4 +1,4 @@
-"""Runs the rewards of every task on what was sampled."""
+"""Runs the rewards of every task on samples."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lvrpo_jax.rewards.remote import pending as pending_lib
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 Array = jax.Array
+Values = tuple[np.ndarray, np.ndarray]
+"""Value and validity (B, G) of this process's prompts."""
 
 
 class Scored(NamedTuple):
@@ -31,11 +33,32 @@ class Scored(NamedTuple):
   facts: dict[str, np.ndarray]
 
 
+class TaskRewards(NamedTuple):
+  """Rewards of one task by name, separated by where they score."""
+
+  host: dict[str, base.HostReward]
+  device: dict[str, base.DeviceReward]
+  remote: dict[str, base.RemoteReward]
+
+
+def by_place(rewards: Mapping[str, base.Reward]) -> TaskRewards:
+  """Separates rewards by where they score."""
+  return TaskRewards(
+    host={name: reward for name, reward in rewards.items() if base.is_host(reward)},
+    device={name: reward for name, reward in rewards.items() if base.is_device(reward)},
+    remote={name: reward for name, reward in rewards.items() if base.is_remote(reward)},
+  )
+
+
 class Scorer:
-  """The rewards of an experiment with a weight other than 0."""
+  """The rewards of an experiment with a weight other than 0.
+
+  Attributes:
+    weights: weight of every reward, by task and name.
+  """
 
   def __init__(self, experiment: experiment_lib.Experiment):
-    """Builds the rewards; none is loaded, and no server is asked yet.
+    """Builds the rewards; loads no parameters and asks no server yet.
 
     Raises:
       ValueError: a reward cannot be built; the message names its config key.
@@ -43,53 +66,37 @@ class Scorer:
     self.experiment = experiment
     align = experiment.config.align
     self.weights: dict[str, dict[str, float]] = {}
-    self._rewards: dict[str, dict[str, base.Reward]] = {}
+    self._rewards: dict[str, TaskRewards] = {}
     for task in tasks_lib.active(align.prompts):
-      settings = {name: s for name, s in align.rewards[task].items() if s.weight}
-      self.weights[task] = {name: float(s.weight) for name, s in settings.items()}
-      self._rewards[task] = {
-        name: base.build(task, name, s, experiment) for name, s in settings.items()
-      }
-    self._params: dict[str, types.Params] = {}
+      weighted = {name: section for name, section in align.rewards[task].items() if section.weight}
+      self.weights[task] = {name: float(section.weight) for name, section in weighted.items()}
+      self._rewards[task] = by_place(
+        {name: base.build(task, name, section, experiment) for name, section in weighted.items()}
+      )
+    self._params: dict[str, dict[str, types.Params]] = {}
     self._judge = {
-      task: experiment.compile(self._device_rewards(task))
-      for task in self._rewards
-      if self._of(task, base.DEVICE)
+      task: experiment.compile(_device_function(rewards.device))
+      for task, rewards in self._rewards.items()
+      if rewards.device
     }
-
-  def _of(self, task: str, runs_on: str) -> dict[str, base.Reward]:
-    rewards = self._rewards.get(task, {})
-    return {name: reward for name, reward in rewards.items() if reward.runs_on == runs_on}
 
   @property
   def asks_server(self) -> bool:
     """Whether any task has a remote reward."""
-    return any(self._of(task, base.REMOTE) for task in self._rewards)
+    return any(rewards.remote for rewards in self._rewards.values())
 
   def load(self, frozen: base.RewardParams) -> None:
     """Loads the parameters of the device rewards."""
     self._params = {
-      task: {name: reward.load(frozen) for name, reward in self._of(task, base.DEVICE).items()}
+      task: {name: reward.load(frozen) for name, reward in self._rewards[task].device.items()}
       for task in self._judge
     }
 
   def close(self) -> None:
     """Ends the threads of remote rewards."""
-    for task in self._rewards:
-      for reward in self._of(task, base.REMOTE).values():
+    for rewards in self._rewards.values():
+      for reward in rewards.remote.values():
         reward.close()
-
-  def _device_rewards(self, task: str) -> Callable[..., dict[str, Array]]:
-    """One function for all device rewards of a task, so that they share what they compute."""
-    rewards = self._of(task, base.DEVICE)
-
-    def judge(params, frozen, samples, inputs):
-      return {
-        name: reward(params[name], frozen, samples, inputs[name])
-        for name, reward in rewards.items()
-      }
-
-    return judge
 
   def samples(
     self,
@@ -98,21 +105,24 @@ class Scorer:
     outputs: Array,
     iteration: int,
   ) -> base.Samples:
-    """What rewards on the host see of a task."""
+    """Builds the samples of a task as rewards on the host see them."""
     decode = self.experiment.data.tokenizer.decode
-    return base.Samples(task, examples, outputs, iteration, decode)
+    return base.Samples(
+      task=task, examples=examples, outputs=outputs, iteration=iteration, decode=decode
+    )
 
   def submit(
     self, sampled: Mapping[str, base.Samples], check: Callable[[], None]
   ) -> pending_lib.PendingRewards:
-    """Sends samples to the servers of remote rewards; the scores come later.
+    """Sends samples to the servers of remote rewards, and returns before they are scored.
 
     Args:
+      sampled: samples by task.
       check: called while samples are waited for; may raise.
     """
     futures = {}
     for task, samples in sampled.items():
-      remote = self._of(task, base.REMOTE)
+      remote = self._rewards[task].remote
       if remote:
         pending_lib.until_ready(samples.outputs, check)
       for name, reward in remote.items():
@@ -126,17 +136,20 @@ class Scorer:
     frozen: base.RewardParams,
     pending: pending_lib.PendingRewards,
   ) -> Scored:
-    """All rewards of one task.
+    """Computes all rewards of one task.
 
     Device rewards of images are dispatched before anything waits for the images.
     """
-    task, facts, values = samples.task, {}, {}
+    task, rewards = samples.task, self._rewards[samples.task]
+    facts: dict[str, np.ndarray] = {}
+    values: dict[str, Values] = {}
     if samples.are_texts:
       pending.until_ready(samples.outputs)
-    judged, valid = {}, {}
-    if task in self._judge:
+    judged: dict[str, Array] = {}
+    valid: dict[str, np.ndarray | None] = {}
+    if rewards.device:
       inputs = {}
-      for name, reward in self._of(task, base.DEVICE).items():
+      for name, reward in rewards.device.items():
         prepared = reward.prepare(samples)
         inputs[name], valid[name] = self.experiment.place(prepared.inputs), prepared.valid_B
         facts.update(prepared.facts)
@@ -144,27 +157,51 @@ class Scorer:
         self._params[task], frozen, base.DeviceSamples(prompts, samples.outputs), inputs
       )
     pending.until_ready(samples.outputs)
-    everywhere = np.ones(samples.shape, bool)
-    for name, value in judged.items():
-      mask = everywhere if valid[name] is None else valid[name][:, None] & everywhere
-      values[name] = multihost.local_rows(value), mask
-    for name, reward in self._of(task, base.HOST).items():
-      key = f'config.align.rewards.{task}.{name}.kind'
-      scores = base.checked(key, reward(samples), samples.shape)
+    everywhere_BG = np.ones(samples.shape, bool)
+    for name, value_BG in judged.items():
+      valid_B = valid[name]
+      mask_BG = everywhere_BG if valid_B is None else valid_B[:, None] & everywhere_BG
+      local = multihost.local_rows(value_BG), mask_BG
+      scores = base.checked(_key(task, name), local, samples.shape)
+      values[name] = scores.value_BG, scores.valid_BG
+    for name, reward in rewards.host.items():
+      scores = base.checked(_key(task, name), reward(samples), samples.shape)
       values[name] = scores.value_BG, scores.valid_BG
       facts.update(scores.facts)
-    for name in self._of(task, base.REMOTE):
+    for name in rewards.remote:
       scored = pending.result(task, name)
       values[name] = scored.value_BG, scored.valid_BG
     return Scored(self._finish({name: values[name] for name in self.weights[task]}), facts)
 
-  def _finish(self, values: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, types.Rewards]:
-    """Values as records; one that is not finite is invalid, and 0 stands in its place."""
+  def _finish(self, values: dict[str, Values]) -> dict[str, types.Rewards]:
+    """Makes records of values; a value that is not finite becomes 0 and invalid."""
     rewards = {}
     for name, (value_BG, valid_BG) in values.items():
       finite_BG = np.isfinite(value_BG)
       rewards[name] = types.Rewards(
-        np.where(finite_BG, value_BG, 0.0).astype(np.float32),
-        np.asarray(valid_BG) & finite_BG,
+        value_BG=types.on_host(np.where(finite_BG, value_BG, 0.0).astype(np.float32)),
+        valid_BG=types.on_host(np.asarray(valid_BG) & finite_BG),
       )
     return multihost.agree_on_rows(rewards, self.experiment.mesh)
+
+
+def _key(task: str, name: str) -> str:
+  return f'config.align.rewards.{task}.{name}.kind'
+
+
+def _device_function(
+  rewards: Mapping[str, base.DeviceReward],
+) -> Callable[..., dict[str, Array]]:
+  """Makes one function of the device rewards of a task, so that they share what they compute."""
+
+  def judge(
+    params: Mapping[str, types.Params],
+    frozen: base.RewardParams,
+    samples: base.DeviceSamples,
+    inputs: Mapping[str, types.Tree],
+  ) -> dict[str, Array]:
+    return {
+      name: reward(params[name], frozen, samples, inputs[name]) for name, reward in rewards.items()
+    }
+
+  return judge

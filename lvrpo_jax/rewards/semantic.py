@@ -1,4 +1,4 @@
-"""Semantic reward: similarity of images and texts in a dual encoder's joint space.
+"""Semantic rewards: similarity of images and texts in the joint space of a dual encoder.
 
 Axes beyond the common legend: `W` key words of the data, `K` key words of a prompt.
 """
@@ -22,30 +22,29 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 Array = jax.Array
 
 WORDS_AT_ONCE = 256
-"""Key words in one pass of the text tower."""
+"""Number of key words in one pass of the text tower."""
 
 
 def similarity(image_BGD: Array, text_BGD: Array) -> Array:
-  """Cosine (B, G) of unit vectors; the text may be one for a whole group (B, 1, D)."""
+  """Computes cosines (B, G) of unit vectors; a text (B, 1, D) counts for a whole group."""
   return jnp.sum(image_BGD * text_BGD, axis=-1)
 
 
 def dense(
   patch_BGND: Array, words_WD: Array, row_BK: Array, count_BK: Array, top: int = 1
 ) -> Array:
-  """Mean over the key words of a prompt of their match among the image's patches, (B, G).
+  """Averages, over the key words of a prompt, their match among the image's patches, (B, G).
 
   With `top = 1` the match of a word is its cosine with the best patch, LVRPO's form (arXiv
-  2603.27693). With `top = k` it is the mean over the k best patches, and one hot patch cannot
-  satisfy it: whatever that patch shows, its cosine is at most 1 and makes up 1/k of the mean, so k
-  patches have to match. Only the words of a prompt meet its patches, so the largest array has
-  shape (B, G, K, N).
+  2603.27693). With `top = k` it is the mean over the k best patches. One patch alone cannot give a
+  high mean then: its cosine is at most 1 and has the weight 1/k, so k patches have to match. Only
+  the words of a prompt are compared with its patches, so the largest array has shape (B, G, K, N).
 
   Args:
     patch_BGND: unit vectors of patches, at least `top` of them.
     words_WD: unit vectors of all key words.
-    row_BK: the rows of `words_WD` that stand in a prompt.
-    count_BK: how often each of them counts; 0 for padding.
+    row_BK: rows of `words_WD` of the key words of a prompt.
+    count_BK: weight of each of them; 0 for padding.
     top: number of best patches.
   """
   match_BGKN = jnp.einsum('BGND,BKD->BGKN', patch_BGND, words_WD[row_BK])
@@ -55,31 +54,32 @@ def dense(
 
 
 class Semantic:
-  """Similarity of an image and its caption, or of the image shown and the statement of an answer.
+  """Scores an image by its caption, and an answer by its statement about the image shown.
 
-  The question of an answer is the same for a whole group: its similarity to the image teaches
-  nothing.
+  The question of an answer is not compared with the image: it is the same for a whole group, so its
+  similarity gives no advantage.
   """
 
   outputs = frozenset((tasks.TEXT, tasks.IMAGE))
   runs_on = base.DEVICE
 
   def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
-    del settings
+    """Keeps the data source and the dual encoder."""
     self._task, self._data, self._encoder = task, experiment.data, experiment.dual_encoder
+    self._key = base.key_of(task, settings, experiment)
 
   def load(self, frozen: base.RewardParams) -> types.Params:
-    """The dual encoder is shared."""
+    """Returns (): the dual encoder is shared."""
     del frozen
     return ()
 
   def prepare(self, samples: base.Samples) -> base.Prepared:
-    """Token ids of the captions (B, L), or of the statements (B, G, L)."""
+    """Encodes captions to token ids (B, L), or statements to (B, G, L)."""
     if not samples.are_texts:
-      return base.Prepared(self._encoder.token_ids([e.prompt for e in samples.examples])[0])
+      return base.Prepared(self._encoder.token_ids([x.prompt for x in samples.examples])[0])
     texts_BG = samples.texts_BG
     answers_BG = [[self._data.read_answer(text) for text in row] for row in texts_BG]
-    said = statements(samples.examples, answers_BG, texts_BG)
+    said = statements(samples.examples, answers_BG, texts_BG, self._key)
     ids_RL, cut_R = self._encoder.token_ids(said)
     facts = {'truncated/captions': cut_R.reshape(samples.shape).astype(np.float32)}
     return base.Prepared(ids_RL.reshape(*samples.shape, -1), facts=facts)
@@ -91,7 +91,7 @@ class Semantic:
     samples: base.DeviceSamples,
     inputs: types.Tree,
   ) -> Array:
-    """Cosines (B, G)."""
+    """Returns cosines (B, G)."""
     del params
     if tasks.BY_NAME[self._task].output == tasks.TEXT:
       image_BD, _ = self._encoder.embed_image(frozen.dual_encoder, samples.prompts.source_BYXC)
@@ -104,35 +104,41 @@ class Semantic:
 
 
 class Dense:
-  """Match of the key words of a caption with the patches of its image, see `dense`."""
+  """Scores an image by the match of its patches with the key words of its caption, see `dense`."""
 
   outputs = frozenset((tasks.IMAGE,))
   runs_on = base.DEVICE
 
   def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
+    """Sorts the key words of the data.
+
+    Raises:
+      ValueError: `top` is not between 1 and the number of patches of an image.
+    """
     self._encoder, self._top = experiment.dual_encoder, settings.top
     self._words = sorted(experiment.data.key_words)
     self._most = experiment.config.data.prompt_tokens
     patches = self._encoder.module.vision_config.side**2
     if not 1 <= self._top <= patches:
+      key = base.key_of(task, settings, experiment)
       raise ValueError(
-        f'config.align.rewards.{task}.dense.top is {self._top}; allowed: 1 to the {patches} '
-        'patches that the dual encoder cuts an image into'
+        f'{key}.top is {self._top}; allowed: 1 to the {patches} patches that the dual encoder cuts '
+        'an image into'
       )
 
   def load(self, frozen: base.RewardParams) -> types.Params:
-    """Unit vectors (W, D) of the data's key words, sorted, in the joint space."""
+    """Returns unit vectors (W, D) of the data's key words, sorted, in the joint space."""
     ids_WL, _ = self._encoder.token_ids(self._words)
-    # In parts: a data class may know the nouns of a language.
-    return jax.lax.map(
-      lambda ids_L: self._encoder.embed_text(frozen.dual_encoder, ids_L[None])[0][0],
-      jnp.asarray(ids_WL),
-      batch_size=WORDS_AT_ONCE,
-    )
+
+    def embed(ids_L: Array) -> Array:
+      return self._encoder.embed_text(frozen.dual_encoder, ids_L[None])[0][0]
+
+    # The words are embedded in parts, as a data source may have all nouns of a language.
+    return jax.lax.map(embed, jnp.asarray(ids_WL), batch_size=WORDS_AT_ONCE)
 
   def prepare(self, samples: base.Samples) -> base.Prepared:
-    """Rows of the key words of every caption, and how often each counts."""
-    return base.Prepared(key_words(self._words, [e.prompt for e in samples.examples], self._most))
+    """Finds the rows of the key words of every caption, and how often each counts."""
+    return base.Prepared(key_words(self._words, [x.prompt for x in samples.examples], self._most))
 
   def __call__(
     self,
@@ -141,7 +147,7 @@ class Dense:
     samples: base.DeviceSamples,
     inputs: types.Tree,
   ) -> Array:
-    """Matches (B, G)."""
+    """Returns matches (B, G)."""
     _, patches_BGND = _embed_groups(self._encoder, frozen, samples)
     return dense(patches_BGND, params, *inputs, top=self._top)
 
@@ -159,13 +165,15 @@ def _embed_groups(
 def key_words(
   words: Sequence[str], texts: Sequence[str], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Key words of texts: rows of the table, and how often each counts, both int32 (B, K).
+  """Finds the key words of texts: rows of the table, and how often each counts, both int32 (B, K).
 
-  K is `most`, the most tokens that a prompt may have, so that all batches of all processes have one
-  shape; places behind a text's last key word count 0 times.
+  K is `most`, so that all batches of all processes have one shape. Places after the last key word
+  of a text count 0 times.
 
   Args:
     words: the key words of the data, sorted.
+    texts: B texts.
+    most: largest number of tokens of a prompt.
   """
   rows = {word: row for row, word in enumerate(words)}
   row_BK, count_BK = np.zeros((2, len(texts), most), np.int32)
@@ -180,21 +188,27 @@ def statements(
   examples: Sequence[examples_lib.Example],
   answers_BG: Sequence[Sequence[str | None]],
   texts_BG: Sequence[Sequence[str]],
+  key: str,
 ) -> list[str]:
-  """Replies as statements about the image shown, one after the other.
+  """Rewrites replies as statements about the image shown, in one flat list.
 
-  A reply that states no answer stays as it is.
+  A reply that states no answer is kept, without unknown words.
+
+  Args:
+    examples: the B prompts.
+    answers_BG: answers that the replies state.
+    texts_BG: the replies.
+    key: config key of the reward, for the message.
 
   Raises:
-    ValueError: an example makes no statements.
+    ValueError: an example has no function that makes statements.
   """
   out = []
   for example, answers, texts in zip(examples, answers_BG, texts_BG):
     if example.statement is None:
       raise ValueError(
         f'example {example.index} of {tasks.UNDERSTAND!r} has no statement, which '
-        f'config.align.rewards.{tasks.UNDERSTAND}.semantic needs; expected a '
-        'function from an answer to a text'
+        f'{key} needs; expected a function from an answer to a text'
       )
     # The dual encoder has no token for an unknown word.
     out.extend(

@@ -1,4 +1,4 @@
-"""The rollout engine: from prompts to groups of texts and images with what was sampled on the way."""
+"""Rollout engine: samples groups of texts and images, and records their trajectories."""
 
 from __future__ import annotations
 
@@ -25,20 +25,31 @@ from lvrpo_jax.rollouts import think
 from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 
-Array = jax.Array
+Array = types.Array
 Policies = tuple[types.Params | lora.AdaptedParams, ...]
-"""The policy of text rollouts, and that of image rollouts where it is another one."""
+"""The policy of text rollouts, followed by that of image rollouts where the two differ."""
 
 
 class PromptBatch(NamedTuple):
-  """The prompts of an iteration by task: as the host knows them, and as the device reads them."""
+  """The prompts of an iteration, by task.
+
+  Attributes:
+    examples: prompts on the host, with their images, answers and records.
+    prompts: the same prompts encoded, on devices.
+  """
 
   examples: dict[str, list[examples_lib.Example]]
   prompts: dict[str, types.Prompts]
 
 
 class Rollouts(NamedTuple):
-  """What an iteration has sampled, by task; plans of `THINK_GENERATE` as `PLAN`."""
+  """Samples of an iteration, by task.
+
+  Attributes:
+    texts: sampled texts; the plans of `THINK_GENERATE` have the key `PLAN`.
+    images: sampled trajectories of images.
+    pixels: uint8 images (B, G, Y, X, 3) of `images`.
+  """
 
   texts: dict[str, types.TextTrajectory]
   images: dict[str, types.ImageTrajectory]
@@ -50,20 +61,21 @@ class RolloutEngine:
 
   Attributes:
     grid: T + 1 times of the denoising steps.
-    levels_T: noise level of every step, where all steps in range are noisy.
+    levels_T: noise level of every step, with noise on all permitted steps.
     noisy: indices of the steps with noise.
-    window: number of noisy steps that an update replays.
+    window: count of noisy steps that an update replays.
   """
 
   def __init__(self, experiment: experiment_lib.Experiment, apart: bool):
-    """Compiles nothing yet.
+    """Reads the settings; compiles nothing yet.
 
     Args:
-      apart: whether tasks are sampled one after the other: where a server scores one while the
-        next is sampled, or where some are sampled again.
+      experiment: the fixed parts of the run.
+      apart: True samples tasks one after the other, as is needed where a server scores one task
+        while the next is sampled, or where some tasks are sampled again.
 
     Raises:
-      ValueError: fewer steps are noisy than an update should replay.
+      ValueError: an update should replay more steps than have noise.
     """
     self.experiment, self._apart = experiment, apart
     settings = experiment.config.align.rollout
@@ -85,7 +97,7 @@ class RolloutEngine:
     self._sample = experiment.sampler(self.sample)
 
   def replayed_steps(self, iteration: int) -> np.ndarray:
-    """Indices of the steps that the update of an iteration replays."""
+    """Returns the indices of the steps that the update of an iteration replays."""
     settings = self._settings
     first = schedule.window_start(
       settings.window_schedule,
@@ -98,10 +110,10 @@ class RolloutEngine:
     return self.noisy[first : first + self.window]
 
   def kept_steps(self, iteration: int) -> np.ndarray:
-    """Indices of the steps that are kept of a rollout, to be replayed before the update.
+    """Returns the indices of the steps of a rollout that are stored and replayed before the update.
 
-    Decoupled objectives read no step. For them the step that ends in the images, which tells
-    whether they are those that were sampled, takes the place of the last of the window.
+    Decoupled objectives read no step. For them the last step of the rollout replaces the last step
+    of the window: its replay checks that the final latents are those that were sampled.
     """
     steps = self.replayed_steps(iteration)
     if self._coupled:
@@ -109,7 +121,7 @@ class RolloutEngine:
     return np.append(steps[:-1], len(self.levels_T) - 1)
 
   def noise_levels(self, iteration: int) -> Array:
-    """Noise level of every step of the rollouts of an iteration, (T,)."""
+    """Returns the noise level (T,) of every step of the rollouts of an iteration."""
     if self._settings.noise_outside_window:
       return self.levels_T
     inside = np.isin(np.arange(len(self.levels_T)), self.replayed_steps(iteration))
@@ -126,6 +138,10 @@ class RolloutEngine:
     """Samples groups for all tasks.
 
     Args:
+      policies: see `Policies`.
+      vae_params: parameters of the autoencoder.
+      prompts: by task.
+      iteration: index of the iteration; random draws depend on it.
       levels_T: noise level of every step.
     """
     policy = self.experiment.policy
@@ -137,7 +153,7 @@ class RolloutEngine:
     for task in tasks_lib.TEXT_FIRST:
       if task in prompts:
         name = tasks_lib.PLAN if tasks_lib.BY_NAME[task].plans else task
-        texts[name] = self._write(text_params, caches.pop(task), noise[task])
+        texts[name] = self._sample_texts(text_params, caches.pop(task), noise[task])
     if tasks_lib.THINK_GENERATE in prompts:
       task, plan = tasks_lib.THINK_GENERATE, texts[tasks_lib.PLAN]
       contexts[task] = contexts_lib.after_plans(
@@ -145,19 +161,25 @@ class RolloutEngine:
       )
       caches[task] = policy.prefill(image_params, vae_params, contexts[task])
       noise[task] = think.image_keys(noise[task])
-    images = self._draw(image_params, caches, contexts, noise, levels_T)
+    images = self._sample_images(image_params, caches, contexts, noise, levels_T)
     pixels = {
       task: policy.decode_image(vae_params, trajectory.latents_BGNC)
       for task, trajectory in images.items()
     }
-    return Rollouts(texts, images, pixels)
+    return Rollouts(texts=texts, images=images, pixels=pixels)
 
   def _keys(self, prompts: types.Prompts, iteration: Array) -> Array:
-    """Random keys (B, G): functions of the seed, the iteration and a prompt's index."""
+    """Makes random keys (B, G) that depend on the seed, the iteration and a prompt's index."""
     group = self._settings.group_size
     root = jax.random.fold_in(jax.random.key(self.experiment.config.seed), iteration)
-    key_B = jax.vmap(lambda index: jax.random.fold_in(root, index))(prompts.index_B)
-    return jax.vmap(lambda key: ops.fold_rows(key, (group,)))(key_B)
+
+    def prompt_key(index: Array) -> Array:
+      return jax.random.fold_in(root, index)
+
+    def sample_keys(key: Array) -> Array:
+      return ops.fold_rows(key, (group,))
+
+    return jax.vmap(sample_keys)(jax.vmap(prompt_key)(prompts.index_B))
 
   def _prefill(
     self,
@@ -166,24 +188,26 @@ class RolloutEngine:
     vae_params: types.Params,
     prompts: dict[str, types.Prompts],
   ) -> dict[str, types.Cache]:
-    """The context of every task under the policy that continues it."""
+    """Encodes the context of every task with the policy that continues it."""
     policy = self.experiment.policy
     if text_params is image_params:
       return policy.prefill_all(text_params, vae_params, prompts)
     caches = {}
-    for params, of_texts in ((text_params, True), (image_params, False)):
-      chosen = {t: p for t, p in prompts.items() if tasks_lib.writes_text(t) == of_texts}
+    for params, for_texts in ((text_params, True), (image_params, False)):
+      chosen = {t: p for t, p in prompts.items() if tasks_lib.writes_text(t) == for_texts}
       caches.update(policy.prefill_all(params, vae_params, chosen))
     return caches
 
-  def _write(self, params: types.Params, cache: types.Cache, key_BG: Array) -> types.TextTrajectory:
-    """Samples texts after contexts, scored as the update scores them."""
+  def _sample_texts(
+    self, params: types.Params, cache: types.Cache, key_BG: Array
+  ) -> types.TextTrajectory:
+    """Samples texts after contexts and scores them by the pass that the update replays."""
     policy, length = self.experiment.policy, self.experiment.config.data.answer_tokens + 1
     texts = think.sample_text(policy, params, cache, key_BG, length, self._settings.temperature)
     ids = text_rollout.teacher_ids(texts.tokens_BGT, policy.bos)
     return text_rollout.rescore(texts, policy.text_logits(params, cache, ids))
 
-  def _draw(
+  def _sample_images(
     self,
     params: types.Params,
     caches: dict[str, types.Cache],
@@ -191,7 +215,7 @@ class RolloutEngine:
     noise: dict[str, Array],
     levels_T: Array,
   ) -> dict[str, types.ImageTrajectory]:
-    """Samples images after contexts; tasks whose rows have one shape share a pass."""
+    """Samples images after contexts; tasks whose rows have the same shape share a pass."""
     settings, policy, out = self._settings, self.experiment.policy, {}
     rows = {task: (cache.valid_BS, noise[task]) for task, cache in caches.items()}
     for names in contexts_lib.group_by_shape(rows):
@@ -225,8 +249,8 @@ class RolloutEngine:
   ) -> Rollouts:
     """Dispatches the rollouts of an iteration.
 
-    Texts and pixels come back on the experiment's mesh; trajectories stay where they are until
-    `Experiment.place_rows` takes what the update reads of them.
+    Texts and pixels are returned on the experiment's mesh. Trajectories stay on the rollout mesh
+    until `Experiment.place_rows` moves the part that the update reads.
     """
     prompts = batch.prompts
     if self._apart:
@@ -243,15 +267,16 @@ class RolloutEngine:
         jnp.int32(iteration),
         self.noise_levels(iteration),
       )
-      for whole, part in zip((texts, images, pixels), found):
-        whole.update(part)
+      texts.update(found.texts)
+      images.update(found.images)
+      pixels.update(found.pixels)
     place = self.experiment.place_rows
-    return Rollouts(place(texts), images, place(pixels))
+    return Rollouts(texts=place(texts), images=images, pixels=place(pixels))
 
   def kept(
     self, task: str, prompts: types.Prompts, rollouts: Rollouts, iteration: int
   ) -> types.SampledTexts | types.SampledImages | think.SampledPlans:
-    """What is kept of a task's rollout."""
+    """Returns the part of a task's rollout that later stages read."""
     if task in rollouts.texts:
       return trajectories.sampled_texts(prompts, rollouts.texts[task])
     rollout = rollouts.images[task]
@@ -260,11 +285,11 @@ class RolloutEngine:
     if not tasks_lib.BY_NAME[task].plans:
       return image
     plan = trajectories.sampled_texts(prompts, rollouts.texts[tasks_lib.PLAN])
-    return think.SampledPlans(plan, image)
+    return think.SampledPlans(plan=plan, image=image)
 
 
 def needed_policies(policies: Policies, names: Iterable[str]) -> Policies:
-  """The policies that rollouts of tasks read: that of texts, that of images, or both."""
+  """Returns the policies that rollouts of tasks read: that of texts, that of images, or both."""
   names = list(names)
   if not any(map(tasks_lib.draws_image, names)):
     return policies[:1]

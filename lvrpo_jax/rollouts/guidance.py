@@ -1,8 +1,9 @@
-"""Classifier-free guidance of rollouts, and of what is trained on their steps.
+"""Classifier-free guidance of rollouts and of the updates that replay their steps.
 
-A guided policy draws by other velocities than the plain one, so its steps have to be replayed, and
-its reference asked, with the same scale (arXiv 2505.05470 samples and trains guided; objectives on
-final images alone train the plain policy and may draw in any way).
+Guided steps follow other velocities than unguided ones. Replays of a guided rollout, and the
+reference, therefore use the scale of the rollout (arXiv 2505.05470 samples and trains with
+guidance). Decoupled objectives read final images alone: they train the unguided policy and permit
+any sampler.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lvrpo_jax.models import contexts
 from lvrpo_jax.models import family
 from lvrpo_jax.rollouts import image as image_rollout
 
-Array = jax.Array
+Array = types.Array
 
 
 def policy_velocity(
@@ -30,15 +31,23 @@ def policy_velocity(
   bare: types.Cache | None,
   scale: float | Array | None,
 ) -> image_rollout.Velocity:
-  """The policy that samples: guided where `bare`, the contexts without their texts, is given."""
+  """Returns the velocity of the policy that samples, guided if `bare` is given.
 
-  def plain(x_BGNC, time_BG):
+  Args:
+    policy: the model.
+    params: its parameters.
+    cache: the contexts.
+    bare: the contexts without their texts, or None for no guidance.
+    scale: scale of the guidance; None where `bare` is None.
+  """
+
+  def plain(x_BGNC: Array, time_BG: Array) -> Array:
     return policy.velocity(params, cache, x_BGNC, time_BG)
 
-  if bare is None:
+  if bare is None or scale is None:
     return plain
 
-  def guided(x_BGNC, time_BG):
+  def guided(x_BGNC: Array, time_BG: Array) -> Array:
     bare_v = policy.velocity(params, bare, x_BGNC, time_BG)
     return flow.classifier_free(plain(x_BGNC, time_BG), bare_v, scale)
 
@@ -51,13 +60,15 @@ def forward(
   vae_params: types.Params,
   queries: Mapping[str, types.Query],
 ) -> dict[str, Array]:
-  """`Policy.forward`, with guided velocities of the queries that ask for them."""
+  """Runs `Policy.forward`; the velocities of a `GuidedFlowQuery` are guided."""
   guided = {
     task: query for task, query in queries.items() if isinstance(query, types.GuidedFlowQuery)
   }
   bare = {
     f'{task}/bare': types.FlowQuery(
-      contexts.without_prompt(query.prompts), query.x_BKGNC, query.time_BKG
+      prompts=contexts.without_prompt(query.prompts),
+      x_BKGNC=query.x_BKGNC,
+      time_BKG=query.time_BKG,
     )
     for task, query in guided.items()
   }
@@ -69,7 +80,13 @@ def forward(
 
 
 class Branches(NamedTuple):
-  """Velocities of the same latents under three contexts; see `image.Velocity`."""
+  """Velocities under the three contexts of guidance; see `image.Velocity`.
+
+  Attributes:
+    main: under the whole context.
+    without_text: under the context without the last text.
+    without_images: under the context without its images.
+  """
 
   main: image_rollout.Velocity
   without_text: image_rollout.Velocity
@@ -77,11 +94,11 @@ class Branches(NamedTuple):
 
 
 class Guidance(struct.PyTreeNode):
-  """Strength of guidance.
+  """Settings of guidance with two branches.
 
   Attributes:
-    text_scale, image_scale: 1 turns a branch off; see `flow.guide`.
-    low, high: guidance is on for low < t <= high.
+    text_scale, image_scale: scales of the branches; 1 turns a branch off, see `flow.guide`.
+    low, high: interval of times, low < t <= high, in which guidance is on.
     renorm: 'global' (norm over one image), 'channel' or 'text_channel'.
     renorm_min: floor of the renormalisation; 1 turns it off.
   """
@@ -95,16 +112,24 @@ class Guidance(struct.PyTreeNode):
 
 
 def scales_at(guidance: Guidance, t: Array) -> tuple[Array, Array]:
-  """Text and image scale in force at time t: 1 outside the interval."""
+  """Returns the text scale and the image scale at time t; both are 1 outside the interval."""
   inside = (t > guidance.low) & (t <= guidance.high)
   return (jnp.where(inside, guidance.text_scale, 1.0), jnp.where(inside, guidance.image_scale, 1.0))
 
 
 def mix_branches(branches: Branches, guidance: Guidance, x_BGNC: Array, t: Array) -> Array:
-  """Guided velocity (B, G, N, C) at the scalar time t; images are renormalised one by one."""
+  """Computes the guided velocity (B, G, N, C) at the scalar time t.
+
+  Every image is renormalised by itself.
+  """
   time = jnp.broadcast_to(t, x_BGNC.shape[:2])
   text_scale, image_scale = scales_at(guidance, t)
-  guide = lambda *v: flow.guide(*v, text_scale, image_scale, guidance.renorm, guidance.renorm_min)
-  # A branch that stands for another one runs once.
+
+  def guide(v: Array, v_text: Array, v_image: Array) -> Array:
+    return flow.guide(
+      v, v_text, v_image, text_scale, image_scale, guidance.renorm, guidance.renorm_min
+    )
+
+  # Branches with the same context are one function, which runs once.
   computed = {branch: branch(x_BGNC, time) for branch in branches}
   return jax.vmap(jax.vmap(guide))(*(computed[branch] for branch in branches))

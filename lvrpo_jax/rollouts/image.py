@@ -1,4 +1,4 @@
-"""Images: a scan over denoising steps for all rows."""
+"""Image rollouts: one scan over denoising steps for all rows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax import types
 
-Array = jax.Array
-
-
+Array = types.Array
 Velocity = Callable[[Array, Array], Array]
-"""`velocity(x_BGNC, time_BG) -> v_BGNC`: the policy that samples, guidance included."""
+"""`velocity(x_BGNC, time_BG) -> v_BGNC` of the policy that samples, guidance included."""
 
 
 def initial_noise(key_BG: Array, shape: tuple[int, int]) -> Array:
-  """Latents at t = 1, (B, G, N, C); a row depends on its own key alone."""
+  """Draws the latents (B, G, N, C) at t = 1; a row depends on its own key alone."""
   return ops.normal_rows(ops.fold_each(key_BG, 0), shape)
 
 
 def transition(
   velocity: Velocity, sampler: str, x: Array, t: Array, t_next: Array, first_t: Array, eta: Array
 ) -> flow.Transition:
-  """The Gaussian of one step. Rollout and replay both call this."""
+  """Computes the Gaussian transition of one step of a rollout."""
   v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
   return flow.STEPS[sampler](x, v, t, t_next, first_t, eta)
 
@@ -37,13 +35,15 @@ def sample_sde(
   """Samples a trajectory for every row.
 
   Args:
+    velocity: the policy on its contexts.
+    key_BG: one PRNG key a row; a row does not depend on other rows.
     shape: (image tokens, channels).
     grid: T + 1 falling times, see `flow.time_grid`.
-    eta_T: noise scale of every step; 0 makes a step deterministic.
+    eta_T: noise level of every step; 0 makes a step deterministic.
     sampler: a key of `flow.STEPS`.
   """
 
-  def step(x, inputs):
+  def step(x: Array, inputs: types.Tree) -> tuple[Array, tuple[Array, ...]]:
     index, t, t_next, eta = inputs
     mean, std = transition(velocity, sampler, x, t, t_next, grid[1], eta)
     noise = ops.normal_rows(ops.fold_each(key_BG, index + 1), shape)
@@ -66,7 +66,7 @@ def sample_sde(
 
 
 def slice_prompts(rollout: types.ImageTrajectory, start: int, stop: int) -> types.ImageTrajectory:
-  """Prompts start..stop of a rollout."""
+  """Returns the rollout of the prompts start, ..., stop - 1."""
   return rollout.replace(
     x_TBGNC=rollout.x_TBGNC[:, start:stop],
     noise_TBGNC=rollout.noise_TBGNC[:, start:stop],
@@ -76,9 +76,9 @@ def slice_prompts(rollout: types.ImageTrajectory, start: int, stop: int) -> type
 
 
 def sample_ode(velocity: Velocity, key_BG: Array, shape: tuple[int, int], grid: Array) -> Array:
-  """Final latents of the probability-flow ODE, keeping no trajectory."""
+  """Samples final latents by the probability-flow ODE; no trajectory is kept."""
 
-  def step(x, times):
+  def step(x: Array, times: tuple[Array, Array]) -> tuple[Array, None]:
     t, t_next = times
     v = velocity(x, jnp.broadcast_to(t, x.shape[:2]))
     return flow.ode_step(x, v, t, t_next), None

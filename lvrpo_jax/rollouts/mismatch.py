@@ -1,15 +1,14 @@
-"""Rollout-training mismatch: what a rollout recorded against what a replay finds, before any update.
+"""Rollout-training mismatch: recorded densities against those of a replay before any update.
 
-Ratios of an update are to recorded densities. Where these are not the densities that samples were
-drawn with, be it by a temperature, a mask, a scale of guidance or a rounding that was lost on the
-way, ratios mean nothing, and no loss shows it.
+An update divides by the recorded densities. If they are not the densities of the distribution that
+sampled, because a temperature, a mask, a guidance scale or a rounding differs, then the ratios are
+meaningless, and no loss shows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import flow
@@ -19,14 +18,16 @@ from lvrpo_jax.data import tasks
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.rollouts import replay
 
-Array = jax.Array
+Array = types.Array
 
 DETERMINISTIC_STD = 0.1
-"""Deviation, about that of the other steps, against which the end of a step without noise is
-measured: latents that were rounded to 16 bits then show."""
+"""Deviation that stands in for that of a step without noise when its end is compared.
+
+It is about that of the other steps, so that a rounding of latents to 16 bits is noticed.
+"""
 
 PREFIX = 'mismatch'
-"""What the names of all these metrics begin with."""
+"""Prefix of the names of all these metrics."""
 
 DECODE = f'{PREFIX}/decode'
 """Metric: largest |log-ratio| of a token between decoding and teacher forcing."""
@@ -35,21 +36,23 @@ DECODE = f'{PREFIX}/decode'
 def image_mismatch(
   sampler: str, v_BKGNC: Array, steps: types.Transitions, final_BGNC: Array | None = None
 ) -> Array:
-  """Largest mismatch of any sample at every step, (K,), in nats per latent value.
+  """Computes the largest mismatch of any sample at every step, (K,), in nats per latent value.
 
-  The largest of three, each 0 where a step is recorded as it was sampled:
-  - the log-ratio of the step that the replay's velocities give to the recorded one, at the sample
-    (`flow.log_ratio`), its absolute value;
+  It is the largest of three values, each of which is 0 if a step is recorded as it was sampled:
+  - the absolute log-ratio, at the sample, of the transition that the replay's velocities give to
+    the recorded one (`flow.log_ratio`);
   - the squared logarithm of the ratio of their deviations: the KL of two such Gaussians, to second
     order;
-  - `mean(d^2) / (2 std^2)`, with d from `mean + std * noise` as recorded to the latents that the
-    rollout went on from: the KL of two such Gaussians.
-  A step without noise has no density: the deviation 1 stands in, and `DETERMINISTIC_STD` for the
-  last of these.
+  - `mean(d^2) / (2 std^2)`, where d is the difference of the latents from which the rollout
+    continued to the recorded `mean + std * noise`: the KL of two such Gaussians.
+  A step without noise has no density. Its deviation is replaced by 1, and in the last of the three
+  by `DETERMINISTIC_STD`.
 
   Args:
-    v_BKGNC: velocities at the steps, of the policy that sampled.
-    final_BGNC: the final latents, where the last of the steps ends in them.
+    sampler: name of the sampler in `flow.STEPS`.
+    v_BKGNC: velocities of the policy that sampled, at the steps.
+    steps: the recorded steps.
+    final_BGNC: the final latents, if the last of the steps ends in them.
   """
   if final_BGNC is not None:
     steps = steps.replace(next_BKGNC=steps.next_BKGNC.at[:, -1].set(final_BGNC))
@@ -70,9 +73,9 @@ def image_mismatch(
 
 
 def text_mismatch(logp_BGT: Array, texts: types.SampledTexts) -> tuple[Array, Array]:
-  """Largest and mean absolute log-ratio of a token between rollout and teacher forcing.
+  """Computes the largest and the mean absolute log-ratio of a token of rollout and teacher forcing.
 
-  Both are 0 outside the texts, so a mask that is not the rollout's shows as well.
+  Both log-probabilities are 0 outside the texts, so a mask other than the rollout's shows as well.
   """
   found_BGT = jnp.abs(logp_BGT - texts.logp_BGT)
   return jnp.max(found_BGT), ops.masked_mean(found_BGT, texts.mask_BGT)
@@ -80,26 +83,33 @@ def text_mismatch(logp_BGT: Array, texts: types.SampledTexts) -> tuple[Array, Ar
 
 LIMITS = {
   'float32': dict(text_max=1e-5, text_mean=1e-5, decode_max=1e-3, image_max=1e-5),
-  # A logit of 16 in bfloat16 has steps of 0.125, so single tokens may be off by any ratio that is
-  # clipped, and their mean by far less. Of a step of 16-bit models others measured 2e-5, and 5e-4
-  # with guidance.
+  # A logit of 16 in bfloat16 has steps of 0.125: the ratio of a single token may differ by more
+  # than the clip range, the mean over tokens by far less. For a denoising step of 16-bit models,
+  # others measured 2e-5, and 5e-4 with guidance.
   'bfloat16': dict(text_max=0.0, text_mean=0.02, decode_max=0.0, image_max=1e-3),
 }
-"""Largest mismatch by compute dtype, where the config does not say; 0 for any."""
+"""Default limits of the mismatch, by compute dtype; 0 permits any."""
 
 
 def limits(settings: types.Config, dtype: str) -> dict[str, float]:
-  """Largest mismatch by kind: `config.align.checks.mismatch`, where -1 stands for that of a dtype."""
+  """Returns the largest permitted mismatch by kind.
+
+  Args:
+    settings: `config.align.checks.mismatch`; -1 takes the default of `LIMITS`.
+    dtype: compute dtype, a key of `LIMITS`.
+  """
   return {
     name: settings[name] if settings[name] >= 0 else value for name, value in LIMITS[dtype].items()
   }
 
 
 def check(iteration: int, scalars: Mapping[str, float], bounds: Mapping[str, float]) -> None:
-  """Refuses to go on where what is replayed is not what was sampled.
+  """Stops a run whose replays disagree with its rollouts.
 
   Args:
-    bounds: see `limits`.
+    iteration: for the message.
+    scalars: metrics of the iteration by name; those of no mismatch are skipped.
+    bounds: from `limits`.
 
   Raises:
     ValueError: a mismatch is above its limit, or NaN.
@@ -117,7 +127,7 @@ def check(iteration: int, scalars: Mapping[str, float], bounds: Mapping[str, flo
 
 
 def _limit_of(name: str) -> str:
-  """Which limit a metric has; '' for none."""
+  """Returns the kind of limit that a metric has; '' for none."""
   if name == DECODE:
     return 'decode_max'
   prefix, _, task = name.partition('/')

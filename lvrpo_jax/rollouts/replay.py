@@ -1,11 +1,10 @@
-"""Densities of what was sampled, under any policy, by the functions that sampled it."""
+"""Replays: densities of samples under any policy, by the functions that sampled them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import flow
@@ -16,11 +15,17 @@ from lvrpo_jax.models import lora
 from lvrpo_jax.rollouts import guidance
 from lvrpo_jax.rollouts import text as text_rollout
 
-Array = jax.Array
+Array = types.Array
 
 
 class NoisedLatents(NamedTuple):
-  """Noised latents, their times, and the velocities that flow matching asks for."""
+  """Noised latents for flow matching.
+
+  Attributes:
+    x_t: (..., N, C), latents noised to `t`.
+    t: (...), flow times.
+    target: (..., N, C), velocities that flow matching fits.
+  """
 
   x_t: Array
   t: Array
@@ -28,27 +33,31 @@ class NoisedLatents(NamedTuple):
 
 
 def noise_points(key: Array, x0: Array, shift: float) -> NoisedLatents:
-  """Noises clean latents at logit-normal times; a row depends on its key.
+  """Noises clean latents at logit-normal times; a row depends on its own key alone.
 
   Args:
-    key: of every noised copy, (...).
-    x0: (..., N, C); axes of size 1 are copied.
+    key: PRNG keys (...) of the noised copies.
+    x0: clean latents (..., N, C); axes of size 1 are broadcast.
     shift: time shift of the logit-normal times.
   """
   noise = ops.normal_rows(ops.fold_each(key, 0), x0.shape[-2:])
   t = flow.logit_normal_time(ops.normal_rows(ops.fold_each(key, 1), ()), shift)
   return NoisedLatents(
-    flow.interpolate(x0, noise, t[..., None, None]), t, flow.velocity_target(x0, noise)
+    x_t=flow.interpolate(x0, noise, t[..., None, None]),
+    t=t,
+    target=flow.velocity_target(x0, noise),
   )
 
 
 def text_query(texts: types.SampledTexts, bos: int) -> types.TextQuery:
-  """The query whose logits score sampled texts."""
-  return types.TextQuery(texts.prompts, text_rollout.teacher_ids(texts.tokens_BGT, bos))
+  """Makes the query whose logits score sampled texts."""
+  return types.TextQuery(
+    prompts=texts.prompts, ids_BML=text_rollout.teacher_ids(texts.tokens_BGT, bos)
+  )
 
 
 def token_logp(logits_BGTV: Array, texts: types.SampledTexts) -> Array:
-  """Log-probabilities (B, G, T) of the tokens of texts, 0 outside the texts."""
+  """Computes the log-probabilities (B, G, T) of the tokens of texts, 0 outside the texts."""
   return jnp.where(texts.mask_BGT, ops.token_logp(logits_BGTV, texts.tokens_BGT), 0.0)
 
 
@@ -58,12 +67,24 @@ def forward(
   frozen: Mapping[str, types.Params],
   samples: Mapping[str, types.SampledTexts | types.FlowQuery],
 ) -> dict[str, Array]:
-  """Tempered logits of sampled texts and velocities at queries, by task.
+  """Computes logits of sampled texts, divided by their temperature, and velocities at queries.
 
   The contexts of all tasks are encoded together, as in the rollout.
+
+  Args:
+    policy: the model.
+    params: its parameters, merged.
+    frozen: frozen parameters by name; those of the autoencoder are 'vae'.
+    samples: sampled texts and queries, by task.
   """
-  texts = {t: x for t, x in samples.items() if isinstance(x, types.SampledTexts)}
-  queries = {t: text_query(texts[t], policy.bos) if t in texts else x for t, x in samples.items()}
+  texts: dict[str, types.SampledTexts] = {}
+  queries: dict[str, types.Query] = {}
+  for task, sample in samples.items():
+    if isinstance(sample, types.SampledTexts):
+      texts[task] = sample
+      queries[task] = text_query(sample, policy.bos)
+    else:
+      queries[task] = sample
   out = guidance.forward(policy, params, frozen['vae'], queries)
   for task, found in texts.items():
     out[task] = out[task] / found.temperature_B[:, None, None, None]
@@ -71,12 +92,12 @@ def forward(
 
 
 def transition(sampler: str, v_BKGNC: Array, steps: types.Transitions) -> flow.Transition:
-  """Stored steps for other velocities, by the step function that sampled them.
+  """Computes the transitions of stored steps for other velocities, by the rollout's step function.
 
-  Means have shape (B, K, G, N, C), deviations (B, K, G, 1, 1).
+  Means have shape (B, K, G, N, C), deviations have shape (B, K, G, 1, 1).
   """
 
-  def wide(x_BKG):
+  def wide(x_BKG: Array) -> Array:
     return x_BKG[..., None, None]
 
   return flow.STEPS[sampler](
@@ -95,7 +116,7 @@ def velocities(
   frozen: Mapping[str, types.Params],
   queries: Mapping[str, types.FlowQuery],
 ) -> dict[str, Array]:
-  """Velocities of any policy at queries, without gradients."""
+  """Computes the velocities of any policy at queries; no gradients are taken through them."""
   return guidance.forward(policy, lora.merge_adapters(params), frozen['vae'], queries)
 
 
@@ -105,6 +126,6 @@ def log_probabilities(
   frozen: Mapping[str, types.Params],
   texts: Mapping[str, types.SampledTexts],
 ) -> dict[str, Array]:
-  """Log-probabilities (B, G, T) of sampled texts under any policy, by the update's pass."""
+  """Computes log-probabilities (B, G, T) of sampled texts under any policy, as the update does."""
   logits = forward(policy, lora.merge_adapters(params), frozen, texts)
   return {task: token_logp(found, texts[task]) for task, found in logits.items()}

@@ -1,9 +1,8 @@
-"""Answers: one `while_loop` over tokens for all rows, with cached keys and values."""
+"""Text rollouts: one `while_loop` over tokens for all rows, with cached keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -11,14 +10,16 @@ from jax import numpy as jnp
 from lvrpo_jax import ops
 from lvrpo_jax import types
 
-Array = jax.Array
-Decode = Callable[[Any, Array, Array], tuple[Array, Any]]
-"""`decode(row, index, token_BG) -> (logits_BGV, row)`."""
+Array = types.Array
+Decode = Callable[[types.Tree, Array, Array], tuple[Array, types.Tree]]
+"""`decode(row, index, token_BG) -> (logits_BGV, row)`, where `row` is the decode cache."""
+Carry = tuple[Array, types.Tree, Array, Array, Array, Array, Array]
+"""Index of the token, decode cache, last tokens, ended rows; tokens, log-probabilities, mask."""
 
 
 def sample(
   decode: Decode,
-  row: Any,
+  row: types.Tree,
   key_BG: Array,
   bos: int,
   eos: int,
@@ -26,40 +27,51 @@ def sample(
   temperature: float,
   top_p: float = 1.0,
 ) -> types.TextTrajectory:
-  """Samples an answer for every row; stops when all rows have ended.
+  """Samples a text for every row, until all rows have ended.
 
   Args:
     decode: one step of the policy on its context.
     row: the empty decode cache.
-    key_BG: one PRNG key a row; a row's answer does not depend on other rows.
-    bos, eos: the token that starts the answer, and the one that ends it.
-    length: most tokens of an answer, the end token included. An answer without an end token by
-      then is cut there; `mask_BGT` covers all its tokens.
-    temperature: 0 takes the most likely token; its log-probability is then that of the
-      untempered softmax.
-    top_p: see `nucleus`; the log-probabilities are those of the distribution that is left.
+    key_BG: one PRNG key a row; the text of a row does not depend on other rows.
+    bos, eos: ids that start and end a text.
+    length: most tokens of a text, the end token included. A text without an end token by then is
+      cut; `mask_BGT` covers all its tokens.
+    temperature: 0 takes the most likely token; log-probabilities are then those of the softmax at
+      temperature 1.
+    top_p: see `nucleus`; log-probabilities are those of the distribution that is left.
 
   Returns:
-    Tokens after the end of a row are `eos`, with mask False and log-probability 0.
+    The texts. Tokens after the end of a row are `eos`, with mask False and log-probability 0.
   """
   B, G = key_BG.shape
   scale = temperature if temperature > 0 else 1.0
 
-  def step(carry):
+  def gumbel_noise(index: Array, size: tuple[int, ...]) -> Array:
+    def fold(key: Array) -> Array:
+      return jax.random.fold_in(key, index)
+
+    def draw(key: Array) -> Array:
+      return jax.random.gumbel(key, size)
+
+    return jax.vmap(jax.vmap(draw))(jax.vmap(jax.vmap(fold))(key_BG))
+
+  def step(carry: Carry) -> Carry:
     index, row, token, ended, tokens, logps, mask = carry
     logits, row = decode(row, index, token)
     if top_p < 1:
       logits = nucleus(logits, scale, top_p)
     if temperature > 0:
-      keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, index)))(key_BG)
-      noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:])))(keys)
+      noise = gumbel_noise(index, logits.shape[-1:])
       token = jnp.argmax(logits.astype(jnp.float32) / scale + noise, axis=-1)
     else:
       token = jnp.argmax(logits, axis=-1)
     token = jnp.where(ended, eos, token).astype(jnp.int32)
     logp = jnp.where(ended, 0.0, ops.token_logp(logits, token, scale))
-    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=2)
-    carry = (
+
+    def put(old: Array, new: Array) -> Array:
+      return jax.lax.dynamic_update_index_in_dim(old, new, index, axis=2)
+
+    return (
       index + 1,
       row,
       token,
@@ -68,7 +80,10 @@ def sample(
       put(logps, logp),
       put(mask, ~ended),
     )
-    return carry
+
+  def unfinished(carry: Carry) -> Array:
+    index, _, _, ended, *_ = carry
+    return (index < length) & ~jnp.all(ended)
 
   start = (
     jnp.int32(0),
@@ -79,28 +94,36 @@ def sample(
     jnp.zeros((B, G, length)),
     jnp.zeros((B, G, length), bool),
   )
-  unfinished = lambda carry: (carry[0] < length) & ~jnp.all(carry[3])
   _, _, _, _, tokens, logps, mask = jax.lax.while_loop(unfinished, step, start)
-  return types.TextTrajectory(tokens, logps, mask, jnp.float32(scale), jnp.float32(0.0))
+  return types.TextTrajectory(
+    tokens_BGT=tokens,
+    logp_BGT=logps,
+    mask_BGT=mask,
+    temperature=jnp.float32(scale),
+    drift=jnp.float32(0.0),
+  )
 
 
 def nucleus(logits_V: Array, temperature: float, top_p: float) -> Array:
-  """Logits with -inf outside the fewest most likely tokens of mass `top_p` (arXiv 1904.09751)."""
+  """Replaces logits by -inf outside the nucleus (arXiv 1904.09751).
+
+  The nucleus is the smallest set of most likely tokens whose probabilities sum to `top_p`.
+  """
   order_V = jnp.argsort(-logits_V, axis=-1)
   p_V = jax.nn.softmax(logits_V.astype(jnp.float32) / temperature, axis=-1)
   sorted_V = jnp.take_along_axis(p_V, order_V, axis=-1)
-  # The most likely token always stays: nothing stands before it.
+  # The most likely token always stays, as the mass before it is 0.
   keep_V = jnp.cumsum(sorted_V, axis=-1) - sorted_V < top_p
   keep_V = jnp.put_along_axis(jnp.zeros_like(keep_V), order_V, keep_V, axis=-1, inplace=False)
   return jnp.where(keep_V, logits_V, -jnp.inf)
 
 
 def rescore(rollout: types.TextTrajectory, logits_BGTV: Array) -> types.TextTrajectory:
-  """The rollout with log-probabilities of teacher forcing in place of those of decoding.
+  """Replaces the log-probabilities of decoding by those of teacher forcing.
 
-  Decoding adds up in another order, and a float32 logit of 16 has steps of 1e-6. Kept as they are,
-  its log-probabilities would make the first ratio of an update differ from 1; scored by the pass
-  that the update replays, they do not. What decoding was off by stays in `drift`.
+  Decoding sums in another order, and a float32 logit of 16 has steps of 1e-6. With the
+  log-probabilities of decoding, the first ratio of an update would differ from 1. The pass that the
+  update replays gives exactly 1. The largest difference between the two is stored in `drift`.
   """
   logp = ops.token_logp(logits_BGTV, rollout.tokens_BGT, rollout.temperature)
   logp = jnp.where(rollout.mask_BGT, logp, 0.0)
@@ -108,6 +131,6 @@ def rescore(rollout: types.TextTrajectory, logits_BGTV: Array) -> types.TextTraj
 
 
 def teacher_ids(tokens_BGT: Array, bos: int) -> Array:
-  """Inputs whose logits score `tokens_BGT`: `bos` first, the last token dropped."""
+  """Returns the inputs whose logits score `tokens_BGT`: `bos` first, the last token left out."""
   start = jnp.full_like(tokens_BGT[..., :1], bos)
   return jnp.concatenate([start, tokens_BGT[..., :-1]], axis=-1)

@@ -1,8 +1,8 @@
-"""Thinking before drawing: a text plan and the image after it as one trajectory with one reward.
+"""Rollouts with a plan: a text and the image after it form one trajectory with one reward.
 
 Both halves are trained in one update, each with its own density and the same advantage (UniGRPO,
-arXiv 2603.23500). Here are the halves as they are sampled; `losses` knows them as the tasks `PLAN`
-and `THINK_GENERATE`.
+arXiv 2603.23500). This module holds the halves as they are sampled; `training.losses` reads them
+as the tasks `PLAN` and `THINK_GENERATE`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lvrpo_jax.models import contexts
 from lvrpo_jax.models import family
 from lvrpo_jax.rollouts import text as text_rollout
 
-Array = jax.Array
+Array = types.Array
 
 IMAGE_SALT = 1 << 20
-"""Folded into a row's key for its image; its text folds in the indices of its tokens."""
+"""Value folded into a row's key for its image; its text folds in the indices of its tokens."""
 
 
 def sample_text(
@@ -34,22 +34,23 @@ def sample_text(
 ) -> types.TextTrajectory:
   """Samples texts of at most `length` tokens after contexts; see `text.sample`."""
 
-  def decode(row, index, token):
+  def decode(row: types.Tree, index: Array, token: Array) -> tuple[Array, types.Tree]:
     return policy.decode_token(params, cache, row, index, token)
 
-  row = policy.empty_row(key_BG.shape, length)
+  B, G = key_BG.shape
+  row = policy.empty_row((B, G), length)
   return text_rollout.sample(decode, row, key_BG, policy.bos, policy.eos, length, temperature)
 
 
 def image_keys(key_BG: Array) -> Array:
-  """Keys (B * G, 1) of the images that follow the texts of these keys."""
+  """Makes the keys (B * G, 1) of the images that follow the texts of `key_BG`."""
   return ops.fold_each(key_BG, IMAGE_SALT).reshape(-1, 1)
 
 
 def regroup_images(rollout: types.ImageTrajectory, group: int) -> types.ImageTrajectory:
-  """A rollout of B * G prompts with one image each as one of B prompts with G."""
+  """Reshapes a rollout of B * G prompts with one image each into B prompts with G images."""
 
-  def wide(x):
+  def wide(x: Array) -> Array:
     return x.reshape(*x.shape[:-4], -1, group, *x.shape[-2:])
 
   return rollout.replace(
@@ -75,16 +76,25 @@ class SampledPlans(struct.PyTreeNode):
 def split_halves(
   sampled: SampledPlans, bos: int, advantage_BG: Array, valid_BG: Array
 ) -> dict[str, tuple[types.SampledTexts | types.SampledImages, Array, Array]]:
-  """The halves as the update reads them: (samples, advantages, validity) by task.
+  """Splits trajectories into the halves that the update reads.
 
-  An image becomes a group of one, whose context has its own plan.
+  Every image becomes a group of one, whose context includes the image's own plan.
+
+  Args:
+    sampled: the trajectories.
+    bos: id that starts a plan.
+    advantage_BG: advantages of the trajectories.
+    valid_BG: True for trajectories that have an advantage.
+
+  Returns:
+    (samples, advantages, validity) by task.
   """
   plan, image = sampled.plan, sampled.image
 
-  def alone_BG(x):
+  def alone_BG(x: Array) -> Array:
     return x.reshape(-1, 1, *x.shape[2:])
 
-  def alone_BKG(x):
+  def alone_BKG(x: Array) -> Array:
     # (B, K, G, ...) to (B * G, K, 1, ...).
     return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], 1, *x.shape[3:])
 

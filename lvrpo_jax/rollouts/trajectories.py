@@ -1,18 +1,17 @@
-"""What is kept of rollouts: texts with their log-probabilities, images with some of their steps."""
+"""Selects from rollouts what updates read: texts with log-probabilities, images with some steps."""
 
 from __future__ import annotations
 
-import jax
 from jax import numpy as jnp
 import numpy as np
 
 from lvrpo_jax import types
 
-Array = jax.Array
+Array = types.Array
 
 
 def sampled_texts(prompts: types.Prompts, rollout: types.TextTrajectory) -> types.SampledTexts:
-  """Texts with what is needed to score them again."""
+  """Returns the texts of a rollout with the quantities that are needed to score them again."""
   return types.SampledTexts(
     prompts=prompts,
     tokens_BGT=rollout.tokens_BGT,
@@ -25,7 +24,7 @@ def sampled_texts(prompts: types.Prompts, rollout: types.TextTrajectory) -> type
 def sampled_images(
   prompts: types.Prompts, rollout: types.ImageTrajectory, steps: types.Transitions
 ) -> types.SampledImages:
-  """Images with the steps that are scored again."""
+  """Returns the images of a rollout with the steps that are scored again."""
   return types.SampledImages(
     prompts=prompts,
     latents_BGNC=rollout.latents_BGNC,
@@ -40,17 +39,18 @@ def transitions(
   """Cuts steps out of a trajectory.
 
   Args:
-    steps: K indices of steps.
+    rollout: the trajectory.
+    steps: indices (K,) of the steps.
     grid: times of the rollout, see `flow.time_grid`.
     levels_T: noise level of every step.
   """
   B, G = rollout.latents_BGNC.shape[:2]
   shape = B, len(steps), G
 
-  def cut(x_KBGNC):
+  def cut(x_KBGNC: Array) -> Array:
     return jnp.moveaxis(x_KBGNC, 0, 1)
 
-  def wide(x_T):
+  def wide(x_T: Array) -> Array:
     return jnp.broadcast_to(x_T[steps][:, None], shape)
 
   last = len(rollout.x_TBGNC) - 1
@@ -71,14 +71,15 @@ def transitions(
 
 
 def step_query(images: types.SampledImages, guided: bool) -> types.FlowQuery:
-  """The steps of images as a query.
+  """Makes a query at the replayed steps of images.
 
   Args:
-    guided: whether velocities are asked for under the guidance that sampled.
+    images: the samples.
+    guided: True for velocities under the guidance of the rollout.
   """
-  points = dict(
-    prompts=images.prompts, x_BKGNC=images.steps.x_BKGNC, time_BKG=images.steps.time_BKG
-  )
+  prompts, steps = images.prompts, images.steps
   if guided:
-    return types.GuidedFlowQuery(**points, scale_BKG=images.scale_BKG)
-  return types.FlowQuery(**points)
+    return types.GuidedFlowQuery(
+      prompts=prompts, x_BKGNC=steps.x_BKGNC, time_BKG=steps.time_BKG, scale_BKG=images.scale_BKG
+    )
+  return types.FlowQuery(prompts=prompts, x_BKGNC=steps.x_BKGNC, time_BKG=steps.time_BKG)

@@ -1,12 +1,11 @@
-"""The dual encoder of semantic rewards: its network, its tokenizer and its preprocessing."""
+"""Builds the dual encoder of semantic rewards: network, tokenizer and preprocessing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import functools
 import json
 import pathlib
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 from absl import logging
 import jax
@@ -24,12 +23,12 @@ KEY = 'config.dual_encoder.path'
 
 
 class Texts(NamedTuple):
-  """How texts become token ids.
+  """Encoding of texts as token ids.
 
   Attributes:
-    encode: from a text to ids, end token included where the encoder wants one.
+    encode: from a text to ids, with an end token where the encoder expects one.
     pad: id that fills a row.
-    end: ids that a text which is cut keeps at its end.
+    end: ids that stand at the end of a text that was cut.
   """
 
   encode: Callable[[str], Sequence[int]]
@@ -38,19 +37,25 @@ class Texts(NamedTuple):
 
 
 class DualEncoder:
-  """A SigLIP network with what it expects of images and texts. Parameters are passed in."""
+  """A SigLIP network with the preprocessing of its images and texts; parameters are passed in.
+
+  Attributes:
+    module: the network.
+  """
 
   def __init__(self, module: siglip.Siglip, texts: Texts):
+    """Keeps the network and the encoding of texts."""
     self.module = module
     self._texts = texts
+    self._cut_is_logged = False
 
   @property
   def image_size(self) -> int:
-    """Pixels a side of the images that the network reads."""
+    """Pixels along each side of the images that the network reads."""
     return self.module.vision_config.image_size
 
   def token_ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (R, L) for the text tower, and which texts (R,) are cut to fit it.
+    """Encodes texts for the text tower: ids (R, L), and which texts (R,) were cut to fit.
 
     The text tower pools the last position, so rows are padded to its full length. The first text
     that is cut is logged.
@@ -67,44 +72,47 @@ class DualEncoder:
       ids_RL[row, : len(tokens)] = tokens
     return ids_RL, cut_R
 
-  @functools.cached_property
-  def _logged(self) -> list[str]:
-    return []
-
   def _log_cut(self, text: str, count: int, length: int) -> None:
+    """Logs the first text that is cut."""
+    if self._cut_is_logged:
+      return
+    self._cut_is_logged = True
     end = len(self._texts.end)
-    if not self._logged:
-      self._logged.append(text)
-      logging.warning(
-        '%r has %d tokens, of which the dual encoder reads %d (config.data.prompt_tokens); further '
-        'such texts are not logged',
-        text,
-        count - end,
-        length - end,
-      )
+    logging.warning(
+      '%r has %d tokens, of which the dual encoder reads %d (config.data.prompt_tokens); further '
+      'such texts are not logged',
+      text,
+      count - end,
+      length - end,
+    )
+
+  def _apply(self, params: types.Params, x: Array, method: str) -> tuple[Array, Array]:
+    # `apply` is declared to return changed variables as well, where some are mutable.
+    return cast(tuple[Array, Array], self.module.apply({'params': params}, x, method=method))
 
   def embed_image(self, params: types.Params, image_RYXC: Array) -> tuple[Array, Array]:
-    """Unit vectors of uint8 images (R, D), and of their patches (R, N, D)."""
+    """Embeds uint8 images: unit vectors (R, D), and those of their patches (R, N, D)."""
     pixels = image_RYXC.astype(jnp.float32) / 127.5 - 1.0
     side = self.image_size
     if pixels.shape[1:3] != (side, side):
       shape = (pixels.shape[0], side, side, pixels.shape[3])
       pixels = jnp.clip(jax.image.resize(pixels, shape, 'cubic', antialias=True), -1.0, 1.0)
-    return self.module.apply({'params': params}, pixels, method='embed_image')
+    return self._apply(params, pixels, 'embed_image')
 
   def embed_text(self, params: types.Params, ids_RL: Array) -> tuple[Array, Array]:
-    """Unit vectors of texts (R, D), and of their tokens (R, L, D)."""
-    return self.module.apply({'params': params}, ids_RL, method='embed_text')
+    """Embeds texts: unit vectors (R, D), and those of their tokens (R, L, D)."""
+    return self._apply(params, ids_RL, 'embed_text')
 
 
 def small(
   settings: types.Config, tokenizer: tokenizer_lib.Tokenizer, image_size: int, prompt_tokens: int
 ) -> DualEncoder:
-  """The dual encoder that is trained in the job, with the tokenizer of the data.
+  """Builds the dual encoder that the run trains, with the tokenizer of the data.
 
   Args:
     settings: `config.dual_encoder`.
-    image_size: pixels a side of the data's images.
+    tokenizer: of the data.
+    image_size: pixels along each side of the data's images.
     prompt_tokens: `config.data.prompt_tokens`.
   """
   tower = dict(
@@ -117,14 +125,14 @@ def small(
     ),
   )
 
-  def encode(text):
+  def encode(text: str) -> list[int]:
     return [*tokenizer.encode(text), tokenizer.eos]
 
   return DualEncoder(module, Texts(encode, pad=tokenizer.eos, end=(tokenizer.eos,)))
 
 
 def released(folder: pathlib.Path) -> DualEncoder:
-  """The dual encoder of a folder in Hugging Face's form: SigLIP, or SigLIP-2 of a fixed size.
+  """Builds the dual encoder of a folder in Hugging Face's form: SigLIP, or fixed-size SigLIP-2.
 
   Raises:
     ValueError: the folder holds no such model.
@@ -147,8 +155,9 @@ def released(folder: pathlib.Path) -> DualEncoder:
 
 
 def _released_module(folder: pathlib.Path, config: types.Json) -> siglip.Siglip:
+  """Builds the network of a `config.json`."""
   vision, text = config.get('vision_config', {}), config.get('text_config', {})
-  # Sizes that a config.json leaves out are those of the base model.
+  # A config.json may leave out sizes that equal those of the base model.
   patch = vision.get('patch_size', 16)
   if 'image_size' not in vision and 'num_patches' in vision:
     raise ValueError(
@@ -182,6 +191,7 @@ def _released_module(folder: pathlib.Path, config: types.Json) -> siglip.Siglip:
 def _released_texts(
   folder: pathlib.Path, config: types.Json, tokenizer: tokenizers.Tokenizer
 ) -> Texts:
+  """Builds the encoding of texts of a folder."""
   # A stored length would cut or pad before this module does.
   tokenizer.no_truncation()
   tokenizer.no_padding()
@@ -194,9 +204,9 @@ def _released_texts(
     raise ValueError(f'{KEY} is {str(folder)!r}, whose tokenizer has no token {name!r} to pad with')
   lower = settings.get('do_lower_case', False)
 
-  def encode(text):
+  def encode(text: str) -> list[int]:
     return tokenizer.encode(text.lower() if lower else text).ids
 
-  # What the tokenizer puts behind every text stays behind one that is cut.
+  # The ids that the tokenizer appends to every text are kept at the end of a text that is cut.
   end = tuple(encode(''))
   return Texts(encode, pad=pad_id, end=end)

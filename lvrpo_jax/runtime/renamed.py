@@ -1,7 +1,7 @@
-"""Former names of config keys, config values and import paths, each with the present one.
+"""Former names of config keys, config values and import paths, with their present names.
 
-A config that uses a former name is refused with the present one. `config.json` files of workdirs
-that were written before are translated as they are read.
+A config that uses a former name is refused, and the message gives the present name. `config.json`
+files in workdirs of former versions are translated as they are read.
 """
 
 from __future__ import annotations
@@ -9,95 +9,103 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 import difflib
 import re
-from typing import Any
 
+from lvrpo_jax import types
 from lvrpo_jax.data import tasks
 
 TASKS = tasks.TASKS
 
+Values = dict[str, types.Json]
+"""Values of a flat config by dotted key."""
+
+
+PLAIN_KEYS = {
+  'align.steps': 'align.iterations',
+  'align.updates': 'align.updates_per_rollout',
+  'align.group': 'align.rollout.group_size',
+  'align.steps_per_image': 'align.rollout.steps',
+  'align.sampler': 'align.rollout.sampler',
+  'align.eta': 'align.rollout.noise_level',
+  'align.noise_low': 'align.rollout.noise_low',
+  'align.noise_high': 'align.rollout.noise_high',
+  'align.noise_outside': 'align.rollout.noise_outside_window',
+  'align.window': 'align.rollout.window',
+  'align.window_schedule': 'align.rollout.window_schedule',
+  'align.window_every': 'align.rollout.window_every',
+  'align.guidance': 'align.rollout.guidance',
+  'align.temperature': 'align.rollout.temperature',
+  'align.refill': 'align.dynamic_sampling.rounds',
+  'align.refill_by': 'align.dynamic_sampling.reward',
+  'align.remote': 'align.remote_judge',
+  'align.detector': 'align.rewards.<task>.rules.detector',
+  'align.graded': 'align.rewards.<task>.rules.graded',
+  'align.dense_top': 'align.rewards.<task>.dense.top',
+  'align.questions': 'align.rewards.<task>.knowledge.questions and .mutual.questions',
+  'align.custom': 'align.rewards.<task>.custom',
+  'study': 'study.name',
+  'align.advantage': 'align.advantage.method',
+  'align.floor': 'align.advantage.floor',
+  'align.floor_form': 'align.advantage.floor_form',
+  'align.scope': 'align.advantage.scope',
+  'align.ddof': 'align.advantage.ddof',
+  'align.text_objective': 'align.text.objective',
+  'align.text_low': 'align.text.clip_low',
+  'align.text_high': 'align.text.clip_high',
+  'align.text_penalty': 'align.text.kl_weight',
+  'align.text_kl': 'align.text.kl',
+  'align.text_target': 'align.text.kl_target',
+  'align.objective': 'align.image.objective',
+  'align.image_clip': 'align.image.clip',
+  'align.draws': 'align.image.draws',
+  'align.nft_beta': 'align.image.nft_beta',
+  'align.nft_scale': 'align.image.nft_advantage_scale',
+  'align.old_flat': 'align.image.old_policy_flat',
+  'align.old_rise': 'align.image.old_policy_rise',
+  'align.old_hold': 'align.image.old_policy_max_decay',
+  'align.velocity_penalty': 'align.image.kl_weight',
+  'align.image_kl': 'align.image.kl',
+  'align.image_target': 'align.image.kl_target',
+  'align.adapt': 'align.text.kl_adaptation and align.image.kl_adaptation',
+  'align.learning_rate': 'align.optimizer.learning_rate',
+  'align.understand_rate': 'align.optimizer.understanding_rate',
+  'align.clip_norm': 'align.optimizer.clip_norm',
+  'align.gap_limit.texts': 'align.checks.mismatch.text_max',
+  'align.gap_limit.texts_mean': 'align.checks.mismatch.text_mean',
+  'align.gap_limit.decode': 'align.checks.mismatch.decode_max',
+  'align.gap_limit.images': 'align.checks.mismatch.image_max',
+  'align.diagnose_every': 'align.checks.gradients_every',
+  'align.stop_on_alarm': 'align.checks.stop_on_alarm',
+  'align.gold_every': 'align.evaluate.every',
+  'align.gold': 'align.evaluate.prompts',
+  'align.save_every': 'align.checkpoints.every',
+  'align.keep_best': 'align.checkpoints.keep_best',
+  'align.score': 'align.checkpoints.metric',
+  'align.finish': 'align.checkpoints.finish',
+  'align.weights': 'align.task_weights',
+  'pretrain.weights': 'pretrain.task_weights',
+  'optimizer': 'pretrain.optimizer',
+  'sampling.steps': 'evaluate.steps',
+  'sampling.shift': 'evaluate.shift and align.rollout.shift',
+  'sampling.guidance': 'evaluate.guided_scales',
+  'evaluate.unseen': 'evaluate.prompts.unseen',
+  'evaluate.images': 'evaluate.samples',
+  'evaluate.guided': 'evaluate.guided_prompts',
+  'sample.points': 'sample.steps (one fewer)',
+  'judge': 'dual_encoder',
+  'data.prompt_words': 'data.prompt_tokens',
+  'data.answer_words': 'data.answer_tokens',
+  'topology': 'compile.topology',
+  'studies': 'study.plans',
+  'variants': 'study.variants',
+  'critic': 'study.critic',
+  'workers': 'study.workers',
+}
+"""Present key by former key, where neither depends on a task or an option."""
+
 
 def _keys() -> Iterator[tuple[str, str]]:
-  yield from {
-    'align.steps': 'align.iterations',
-    'align.updates': 'align.updates_per_rollout',
-    'align.group': 'align.rollout.group_size',
-    'align.steps_per_image': 'align.rollout.steps',
-    'align.sampler': 'align.rollout.sampler',
-    'align.eta': 'align.rollout.noise_level',
-    'align.noise_low': 'align.rollout.noise_low',
-    'align.noise_high': 'align.rollout.noise_high',
-    'align.noise_outside': 'align.rollout.noise_outside_window',
-    'align.window': 'align.rollout.window',
-    'align.window_schedule': 'align.rollout.window_schedule',
-    'align.window_every': 'align.rollout.window_every',
-    'align.guidance': 'align.rollout.guidance',
-    'align.temperature': 'align.rollout.temperature',
-    'align.refill': 'align.dynamic_sampling.rounds',
-    'align.refill_by': 'align.dynamic_sampling.reward',
-    'align.remote': 'align.remote_judge',
-    'align.detector': 'align.rewards.<task>.rules.detector',
-    'align.graded': 'align.rewards.<task>.rules.graded',
-    'align.dense_top': 'align.rewards.<task>.dense.top',
-    'align.questions': 'align.rewards.<task>.knowledge.questions and .mutual.questions',
-    'align.custom': 'align.rewards.<task>.custom',
-    'study': 'study.name',
-    'align.advantage': 'align.advantage.method',
-    'align.floor': 'align.advantage.floor',
-    'align.floor_form': 'align.advantage.floor_form',
-    'align.scope': 'align.advantage.scope',
-    'align.ddof': 'align.advantage.ddof',
-    'align.text_objective': 'align.text.objective',
-    'align.text_low': 'align.text.clip_low',
-    'align.text_high': 'align.text.clip_high',
-    'align.text_penalty': 'align.text.kl_weight',
-    'align.text_kl': 'align.text.kl',
-    'align.text_target': 'align.text.kl_target',
-    'align.objective': 'align.image.objective',
-    'align.image_clip': 'align.image.clip',
-    'align.draws': 'align.image.draws',
-    'align.nft_beta': 'align.image.nft_beta',
-    'align.nft_scale': 'align.image.nft_advantage_scale',
-    'align.old_flat': 'align.image.old_policy_flat',
-    'align.old_rise': 'align.image.old_policy_rise',
-    'align.old_hold': 'align.image.old_policy_max_decay',
-    'align.velocity_penalty': 'align.image.kl_weight',
-    'align.image_kl': 'align.image.kl',
-    'align.image_target': 'align.image.kl_target',
-    'align.adapt': 'align.text.kl_adaptation and align.image.kl_adaptation',
-    'align.learning_rate': 'align.optimizer.learning_rate',
-    'align.understand_rate': 'align.optimizer.understanding_rate',
-    'align.clip_norm': 'align.optimizer.clip_norm',
-    'align.gap_limit.texts': 'align.checks.mismatch.text_max',
-    'align.gap_limit.texts_mean': 'align.checks.mismatch.text_mean',
-    'align.gap_limit.decode': 'align.checks.mismatch.decode_max',
-    'align.gap_limit.images': 'align.checks.mismatch.image_max',
-    'align.diagnose_every': 'align.checks.gradients_every',
-    'align.stop_on_alarm': 'align.checks.stop_on_alarm',
-    'align.gold_every': 'align.evaluate.every',
-    'align.gold': 'align.evaluate.prompts',
-    'align.save_every': 'align.checkpoints.every',
-    'align.keep_best': 'align.checkpoints.keep_best',
-    'align.score': 'align.checkpoints.metric',
-    'align.finish': 'align.checkpoints.finish',
-    'align.weights': 'align.task_weights',
-    'pretrain.weights': 'pretrain.task_weights',
-    'optimizer': 'pretrain.optimizer',
-    'sampling.steps': 'evaluate.steps',
-    'sampling.shift': 'evaluate.shift and align.rollout.shift',
-    'sampling.guidance': 'evaluate.guided_scales',
-    'evaluate.unseen': 'evaluate.prompts.unseen',
-    'evaluate.images': 'evaluate.samples',
-    'evaluate.guided': 'evaluate.guided_prompts',
-    'sample.points': 'sample.steps (one fewer)',
-    'judge': 'dual_encoder',
-    'data.prompt_words': 'data.prompt_tokens',
-    'data.answer_words': 'data.answer_tokens',
-    'topology': 'compile.topology',
-    'studies': 'study.plans',
-    'variants': 'study.variants',
-    'critic': 'study.critic',
-    'workers': 'study.workers',
-  }.items()
+  """Yields (former key, present key or keys)."""
+  yield from PLAIN_KEYS.items()
   for name in ('wrong', 'chatty', 'plan', 'describe', 'drop', 'generate_kinds', 'question_kinds'):
     yield f'data.{name}', f'data.options.{name}'
   for task in TASKS:
@@ -112,12 +120,12 @@ def _keys() -> Iterator[tuple[str, str]]:
 
 
 KEYS = dict(_keys())
-"""Former key: present key, or a sentence that names several."""
+"""Present key by former key; a value may name several keys in words."""
 
 SECTIONS = {
   former for former in KEYS if any(present.startswith(f'{former}.') for present in KEYS.values())
 }
-"""Former keys of values that are present sections."""
+"""Former keys of single values whose names are sections now."""
 
 VALUES = {
   'program': {'run': 'train'},
@@ -130,22 +138,21 @@ VALUES = {
     'guard_plain': 'grpo_guard_plain',
   },
 }
-"""Present key: former value: present value."""
-
+"""Present values by present key and former value."""
 
 PATHS = {
   'lvrpo_jax.data.mixture:ShapesData': 'shapes',
   'lvrpo_jax.data.detect:detect_components': 'components',
   'lvrpo_jax.data.detect:detect_by_rendering': 'rendering',
 }
-"""Former import path: present name."""
+"""Present names by former import path."""
 
 CHANGES = re.compile(r'(critic\.changes|studies\.[^.]+\.changes|variants\.[^.]+)\.(.+)')
-"""Former keys of a study that hold changes of other keys."""
+"""Matches former keys of a study that hold changes of other keys."""
 
 
 def present_name(key: str) -> str:
-  """The present name of a former key, of a value or a section; '' for any other key."""
+  """Returns the present name of a former key of a value or section; '' for any other key."""
   parts = key.split('.')
   for end in range(len(parts), 0, -1):
     former, rest = '.'.join(parts[:end]), parts[end:]
@@ -155,9 +162,15 @@ def present_name(key: str) -> str:
 
 
 def explain(key: str, known: Iterable[str]) -> str:
-  """What to say of a key that has no value in the config: its new name, or the nearest one."""
+  """Returns the message for a key without a value: its present name, or the nearest key.
+
+  Args:
+    key: the key.
+    known: all keys of the config.
+  """
   known = list(known)
-  if present := present_name(key):
+  present = present_name(key)
+  if present:
     return f'config.{key} was renamed; the present name is config.{present}'
   inside = [other for other in known if other.startswith(f'{key}.')]
   if inside:
@@ -168,7 +181,7 @@ def explain(key: str, known: Iterable[str]) -> str:
 
 
 def refuse_former_keys(keys: Iterable[str]) -> None:
-  """Refuses former keys, which a config file may assign: nothing would read them.
+  """Refuses former keys. A config file may assign them, but nothing reads them.
 
   Raises:
     ValueError: names the key and the present one.
@@ -178,8 +191,8 @@ def refuse_former_keys(keys: Iterable[str]) -> None:
       raise ValueError(explain(key, ()))
 
 
-def refuse_former_values(config: Any) -> None:
-  """Refuses values by their former names.
+def refuse_former_values(config: types.Config) -> None:
+  """Refuses former names of values.
 
   Raises:
     ValueError: names the key, the value and the present name.
@@ -188,18 +201,18 @@ def refuse_former_values(config: Any) -> None:
     value = config
     for part in key.split('.'):
       value = value[part]
-    # The papers' names of advantages stay as aliases.
+    # The names of the papers stay as aliases of the advantage methods.
     if key != 'align.advantage.method' and value in values:
       raise ValueError(
         f'config.{key} is {value!r}, which was renamed; the present name is {values[value]!r}'
       )
 
 
-def translate(config: dict[str, Any]) -> dict[str, Any]:
-  """A flat config ({'align.steps': 70}) of a former version under present names."""
+def translate(config: Values) -> Values:
+  """Returns a flat config ({'align.steps': 70}) of a former version under present names."""
   if 'align.steps' not in config:
     return config
-  out: dict[str, Any] = {}
+  out: Values = {}
   for key, value in config.items():
     changes = CHANGES.fullmatch(key)
     if changes:
@@ -208,14 +221,14 @@ def translate(config: dict[str, Any]) -> dict[str, Any]:
     else:
       found = _translate(key, value)
     out.update(found)
-  for task in TASKS:  # Its weight was 1 where nothing was named, too.
+  for task in TASKS:  # The weight was 1 by default, also where no function was named.
     if not config.get(f'align.custom.{task}'):
       out[f'align.rewards.{task}.custom.weight'] = 0.0
   return out
 
 
-def _translate(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-  """Present keys and values of one former key."""
+def _translate(key: str, value: types.Json) -> Iterator[tuple[str, types.Json]]:
+  """Yields present keys and values of one former key."""
   for present, changed in _present_keys(key, value):
     if isinstance(changed, str):
       changed = VALUES.get(present, {}).get(changed, changed)
@@ -223,7 +236,8 @@ def _translate(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     yield present, changed
 
 
-def _present_keys(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _present_keys(key: str, value: types.Json) -> Iterator[tuple[str, types.Json]]:
+  """Yields present keys of one former key, each with the value in its present form."""
   parts = key.split('.')
   if key == 'align.questions':
     for task in TASKS:
@@ -234,7 +248,7 @@ def _present_keys(key: str, value: Any) -> Iterator[tuple[str, Any]]:
       yield f'align.rewards.{task}.rules.{parts[-1]}', value
   elif key == 'align.dense_top':
     for task in TASKS:
-      if task != 'understand':
+      if task != tasks.UNDERSTAND:
         yield f'align.rewards.{task}.dense.top', value
   elif key == 'align.adapt':
     yield 'align.text.kl_adaptation', value

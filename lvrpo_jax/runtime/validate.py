@@ -1,10 +1,10 @@
-"""Checks of a config before any work: each failure names the key, its value and what is allowed."""
+"""Checks a config before any stage runs; a failure names the key, its value and what is allowed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -19,24 +19,34 @@ PROGRAMS = (
 
 
 class Check(NamedTuple):
-  """A condition on one value, and its message."""
+  """A condition on one value.
 
-  holds: Callable[[Any], bool]
+  Attributes:
+    holds: tells whether a value is allowed.
+    allowed: the allowed values in words, for the message.
+  """
+
+  holds: Callable[[types.Json], bool]
   allowed: str
 
 
-POSITIVE = Check(lambda v: v > 0, 'a number above 0')
-COUNT = Check(lambda v: v >= 1, 'an integer of at least 1')
-NATURAL = Check(lambda v: v >= 0, 'at least 0')
-FRACTION = Check(lambda v: 0 <= v <= 1, 'between 0 and 1')
-DECAY = Check(lambda v: 0 <= v < 1, 'at least 0 and below 1')
-SEED = Check(lambda v: 0 <= v < 2**31, 'an integer from 0 to 2147483647')
-SCALE = Check(lambda v: v >= 1, 'at least 1, which is none')
+def at_least(low: float, allowed: str) -> Check:
+  """Returns the check that a number has a lower bound."""
+  return Check(lambda value: value >= low, allowed)
 
 
-def one_of(*values: Any) -> Check:
-  """Membership, with its message."""
-  return Check(lambda v: v in values, 'one of ' + ', '.join(map(repr, values)))
+POSITIVE = Check(lambda value: value > 0, 'a number above 0')
+COUNT = at_least(1, 'an integer of at least 1')
+NATURAL = at_least(0, 'at least 0')
+FRACTION = Check(lambda value: 0 <= value <= 1, 'between 0 and 1')
+DECAY = Check(lambda value: 0 <= value < 1, 'at least 0 and below 1')
+SEED = Check(lambda value: 0 <= value < 2**31, 'an integer from 0 to 2147483647')
+SCALE = at_least(1, 'at least 1, which is none')
+
+
+def one_of(*values: str | int) -> Check:
+  """Returns the check that a value is one of some values."""
+  return Check(values.__contains__, 'one of ' + ', '.join(map(repr, values)))
 
 
 OPTIMIZER = {
@@ -73,7 +83,7 @@ CHECKS: dict[str, Check] = {
   **{
     f'dual_encoder.{k}': COUNT for k in ('width', 'depth', 'heads', 'ff_width', 'patch', 'steps')
   },
-  'dual_encoder.batch': Check(lambda v: v >= 2, 'an integer of at least 2'),
+  'dual_encoder.batch': at_least(2, 'an integer of at least 2'),
   'dual_encoder.learning_rate': POSITIVE,
   **{f'pretrain.{k}': COUNT for k in ('steps', 'draws', 'save_every')},
   'pretrain.shift': POSITIVE,
@@ -84,10 +94,10 @@ CHECKS: dict[str, Check] = {
   'control.repa': NATURAL,
   'control.repa_layer': COUNT,
   **{f'align.{k}': COUNT for k in ('iterations', 'updates_per_rollout')},
-  'align.rollout.group_size': Check(
-    lambda v: v >= 2, 'an integer of at least 2: one sample has no siblings'
+  'align.rollout.group_size': at_least(
+    2, 'an integer of at least 2: one sample has no siblings'
   ),
-  'align.rollout.steps': Check(lambda v: v >= 2, 'an integer of at least 2'),
+  'align.rollout.steps': at_least(2, 'an integer of at least 2'),
   'align.rollout.sampler': one_of('sde', 'cps', 'dance'),
   **{f'align.rollout.{k}': POSITIVE for k in ('temperature', 'shift', 'noise_level')},
   **{f'align.rollout.{k}': FRACTION for k in ('noise_low', 'noise_high')},
@@ -140,7 +150,7 @@ CHECKS: dict[str, Check] = {
   'evaluate.guided_scales': Check(
     lambda v: all(isinstance(x, (int, float)) and x > 0 for x in v), 'numbers above 0'
   ),
-  'sample.task': one_of(*(t.name for t in tasks_lib.BY_NAME.values() if not t.plans)),
+  'sample.task': one_of(*(task.name for task in tasks_lib.BY_NAME.values() if not task.plans)),
   **{f'sample.{k}': COUNT for k in ('steps', 'max_tokens')},
   'sample.shift': POSITIVE,
   'sample.temperature': NATURAL,
@@ -168,19 +178,19 @@ CHECKS: dict[str, Check] = {
 """Checks of single values by key."""
 
 REWARD_COUNTS = {'dense': 'top', 'knowledge': 'questions', 'mutual': 'questions'}
-"""Settings of rewards that are at least 1, by kind."""
+"""Names of the settings of rewards that are at least 1, by kind."""
 
 
-def get(config: types.Config, key: str) -> Any:
-  """Value at a dotted key."""
+def get(config: types.Config, key: str) -> types.Json:
+  """Returns the value at a dotted key."""
   for part in key.split('.'):
     config = config[part]
   return config
 
 
-def leaves(config: types.Config, prefix: str = '') -> list[tuple[str, Any]]:
-  """(dotted key, value) of every leaf of a config."""
-  out = []
+def leaves(config: types.Config, prefix: str = '') -> list[tuple[str, types.Json]]:
+  """Returns (dotted key, value) of every leaf of a config."""
+  out: list[tuple[str, types.Json]] = []
   for key, value in config.items():
     nested = isinstance(value, (ml_collections.ConfigDict, ml_collections.FrozenConfigDict))
     out += leaves(value, f'{prefix}{key}.') if nested else [(f'{prefix}{key}', value)]
@@ -212,7 +222,7 @@ def validate(config: types.Config) -> None:
 
 
 def _check_tasks(config: types.Config, part: str, counts: str) -> None:
-  """At least one task, none with a negative count, and a loss weight for each."""
+  """Requires at least one task, no negative count, and a loss weight for each task."""
   sizes = get(config, f'{part}.{counts}')
   for task, size in sizes.items():
     weight = get(config, f'{part}.task_weights.{task}')
@@ -228,18 +238,20 @@ def _check_tasks(config: types.Config, part: str, counts: str) -> None:
 
 
 def _check_rewards(config: types.Config) -> None:
-  """Rewards have a kind and a weight, and every task has one that counts."""
+  """Requires a kind and a weight of rewards, and a reward with a weight for every task."""
   align = config.align
   for task, rewards in align.rewards.items():
     for name, settings in rewards.items():
       key = f'config.align.rewards.{task}.{name}'
       if isinstance(settings, (int, float)) or not {'kind', 'weight'} <= set(settings):
-        raise ValueError(f'{key} is {settings!r}; allowed: a dict with kind and weight')
+        found = settings if isinstance(settings, (int, float)) else dict(settings)
+        raise ValueError(f'{key} is {found}; allowed: a dict with kind and weight')
       if settings.weight < 0:
         raise ValueError(f'{key}.weight is {settings.weight}; allowed: at least 0')
-      count = REWARD_COUNTS.get(settings.kind)
-      if count and not COUNT.holds(settings[count]):
-        raise ValueError(f'{key}.{count} is {settings[count]}; allowed: {COUNT.allowed}')
+      setting = REWARD_COUNTS.get(settings.kind)
+      count = settings.get(setting) if setting else 1
+      if count is None or not COUNT.holds(count):
+        raise ValueError(f'{key}.{setting} is {count}; allowed: {COUNT.allowed}')
       if settings.weight and not settings.kind:
         raise ValueError(
           f"{key}.kind is '' and its weight {settings.weight}; allowed: the name of a reward, or "
@@ -261,11 +273,13 @@ def _check_rewards(config: types.Config) -> None:
 def uses_kind(config: types.Config, task: str, kind: str) -> bool:
   """Whether an active task has a weight for a reward of a kind."""
   rewards = config.align.rewards[task].values()
-  return bool(config.align.prompts[task]) and any(s.weight and s.kind == kind for s in rewards)
+  return bool(config.align.prompts[task]) and any(
+    settings.weight and settings.kind == kind for settings in rewards
+  )
 
 
 def _check_answer_shown(config: types.Config) -> None:
-  """Refuses a chat template without the answer, which would score all answers to a question alike."""
+  """Refuses a chat template without the answer: all answers to a question would get one score."""
   judge, task = config.align.remote_judge, tasks_lib.UNDERSTAND
   name = f'templates.{task}' if judge.templates[task] else 'template'
   text = get(judge, name)
@@ -279,7 +293,7 @@ def _check_answer_shown(config: types.Config) -> None:
 
 
 def _check_combinations(config: types.Config) -> None:
-  """Values that do not go together."""
+  """Refuses values that exclude each other."""
   align, cache = config.align, config.align.remote_judge.cache
   if config.program == 'study' and config.study.workers > 1 and cache:
     raise ValueError(
@@ -316,8 +330,8 @@ def _check_combinations(config: types.Config) -> None:
 
 
 def _check_shapes(config: types.Config) -> None:
-  """Sizes that have to divide others."""
-  m, parallel = config.model, config.parallel
+  """Refuses sizes that do not divide others."""
+  model, parallel = config.model, config.parallel
   divides = (
     ('model.heads', 'model.width'),
     ('model.kv_heads', 'model.heads'),
@@ -336,10 +350,10 @@ def _check_shapes(config: types.Config) -> None:
         f'config.{part} is {get(config, part)}; allowed: a divisor of config.{whole} = '
         f'{get(config, whole)}'
       )
-  if (m.width // m.heads) % 2:
+  if (model.width // model.heads) % 2:
     raise ValueError(
-      f'config.model.heads is {m.heads}; allowed: a head width '
-      f'config.model.width / heads that is even, not {m.width // m.heads}'
+      f'config.model.heads is {model.heads}; allowed: a head width '
+      f'config.model.width / heads that is even, not {model.width // model.heads}'
     )
-  if m.width % 4:
-    raise ValueError(f'config.model.width is {m.width}; allowed: a multiple of 4')
+  if model.width % 4:
+    raise ValueError(f'config.model.width is {model.width}; allowed: a multiple of 4')

@@ -1,11 +1,11 @@
-"""Where a policy's weights come from, and where they go: workdirs and released folders."""
+"""Reads and writes parameters of whole models in workdirs and released folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import os
 import pathlib
-from typing import Any
 
 from absl import logging
 import jax
@@ -21,38 +21,45 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import workdir as workdir_lib
 
 BASE, ALIGNED, VAE, DUAL_ENCODER = 'base', 'aligned', 'vae', 'dual_encoder'
-"""Checkpoints of parameters alone, by their folder in `<workdir>/checkpoints`."""
+"""Folders of checkpoints that hold parameters alone, in `<workdir>/checkpoints`."""
 
 SHAPED_BY = ('architecture', 'checkpoint', 'data.source', 'model.', 'vae.')
 """Keys of the config on which the shapes of parameters depend."""
 
 
 def template(experiment: experiment_lib.Experiment, name: str) -> types.Params:
-  """Shapes, dtypes and shardings of the parameters of the policy, autoencoder or dual encoder."""
-  key = jax.random.key(0)
+  """Returns shapes, dtypes and shardings of the policy, the autoencoder or the dual encoder."""
 
-  def dual_encoder():
-    side, encoder = experiment.dual_encoder.image_size, experiment.dual_encoder
-    image_BYXC, ids_BL = jnp.zeros((1, side, side, 3)), encoder.token_ids([''])[0]
-    return encoder.module.init(key, image_BYXC, ids_BL)['params']
+  def init(key: types.Array) -> types.Params:
+    if name == VAE:
+      return experiment.policy.init_autoencoder(key)
+    if name != DUAL_ENCODER:
+      return experiment.policy.init(key)
+    encoder = experiment.dual_encoder
+    image_BYXC = jnp.zeros((1, encoder.image_size, encoder.image_size, 3))
+    return encoder.module.init(key, image_BYXC, encoder.token_ids([''])[0])['params']
 
-  makers = {VAE: lambda: experiment.policy.init_autoencoder(key), DUAL_ENCODER: dual_encoder}
-  shapes = jax.eval_shape(makers.get(name, lambda: experiment.policy.init(key)))
-  return jax.tree.map(
-    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-    shapes,
-    placement.tree_shardings(shapes, experiment.mesh),
-  )
+  def with_sharding(
+    shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding
+  ) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  return jax.tree.map(with_sharding, shapes, placement.tree_shardings(shapes, experiment.mesh))
+
+
+def _shardings(like: types.Params) -> types.Tree:
+  return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 def read_dual_encoder(experiment: experiment_lib.Experiment) -> types.Params:
-  """Parameters of the folder `config.dual_encoder.path`, read into their shards.
+  """Reads the parameters of the folder `config.dual_encoder.path` into their shards.
 
   Raises:
     ValueError: its files cannot be read or hold another model.
   """
   path = experiment.config.dual_encoder.path
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, template(experiment, DUAL_ENCODER))
+  shardings = _shardings(template(experiment, DUAL_ENCODER))
   try:
     return siglip_params.load(path, experiment.dual_encoder.module, shardings)
   except ValueError as error:
@@ -64,16 +71,24 @@ def make_or_restore(
   name: str,
   like: types.Params,
   make: Callable[[], types.Params],
-  record: dict[str, Any] | None = None,
+  record: dict[str, types.Json] | None = None,
 ) -> types.Params:
-  """Parameters that are made once and then read back."""
+  """Reads parameters from the workdir; if they are missing, makes and saves them.
+
+  Args:
+    workdir: folder of the run.
+    name: folder of the checkpoint.
+    like: shapes, dtypes and shardings of the parameters.
+    make: makes the parameters.
+    record: saved beside them.
+  """
   folder = workdir / 'checkpoints' / name
   if multihost.path_exists(folder):
     restored = _restored(folder, like)
     if restored is not None:
       return restored
-  # Made first: what cannot be made leaves no folder.
-  params = placement.put_tree(make(), jax.tree.map(lambda leaf: leaf.sharding, like))
+  # The parameters are made before the folder is, so that a failure leaves no folder.
+  params = placement.put_tree(make(), _shardings(like))
   store = checkpoint.Checkpoints(folder, keep=1)
   store.save(0, params, record or {})
   store.close()
@@ -88,7 +103,7 @@ def _restored(folder: pathlib.Path, like: types.Params) -> types.Params | None:
 
 
 def restore(experiment: experiment_lib.Experiment, name: str) -> types.Params | None:
-  """Parameters kept in the workdir, or None.
+  """Reads parameters from the workdir; returns None if there are none.
 
   Raises:
     ValueError: they were imported from another model than that of `config.checkpoint`.
@@ -102,24 +117,49 @@ def restore(experiment: experiment_lib.Experiment, name: str) -> types.Params | 
 
 
 def _check_source(experiment: experiment_lib.Experiment, name: str, folder: pathlib.Path) -> None:
+  """Compares the weights that a checkpoint was imported from with those of `config.checkpoint`.
+
+  Digests of different versions cannot be compared; this logs a warning.
+
+  Raises:
+    ValueError: the weights differ.
+  """
   store = checkpoint.Checkpoints(folder, keep=1)
   record = store.record() or {}
   store.close()
-  mine, here = source(experiment, name), record.get('source', {})
-  if here and here['digest'] != mine['digest']:
-    raise ValueError(
-      f'config.checkpoint is {experiment.config.checkpoint!r}, but {folder} was imported '
-      f'from {here["folder"]}, whose weights differ; use another --workdir'
+  recorded = record.get('source')
+  if not recorded:
+    return
+  theirs, ours = recorded['digest'], source(experiment, name)['digest']
+  if theirs == ours:
+    return
+  if _digest_version(theirs) != _digest_version(ours):
+    logging.warning(
+      '%s was imported from %s by another version, whose digest cannot be compared with that of '
+      'config.checkpoint = %r; it is assumed that the weights are the same',
+      folder,
+      recorded['folder'],
+      experiment.config.checkpoint,
     )
+    return
+  raise ValueError(
+    f'config.checkpoint is {experiment.config.checkpoint!r}, but {folder} was imported '
+    f'from {recorded["folder"]}, whose weights differ; use another --workdir'
+  )
+
+
+def _digest_version(digest: str) -> str:
+  """Returns 'v2' for 'v2:<hex>', and '' for a digest without a version."""
+  return digest.rpartition(':')[0]
 
 
 def _part(name: str) -> str:
-  """The part of a released model that a checkpoint holds."""
+  """Returns the part of a released model that a checkpoint holds."""
   return family.AUTOENCODER if name == VAE else family.POLICY
 
 
 def source(experiment: experiment_lib.Experiment, name: str) -> dict[str, str]:
-  """Where the released weights of the policy or the autoencoder come from."""
+  """Describes the released weights of the policy or the autoencoder: their folder and digest."""
   folder = pathlib.Path(experiment.config.checkpoint)
   return {
     'folder': str(folder.resolve()),
@@ -128,27 +168,27 @@ def source(experiment: experiment_lib.Experiment, name: str) -> dict[str, str]:
 
 
 def read_released(experiment: experiment_lib.Experiment, name: str) -> types.Params:
-  """Parameters of the released folder, read straight into their shards."""
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, template(experiment, name))
+  """Reads parameters of the released folder straight into their shards."""
+  shardings = _shardings(template(experiment, name))
   folder = experiment.config.checkpoint
   return experiment.family.load(experiment.policy, folder, _part(name), shardings)
 
 
 def base(experiment: experiment_lib.Experiment, name: str) -> types.Params:
-  """The parameters before alignment of an experiment with a released model."""
+  """Reads the parameters before alignment of an experiment with a released model."""
   found = restore(experiment, name)
   return read_released(experiment, name) if found is None else found
 
 
 def load_newest(experiment: experiment_lib.Experiment) -> tuple[types.Params, types.Params]:
-  """Policy and autoencoder: aligned in the workdir if there is such, else the released ones.
+  """Reads policy and autoencoder: the aligned ones of the workdir, or else the released ones.
 
   Raises:
-    ValueError: there are none, or the workdir's model has other sizes than the config.
+    ValueError: there are neither, or the workdir's model has other sizes than the config.
   """
   released = bool(experiment.config.checkpoint)
   if (experiment.workdir / 'config.json').exists():
-    # Before any checkpoint is opened: keys of the config say more than names of arrays.
+    # This comes before any checkpoint is opened, because its message names keys of the config.
     workdir_lib.compare_config(experiment.workdir, experiment.config, SHAPED_BY)
   params, vae_params = restore(experiment, ALIGNED), restore(experiment, VAE)
   logging.info(
@@ -170,7 +210,7 @@ def load_newest(experiment: experiment_lib.Experiment) -> tuple[types.Params, ty
 def import_released(experiment: experiment_lib.Experiment) -> None:
   """Writes a released model into the workdir as Orbax checkpoints, sharded over the mesh.
 
-  Nothing is written before all of it has been read.
+  Everything is read before anything is written.
 
   Raises:
     ValueError: `config.checkpoint` is not set, its files cannot be read, or the workdir holds
@@ -178,12 +218,13 @@ def import_released(experiment: experiment_lib.Experiment) -> None:
   """
   if not experiment.config.checkpoint:
     raise ValueError("config.checkpoint is ''; allowed: the folder of a released model")
-  for name, params in {name: base(experiment, name) for name in (VAE, BASE)}.items():
+  read = {name: base(experiment, name) for name in (VAE, BASE)}
+  for name in read:
     make_or_restore(
       experiment.workdir,
       name,
       template(experiment, name),
-      lambda params=params: params,
+      functools.partial(read.get, name),
       {'source': source(experiment, name)},
     )
     logging.info('imported %s into %s', name, experiment.workdir / 'checkpoints' / name)
@@ -193,6 +234,11 @@ def export(experiment: experiment_lib.Experiment, target: str | os.PathLike, sha
   """Writes the workdir's aligned model as a folder of the released form.
 
   The folder appears when it is complete.
+
+  Args:
+    experiment: with a workdir and `config.checkpoint`.
+    target: the new folder.
+    shards: number of files of the policy's weights.
 
   Raises:
     ValueError: the target exists, or the workdir has no aligned model of a released family.

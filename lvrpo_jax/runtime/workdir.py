@@ -1,10 +1,9 @@
-"""Files of a workdir that hold its config."""
+"""Reads, compares and writes the config file of a workdir; writes JSON files."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
 
 from absl import logging
 import jax
@@ -24,16 +23,18 @@ CHANGEABLE_KEYS = (
   'convert.',
   'align.checks.mismatch',
 )
-"""Keys of the config, by how they begin, that may differ between two starts of a run: how the work
-is split over devices and processes, which changes the rounding of sums and no more; what is shown
-of it, and what ends it; and what other programs read."""
+"""Prefixes of keys that may differ between two starts of a run.
+
+They say how the work is split over devices and processes, which only changes the rounding of sums;
+what is shown of a run; what ends it; and what other programs read.
+"""
 
 
 def check_config(workdir: pathlib.Path, config: types.Config) -> None:
-  """Writes `config.json`; one that is there is compared first.
+  """Compares the config with `config.json`, if there is one, and writes the file.
 
-  It then holds what this start goes on with: a default that a key had when the run began to have it
-  binds later versions of the code, too.
+  The file then holds all keys of this start. Their values, defaults included, bind later versions
+  of the code.
 
   Raises:
     ValueError: the workdir holds a run of another config; the message lists the differing keys.
@@ -48,16 +49,23 @@ def check_config(workdir: pathlib.Path, config: types.Config) -> None:
     multihost_utils.sync_global_devices('check_config')
 
 
-def compare_config(workdir: pathlib.Path, config: types.Config, parts: tuple[str, ...] = ()):
-  """Compares with the `config.json` of a workdir; with `parts`, only keys that start with one.
+def compare_config(
+  workdir: pathlib.Path, config: types.Config, parts: tuple[str, ...] = ()
+) -> None:
+  """Compares a config with the `config.json` of a workdir.
 
-  Keys of `CHANGEABLE_KEYS` may differ. One that the file does not have yet may be at its default,
-  with a warning.
+  Keys of `CHANGEABLE_KEYS` may differ. A key that the file lacks may have its default; this logs a
+  warning.
+
+  Args:
+    workdir: folder of the run.
+    config: of this start.
+    parts: prefixes of the keys that are compared; () for all.
 
   Raises:
     ValueError: the message lists the differing keys.
   """
-  mine, default = (flatten(json.loads(c.to_json())) for c in (config, base.get_config()))
+  mine, default = (flatten(json.loads(each.to_json())) for each in (config, base.get_config()))
   theirs = renamed.translate(flatten(json.loads((workdir / 'config.json').read_text())))
   keys = [
     key
@@ -66,30 +74,30 @@ def compare_config(workdir: pathlib.Path, config: types.Config, parts: tuple[str
     and not key.startswith(CHANGEABLE_KEYS)
     and (not parts or key.startswith(parts))
   ]
-  young = [
+  added = [
     key for key in keys if key not in theirs and key in default and mine[key] == default[key]
   ]
   different = [
     f'{key}: {theirs.get(key, "absent")!r} there, {mine.get(key, "absent")!r} here'
     for key in keys
-    if key not in young
+    if key not in added
   ]
   if different:
     raise ValueError(
       f'{workdir} holds a run of another config; use another --workdir, or the '
       'same values:\n  ' + '\n  '.join(different)
     )
-  if young:
+  if added:
     logging.warning(
       '%s is older than some keys of the config; it goes on with the defaults %s',
       workdir,
-      ', '.join(f'{key} = {mine[key]!r}' for key in young),
+      ', '.join(f'{key} = {mine[key]!r}' for key in added),
     )
 
 
-def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'a': {'b': 1}} to {'a.b': 1}."""
-  out = {}
+def flatten(tree: dict[str, types.Json], prefix: str = '') -> dict[str, types.Json]:
+  """Turns {'a': {'b': 1}} into {'a.b': 1}."""
+  out: dict[str, types.Json] = {}
   for key, value in tree.items():
     if isinstance(value, dict):
       out.update(flatten(value, f'{prefix}{key}.'))
@@ -98,11 +106,8 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   return out
 
 
-def write_json(path: pathlib.Path, value: Any):
-  """Writes JSON so that the file is either the old or the new one, never half.
-
-  Of several processes the first one writes.
-  """
+def write_json(path: pathlib.Path, value: types.Json) -> None:
+  """Replaces a JSON file in one step, so that it is never incomplete; process 0 alone writes."""
   if jax.process_index():
     return
   temporary = path.with_suffix(path.suffix + '.tmp')

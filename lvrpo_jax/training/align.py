@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import functools
 import math
-from typing import Any
 
 from absl import logging
 import grain
@@ -33,20 +32,30 @@ from lvrpo_jax.training import pretrain
 from lvrpo_jax.training import update as update_lib
 
 PICTURES_EVERY = 25
-"""Iterations between picture grids in TensorBoard."""
+"""Iterations between image grids in TensorBoard."""
+
+BELOW_EPS = 0.5
+"""Share of an expert's gradients below the optimizer's eps from which on a warning is logged."""
+
+HeldOutReward = Callable[[types.Params], dict[str, float]]
+"""Scores a policy on held-out captions, by another detector than that of the reward."""
 
 
 def score(scalars: dict[str, float], key: str) -> float:
-  """The number that ranks checkpoints: a metric, or by default the mean of what is correct.
+  """Returns the score that ranks checkpoints: a metric, or the mean of the rules' verdicts.
 
-  It is NaN where nothing reports what is correct.
+  Args:
+    scalars: metrics of an iteration.
+    key: name of the metric; '' for the mean of all `accuracy/<task>/correct`, or NaN without any.
 
   Raises:
     ValueError: there is no such metric.
   """
   if not key:
     correct = [
-      v for k, v in scalars.items() if k.startswith('accuracy/') and k.endswith('/correct')
+      value
+      for name, value in scalars.items()
+      if name.startswith('accuracy/') and name.endswith('/correct')
     ]
     return sum(correct) / len(correct) if correct else math.nan
   if key not in scalars:
@@ -55,16 +64,18 @@ def score(scalars: dict[str, float], key: str) -> float:
 
 
 def prompt_batches(experiment: experiment_lib.Experiment) -> dict[str, grain.DatasetIterator]:
-  """Endless (examples, prompts) of every task."""
+  """Returns endless iterators over (examples, prompts) of every task."""
 
-  def collate(task):
-    return lambda rows: (rows, experiment.encoder(task, rows).prompts)
+  def encode(
+    task: str, rows: Sequence[examples.Example]
+  ) -> tuple[Sequence[examples.Example], types.Prompts]:
+    return rows, experiment.encoder(task, rows).prompts
 
   return pretrain.task_batches(
     experiment,
     functools.partial(_example, experiment.data),
     tasks.active(experiment.config.align.prompts),
-    collate,
+    lambda task: functools.partial(encode, task),
   )
 
 
@@ -73,18 +84,20 @@ def _example(data: examples.DataSource, task: str, index: int) -> examples.Examp
 
 
 def next_prompts(
-  experiment: experiment_lib.Experiment, data: dict[str, grain.DatasetIterator], names: Iterable[str]
+  experiment: experiment_lib.Experiment,
+  data: dict[str, grain.DatasetIterator],
+  names: Iterable[str],
 ) -> engine.PromptBatch:
-  """The next prompts of the named tasks."""
+  """Returns the next prompts of the named tasks."""
   drawn = {task: next(data[task]) for task in names}
   return engine.PromptBatch(
-    {task: list(rows) for task, (rows, _) in drawn.items()},
-    {task: experiment.place(prompts) for task, (_, prompts) in drawn.items()},
+    examples={task: list(rows) for task, (rows, _) in drawn.items()},
+    prompts={task: experiment.place(prompts) for task, (_, prompts) in drawn.items()},
   )
 
 
 def check(experiment: experiment_lib.Experiment) -> None:
-  """Refuses settings of alignment that do not fit, before any work.
+  """Refuses settings of alignment that do not fit, before any stage runs.
 
   Raises:
     ValueError: names the key.
@@ -104,35 +117,26 @@ def check(experiment: experiment_lib.Experiment) -> None:
   image_max = mismatch.limits(align.checks.mismatch, experiment.config.model.dtype)['image_max']
   if coupled and image_max > align.image.clip / 5:
     logging.warning(
-      'config.align.checks.mismatch.image_max is %g and config.align.image.clip %g: at most a '
-      'fifth of the clip range would keep mismatch from being taken for updates',
+      'config.align.checks.mismatch.image_max is %g and config.align.image.clip %g: above a fifth '
+      'of the clip range, mismatch cannot be told from updates',
       image_max,
       align.image.clip,
     )
   if align.lora.rank:
-    jax.eval_shape(
-      lambda: lora.init(
-        experiment.policy.init(jax.random.key(0)),
-        align.lora.rank,
-        align.lora.target,
-        jax.random.key(0),
-      )
-    )
-
-
-BELOW_EPS = 0.5
-"""Share of an expert's gradients below the optimizer's eps from which on a warning is logged."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(experiment.policy.init, key)
+    jax.eval_shape(lambda tree: lora.init(tree, align.lora.rank, align.lora.target, key), params)
 
 
 def warn_below_eps(iteration: int, scalars: dict[str, float], eps: float) -> None:
-  """Warns where Adam's eps outweighs most gradients of an expert."""
+  """Logs a warning where Adam's eps is larger than most gradients of an expert."""
   prefix = 'gradient/below_eps/'
   for name, share in scalars.items():
     if name.startswith(prefix) and share > BELOW_EPS:
       logging.warning(
         'iteration %d: %.0f %% of the gradients of the %s are below '
-        'config.align.optimizer.eps = %g, so Adam hardly moves these parameters; a smaller eps '
-        'does',
+        'config.align.optimizer.eps = %g, so Adam hardly changes these parameters; set a smaller '
+        'eps',
         iteration,
         100 * share,
         name.removeprefix(prefix).replace('_', ' '),
@@ -140,23 +144,19 @@ def warn_below_eps(iteration: int, scalars: dict[str, float], eps: float) -> Non
       )
 
 
-HeldOutReward = Callable[[types.Params], dict[str, float]]
-"""Scores of a policy on held-out captions, by another detector than that of the reward."""
-
-
 def monitor_images(
   monitor: over_optimization.Monitor,
   learner: learner_lib.Learner,
   iteration: int,
-  metrics: dict[str, Any],
+  metrics: learner_lib.Metrics,
   images: dict[str, np.ndarray],
   held_out_reward: HeldOutReward | None,
 ) -> dict[str, float]:
-  """Metrics of an iteration's images and of held-out captions, and the number of alarms.
+  """Returns metrics of an iteration's images and of held-out captions, and the number of alarms.
 
   New alarms are logged.
   """
-  task = next((t for t in (tasks.GENERATE, tasks.THINK_GENERATE) if t in images), None)
+  task = next((name for name in (tasks.GENERATE, tasks.THINK_GENERATE) if name in images), None)
   if task is None:
     return {}
   seen = multihost.process_mean(over_optimization.appearance(images[task]))
@@ -176,7 +176,7 @@ def monitor_images(
 
 
 class Alignment:
-  """The loop over iterations: a learner with its prompts, checkpoints, metrics and monitors."""
+  """Runs iterations of a learner, with its prompts, checkpoints, metrics and monitors."""
 
   def __init__(
     self,
@@ -184,7 +184,7 @@ class Alignment:
     writer: metrics_lib.MetricWriter,
     held_out_reward: HeldOutReward | None,
   ):
-    """Goes on from the last checkpoint, if there is one."""
+    """Restores the newest checkpoint, if there is one."""
     self.learner, self._writer, self._held_out = learner, writer, held_out_reward
     self.experiment = experiment = learner.experiment
     self._align = experiment.config.align
@@ -196,8 +196,8 @@ class Alignment:
     record = self._resume()
     self.start = self._saved = record.get('iteration', 0)
     self._monitor = over_optimization.Monitor(record.get('watch'))
-    # Scores since the last checkpoint that was due: one more in between ranks nothing. Records of
-    # former versions lack them.
+    # Scores since the last due checkpoint; a checkpoint between two due ones does not clear them.
+    # Records of former versions lack them.
     self._scores: list[float] = record.get('scores', [])
     writer.begin('align', self.start if record else -1)
     keys = tuple(f'accuracy/{task}/correct' for task in self.data)
@@ -206,8 +206,8 @@ class Alignment:
     )
     self._late = metrics_lib.Late('align', self._consume)
 
-  def _resume(self) -> dict[str, Any]:
-    """Puts the newest checkpoint into the learner and the data; its record, or {} without one."""
+  def _resume(self) -> dict[str, types.Json]:
+    """Restores learner and data from the newest checkpoint; returns its record, or {}."""
     restored = self.store.restore(self.learner.state)
     if not restored:
       return {}
@@ -218,23 +218,23 @@ class Alignment:
     return record
 
   def _consume(self, iteration: int, scalars: dict[str, float]) -> None:
-    """Takes the metrics of an iteration, one iteration late."""
+    """Writes and checks the metrics of an iteration, one iteration late."""
     self.progress.update(iteration, scalars)
     self._writer.write('align', iteration, scalars)
     warn_below_eps(iteration, scalars, self._align.optimizer.eps)
-    try:  # After the write: the metrics show what ends a run.
+    try:  # After the metrics are written, so that they show what ends the run.
       mismatch.check(iteration, scalars, self._bounds)
-    except ValueError:  # In all processes alike: the metrics are those of all.
+    except ValueError:  # It is raised in all processes, as all have the same metrics.
       self.store.close()
       raise
     self._scores.append(score(scalars, self._align.checkpoints.metric))
 
-  def data_states(self) -> dict[str, Any]:
-    """States of the prompt iterators."""
+  def data_states(self) -> dict[str, types.Json]:
+    """Returns the states of the prompt iterators."""
     return {task: iterator.get_state() for task, iterator in self.data.items()}
 
-  def save(self, iteration: int, data_states: dict[str, Any], due: bool) -> None:
-    """Saves the state after an iteration; one that is due gets the mean score since the last."""
+  def save(self, iteration: int, data_states: dict[str, types.Json], due: bool) -> None:
+    """Saves the state after an iteration; a due checkpoint gets the mean score since the last."""
     self._late.flush()
     mean = float(np.mean(self._scores)) if due and self._scores else math.nan
     if due:
@@ -255,19 +255,19 @@ class Alignment:
 
   @property
   def stopped_by_alarm(self) -> bool:
-    """Whether an alarm ends the alignment."""
+    """Whether an alarm has ended the alignment."""
     return bool(self._align.checks.stop_on_alarm and self._monitor.state['raised'])
 
   def iterate(self, iteration: int, stop: preemption.StopSignal) -> None:
-    """One iteration, its metrics, and a checkpoint where one is due.
+    """Runs one iteration, writes its metrics, and saves a checkpoint where one is due.
 
     Raises:
-      preemption.Preempted: asked to stop; the last whole iteration is saved.
-      client.JudgeUnavailable: the same holds.
+      preemption.Preempted: asked to stop; the last complete iteration is saved.
+      client.JudgeUnavailable: the remote judge is unavailable; the same is saved.
     """
     settings, learner = self._align, self.learner
 
-    def fresh(names):
+    def fresh(names: Iterable[str]) -> engine.PromptBatch:
       stop.check()  # Before every round of sampling.
       return next_prompts(self.experiment, self.data, names)
 
@@ -275,7 +275,7 @@ class Alignment:
     try:
       metrics, images = learner.iterate(fresh(self.data), iteration, fresh, stop.check)
     except (preemption.Preempted, remote_client.JudgeUnavailable) as error:
-      # The state is that of the iteration before; this one will be sampled again.
+      # The state is still that after the previous iteration; this one will be sampled again.
       if iteration - 1 > self._saved:
         self.save(iteration - 1, before, due=False)
       self.store.close()
@@ -295,7 +295,7 @@ class Alignment:
       self.save(iteration, self.data_states(), due=True)
 
   def finish(self, stop: preemption.StopSignal) -> types.Params:
-    """Waits for what is written, and returns the policy that is measured."""
+    """Waits until everything is written, and returns the policy that is evaluated."""
     settings = self._align
     self._late.flush()
     if stop.asked():
@@ -308,7 +308,7 @@ class Alignment:
     return self.learner.params
 
   def log_alarm(self, iteration: int) -> None:
-    """Says why the alignment ends early."""
+    """Logs why the alignment ends early."""
     logging.warning(
       'alignment ends after iteration %d of %d: %s',
       iteration,
@@ -325,14 +325,22 @@ def run(
   writer: metrics_lib.MetricWriter,
   held_out_reward: HeldOutReward | None = None,
 ) -> types.Params:
-  """Aligns from the pretrained parameters or from the last checkpoint.
+  """Aligns from the pretrained parameters or from the newest checkpoint.
 
   Args:
-    held_out_reward: asked every `align.evaluate.every` iterations.
+    experiment: what the run is made of.
+    params: the pretrained policy.
+    vae_params: the autoencoder.
+    dual_encoder_params: the dual encoder.
+    writer: of metrics.
+    held_out_reward: called every `align.evaluate.every` iterations.
+
+  Returns:
+    The policy that is evaluated.
 
   Raises:
-    preemption.Preempted: asked to stop; the last whole iteration is saved.
-    client.JudgeUnavailable: the same holds.
+    preemption.Preempted: asked to stop; the last complete iteration is saved.
+    client.JudgeUnavailable: the remote judge is unavailable; the same is saved.
     ValueError: rollouts and replay do not agree, see `mismatch.check`; the last checkpoint stays.
   """
   learner = learner_lib.Learner(experiment, params, vae_params, dual_encoder_params)

@@ -1,13 +1,13 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): prompts that teach nothing are replaced.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, sec. 3.2): replaces prompts of constant groups.
 
-A group whose rewards are all alike has no advantage. Fresh prompts are sampled in further rounds of
-the same shape, and those whose groups vary take the places of those that do not.
+A group whose rewards are all equal has no advantage. Fresh prompts are sampled in further rounds of
+the same shape, and those whose groups vary replace those whose groups do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -16,45 +16,52 @@ import numpy as np
 from lvrpo_jax import types
 from lvrpo_jax.objectives import advantage as advantage_lib
 from lvrpo_jax.parallel import multihost
+from lvrpo_jax.rollouts import think
 
 
 class ScoredTrajectory(NamedTuple):
-  """What a task has sampled and how it was scored; every array has a leading axis of prompts.
+  """Samples of a task with their rewards; every array has a leading axis of prompts.
 
   Attributes:
     trajectory: what is kept of the rollout.
-    rewards: components by name.
-    facts: for the log.
+    rewards: value and validity (B, G) by name.
+    facts: further values (B, G) for metrics.
     pixels: uint8 (B, G, Y, X, 3), or None for answers.
   """
 
-  trajectory: Any
+  trajectory: types.SampledTexts | types.SampledImages | think.SampledPlans
   rewards: dict[str, types.Rewards]
-  facts: dict[str, Any]
-  pixels: Any
+  facts: dict[str, types.Array]
+  pixels: types.Array | None
 
 
 def informative(rewards: dict[str, types.Rewards], component: str = '') -> np.ndarray:
-  """Which prompts (B,) teach something: the component varies among their valid samples, or, where
-  there is no such component, any of them does."""
+  """Tells which prompts (B,) have an advantage: a reward varies among their valid samples.
+
+  Args:
+    rewards: value and validity (B, G) by name.
+    component: name of the reward that has to vary; where there is none of that name, any may.
+  """
   if component in rewards:
     rewards = {component: rewards[component]}
-  valid = np.stack([multihost.gather_rows(r.valid_BG) for r in rewards.values()]).all(0)
-  return np.any(
-    [
-      ~np.asarray(advantage_lib.constant(multihost.gather_rows(r.value_BG), valid))[:, 0]
-      for r in rewards.values()
-    ],
-    axis=0,
+  valid_BG: np.ndarray = np.all(
+    [multihost.gather_rows(reward.valid_BG) for reward in rewards.values()], axis=0
   )
+
+  def varies_B(reward: types.Rewards) -> np.ndarray:
+    value_BG = multihost.gather_rows(reward.value_BG)
+    constant_B1 = advantage_lib.constant(types.on_host(value_BG), types.on_host(valid_BG))
+    return ~np.asarray(constant_B1)[:, 0]
+
+  return np.any([varies_B(reward) for reward in rewards.values()], axis=0)
 
 
 def replacement_rows(dead: np.ndarray, alive: np.ndarray) -> np.ndarray:
-  """Rows (B,) of the first batch followed by a second one: fresh rows in the place of dead ones.
+  """Chooses rows (B,) of the concatenation of two batches: fresh rows replace dead ones.
 
   Args:
-    dead: prompts (B,) of the first batch that may go.
-    alive: prompts (B,) of the second one that may come; those left over are dropped.
+    dead: prompts (B,) of the first batch that may be replaced.
+    alive: prompts (B,) of the second batch that may replace them; those left over are dropped.
   """
   out = np.arange(len(dead))
   count = min(dead.sum(), alive.sum())
@@ -63,8 +70,8 @@ def replacement_rows(dead: np.ndarray, alive: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _take(old: Any, new: Any, rows_B: jax.Array) -> Any:
-  return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows_B], old, new)
+def _take(old: types.Tree, new: types.Tree, rows_B: jax.Array) -> types.Tree:
+  return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[rows_B], old, new)
 
 
 def replace_constant_groups(
@@ -72,20 +79,22 @@ def replace_constant_groups(
   rounds: int,
   component: str,
   draw: Callable[[list[str]], dict[str, ScoredTrajectory]],
-  place: Callable[[Any], Any],
+  place: Callable[[types.Tree], types.Tree],
 ) -> tuple[dict[str, ScoredTrajectory], dict[str, float]]:
-  """Replaces prompts of constant groups, for at most so many rounds.
+  """Replaces prompts of constant groups, in at most `rounds` rounds.
 
   Args:
+    found: samples of every task; changed in place.
+    rounds: largest number of further rounds.
     component: see `informative`.
     draw: samples fresh prompts of the named tasks.
     place: puts rows on the devices of the run's mesh.
 
   Returns:
-    What was sampled, and for every task how many rounds it took and the fraction of prompts that
-    still teach nothing.
+    `found`, and metrics of every task: the number of rounds, and the fraction of prompts whose
+    groups are still constant.
   """
-  dead = {task: ~informative(s.rewards, component) for task, s in found.items()}
+  dead = {task: ~informative(scored.rewards, component) for task, scored in found.items()}
   used = dict.fromkeys(found, 0)
   for _ in range(rounds):
     wanted = [task for task, rows in dead.items() if rows.any()]
@@ -95,10 +104,11 @@ def replace_constant_groups(
       used[task] += 1
       alive = informative(fresh.rewards, component)
       rows = replacement_rows(dead[task], alive)
-      # Some arrays were made on one device and follow the others as long as they are not moved.
+      # Some arrays were made on one device. They can be combined with the others as long as they
+      # are not moved.
       found[task] = place(_take(found[task], fresh, rows))
       dead[task] &= rows < len(rows)
   return found, {
-    **{f'dynamic_sampling/{task}/rounds': float(n) for task, n in used.items()},
+    **{f'dynamic_sampling/{task}/rounds': float(count) for task, count in used.items()},
     **{f'dynamic_sampling/{task}/dead': float(rows.mean()) for task, rows in dead.items()},
   }

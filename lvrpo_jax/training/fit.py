@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from jax import numpy as jnp
@@ -17,15 +17,17 @@ from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.training import optimizer as optimizer_lib
 from lvrpo_jax.training import step as step_lib
 
+Array = jax.Array
+
 STAGE = 'dual_encoder'
-"""Name of the training of the dual encoder in metrics."""
+"""Name of the stage that trains the dual encoder."""
 
 
 def fit_autoencoder(experiment: experiment_lib.Experiment) -> types.Params:
-  """Fits the small autoencoder in closed form: the first stage, deterministic in the seed.
+  """Fits the small autoencoder in closed form; the result depends on the seed alone.
 
-  A latent's deviation is proportional to (what it moves in pixels)^(1 - whiten), with mean square 1
-  over channels: between unit latents (1) and principal components as they are (0).
+  The deviation of a latent channel is proportional to (its effect on pixels)^(1 - whiten), with mean
+  square 1 over channels. whiten = 1 gives unit latents, whiten = 0 principal components as they are.
   """
   config = experiment.config
   images_BYXC = experiment.data.images(config.vae.images)
@@ -36,15 +38,18 @@ def fit_autoencoder(experiment: experiment_lib.Experiment) -> types.Params:
 
 
 def _contrastive_loss(module: siglip.Siglip) -> step_lib.Loss:
-  """The sigmoid loss of a batch of (images, token ids) of true pairs (arXiv 2303.15343)."""
+  """Returns the sigmoid loss of a batch (images, token ids) of true pairs (arXiv 2303.15343)."""
 
-  def weights(batch):
+  def weights(batch: tuple[Array, Array]) -> dict[str, Array]:
     return {STAGE: jnp.float32(batch[0].shape[0])}
 
-  def sums(params, state, frozen, batch):
+  def sums(
+    params: types.Params, state: types.TrainState, frozen: types.Tree, batch: tuple[Array, Array]
+  ) -> step_lib.Sums:
     del state, frozen
     images, ids = batch
-    out: Any = module.apply({'params': params}, contexts.to_unit(images), ids)
+    # `apply` is declared to return a pair with changed variables where none are mutable.
+    out: types.Tree = module.apply({'params': params}, contexts.to_unit(images), ids)
     return {STAGE: siglip.siglip_loss(*out) * images.shape[0]}, {}
 
   return step_lib.Loss(weights, sums, {STAGE: 1.0})
@@ -57,7 +62,7 @@ def train_dual_encoder(
   settings, encoder = experiment.config.dual_encoder, experiment.dual_encoder
   steps = settings.steps
 
-  def collate(pairs):
+  def collate(pairs: Sequence[tuple[np.ndarray, str]]) -> tuple[np.ndarray, np.ndarray]:
     images, texts = zip(*pairs)
     return np.stack(images), encoder.token_ids(list(texts))[0]
 
@@ -72,7 +77,7 @@ def train_dual_encoder(
   params = jax.jit(encoder.module.init)(
     jax.random.key(experiment.config.seed + 1), contexts.to_unit(images[:1]), ids[:1]
   )['params']
-  # A fresh encoder then predicts the share of true pairs; -10 is meant for batches of 32k.
+  # With this bias a fresh encoder predicts the share of true pairs; -10 is for batches of 32k.
   params['logit_bias'] = jnp.float32(-np.log(settings.batch - 1))
   state = step_lib.init(params, optimizer)
   writer.begin(STAGE)
@@ -80,7 +85,7 @@ def train_dual_encoder(
     STAGE, steps, keys=('loss',), interval=experiment.config.log_every
   ) as progress:
 
-    def consume(number, scalars):
+    def consume(number: int, scalars: dict[str, float]) -> None:
       progress.update(number, scalars)
       if number % 20 == 0 or number == steps:
         writer.write(STAGE, number, scalars)

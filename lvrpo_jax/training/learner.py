@@ -1,16 +1,14 @@
-"""One iteration of LVRPO (rollout, reward, advantage, updates) and the state that it carries."""
+"""Runs one iteration of LVRPO: rollout, reward, advantage, updates; holds the training state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 import functools
-from typing import Any
 
 import jax
 from jax import numpy as jnp
 import numpy as np
 
-from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.data import tasks as tasks_lib
 from lvrpo_jax.models import lora
@@ -32,18 +30,32 @@ from lvrpo_jax.training import losses
 from lvrpo_jax.training import reward_metrics
 from lvrpo_jax.training import update as update_lib
 
-Metrics = dict[str, Any]
+Metrics = dict[str, types.Array | np.ndarray | np.number | float]
 """Numbers by name, as arrays on devices or on the host."""
 NextPrompts = Callable[[Iterable[str]], engine_lib.PromptBatch]
-"""Fresh prompts of the named tasks."""
+"""Gives fresh prompts of the named tasks."""
+Policy = types.Params | lora.AdaptedParams
+"""Parameters of a policy, or adapters with their base."""
+Scored = dict[str, dynamic_sampling.ScoredTrajectory]
+"""Samples of every task with their rewards."""
 
 
 def _continue() -> None:
-  """A check that never raises."""
+  """Never raises; the default check."""
 
 
 class Learner:
-  """One iteration of alignment, and the state it carries."""
+  """Runs iterations of alignment and holds the state that they change.
+
+  Attributes:
+    experiment: what the run is made of.
+    scorer: the rewards.
+    engine: the rollouts.
+    step: the compiled update.
+    state: policy, optimizer state and the copies of the policy.
+    frozen: parameters that no update changes: 'vae', and 'base' under adapters.
+    factors: see `losses.FACTORS`.
+  """
 
   def __init__(
     self,
@@ -52,7 +64,7 @@ class Learner:
     vae_params: types.Params,
     dual_encoder_params: types.Params,
   ):
-    """Places all parameters and compiles nothing yet."""
+    """Places all parameters; functions compile when they are first called."""
     self.experiment = experiment
     self._align = align = experiment.config.align
     self._objective = flow_objectives.find(align.image.objective)
@@ -69,8 +81,8 @@ class Learner:
     )
     self._split_halves = jax.jit(functools.partial(think.split_halves, bos=experiment.policy.bos))
     self._text_mismatch = jax.jit(mismatch.text_mismatch)
-    self._noise_latents = jax.jit(self._noised_latents)
-    self._mean = jax.jit(lambda found: jax.tree.map(lambda *x: sum(x) / len(x), *found))
+    self._noise_latents = jax.jit(functools.partial(update_lib.noise_latents, experiment.config))
+    self._mean = jax.jit(update_lib.mean_metrics)
     self._advantages = {
       task: jax.jit(
         functools.partial(
@@ -82,7 +94,7 @@ class Learner:
       for task in tasks_lib.active(align.prompts)
     }
     self.frozen = {'vae': placement.shard_state(vae_params, experiment.mesh)}
-    self.factors = dict.fromkeys(losses.FACTORS, 1.0)
+    self.factors: dict[str, float] = dict.fromkeys(losses.FACTORS, 1.0)
     trained = params
     if align.lora.rank:
       self.frozen['base'] = placement.shard_state(params, experiment.mesh)
@@ -102,8 +114,8 @@ class Learner:
     self._dual_encoder = placement.shard_state(dual_encoder_params, experiment.mesh)
     self.scorer.load(self.reward_params)
 
-  def _policy(self, trained: types.Params) -> types.Params | lora.AdaptedParams:
-    """The policy that trained parameters stand for: themselves, or adapters on the base."""
+  def _policy(self, trained: types.Params) -> Policy:
+    """Returns the policy of trained parameters: these themselves, or adapters with the base."""
     settings = self._align.lora
     if not settings.rank:
       return trained
@@ -111,42 +123,35 @@ class Learner:
 
   @property
   def reference(self) -> types.Params:
-    """The frozen policy: the state's copy, or the weights under the adapters."""
+    """The pretrained policy: the state's copy, or the base of the adapters."""
     return self.frozen['base'] if self.state.reference is None else self.state.reference
 
   @property
   def reward_params(self) -> rewards_base.RewardParams:
     """Frozen reward parameters; valid until the next step donates the state."""
-    return rewards_base.RewardParams(self.reference, self.frozen['vae'], self._dual_encoder)
+    return rewards_base.RewardParams(
+      reference=self.reference, vae=self.frozen['vae'], dual_encoder=self._dual_encoder
+    )
 
   @property
   def params(self) -> types.Params:
-    """The policy as it is now: adapters merged into a new tree, or the state's own parameters,
-    which the next step donates."""
+    """The current policy.
+
+    It is a new tree with merged adapters, or the state's own parameters, which the next step
+    donates.
+    """
     policy = self._policy(self.state.params)
     return self._merge(policy) if self._align.lora.rank else policy
 
   @property
   def sampler_policies(self) -> engine_lib.Policies:
-    """The policy that samples, or those of texts and of images where they differ.
+    """The policy of all rollouts, or the policies of text and of image rollouts if they differ.
 
-    Ratios of texts are to the current policy; see `FlowObjective.sampler_policy` for images.
+    Texts are sampled with the current policy; see `FlowObjective.sampler_policy` for images.
     """
     if self._objective.sampler_policy != 'old':
       return (self._policy(self.state.params),)
     return self._policy(self.state.params), self._policy(self.state.old)
-
-  def _noised_latents(
-    self, step: jax.Array, index_B: jax.Array, latents_BGNC: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """Fresh noise on final latents: the points of a decoupled objective."""
-    config, group = self.experiment.config, latents_BGNC.shape[1]
-    draws = self._align.image.draws
-    root = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-    key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(index_B)
-    key_BKG = jax.vmap(lambda k: ops.fold_rows(k, (draws, group)))(key_B)
-    points = replay.noise_points(key_BKG, latents_BGNC[:, None], config.pretrain.shift)
-    return points.x_t, points.t
 
   def collect(
     self,
@@ -155,9 +160,19 @@ class Learner:
     next_prompts: NextPrompts | None = None,
     check: Callable[[], None] = _continue,
   ) -> tuple[update_lib.Credited, Metrics, dict[str, np.ndarray]]:
-    """Rollouts, rewards and advantages: (samples with advantages, metrics, images by task).
+    """Samples, scores and computes advantages.
 
-    `check` is called while a remote judge is waited for.
+    Args:
+      prompts: of this iteration.
+      iteration: index, from 1.
+      next_prompts: gives fresh prompts, for dynamic sampling.
+      check: called while a remote judge is waited for; may raise.
+
+    Returns:
+      Samples with advantages by task, metrics, and this process's images by task.
+
+    Raises:
+      ValueError: dynamic sampling is on, and `next_prompts` is None.
     """
     sampled, metrics = self._sample(prompts, iteration, check)
     if self._align.dynamic_sampling.rounds:
@@ -168,9 +183,12 @@ class Learner:
       credit = dict(advantage_BG=advantage.value_BG, valid_BG=advantage.valid_BG)
       if isinstance(found.trajectory, think.SampledPlans):
         halves = self._split_halves(found.trajectory, **credit)
-        batch.update({half: update_lib.CreditedSamples(*parts) for half, parts in halves.items()})
+        for half, (part, advantage_BG, valid_BG) in halves.items():
+          batch[half] = update_lib.CreditedSamples(
+            sampled=part, advantage_BG=advantage_BG, valid_BG=valid_BG
+          )
       else:
-        batch[task] = update_lib.CreditedSamples(found.trajectory, **credit)
+        batch[task] = update_lib.CreditedSamples(sampled=found.trajectory, **credit)
       metrics.update(reward_metrics.reward_metrics(task, found.rewards, found.facts, advantage))
     images = {
       task: multihost.local_rows(found.pixels)
@@ -181,29 +199,28 @@ class Learner:
 
   def _resample(
     self,
-    sampled: dict[str, dynamic_sampling.ScoredTrajectory],
+    sampled: Scored,
     metrics: Metrics,
     iteration: int,
     next_prompts: NextPrompts | None,
     check: Callable[[], None],
-  ) -> tuple[dict[str, dynamic_sampling.ScoredTrajectory], Metrics]:
-    """Dynamic sampling: fresh prompts in the place of those whose groups are constant."""
+  ) -> tuple[Scored, Metrics]:
+    """Replaces prompts whose groups are constant by fresh ones (dynamic sampling)."""
     if next_prompts is None:
       raise ValueError('align.dynamic_sampling.rounds is not 0, and no fresh prompts are given')
     settings, rounds = self._align.dynamic_sampling, [metrics]
 
-    def again(names):
-      fresh, of_round = self._sample(next_prompts(names), iteration, check)
-      rounds.append(of_round)
+    def sample_again(names: list[str]) -> Scored:
+      fresh, metrics_of_round = self._sample(next_prompts(names), iteration, check)
+      rounds.append(metrics_of_round)
       return fresh
 
-    where = placement.rows_sharding(self.experiment.mesh)
     sampled, replaced = dynamic_sampling.replace_constant_groups(
       sampled,
       settings.rounds,
       settings.reward,
-      again,
-      lambda rows: jax.device_put(rows, where),
+      sample_again,
+      functools.partial(jax.device_put, device=placement.rows_sharding(self.experiment.mesh)),
     )
     drifts = [found[mismatch.DECODE] for found in rounds if mismatch.DECODE in found]
     if drifts:
@@ -212,22 +229,22 @@ class Learner:
 
   def _sample(
     self, prompts: engine_lib.PromptBatch, iteration: int, check: Callable[[], None]
-  ) -> tuple[dict[str, dynamic_sampling.ScoredTrajectory], Metrics]:
-    """One round: what was sampled for every task, with its rewards, and metrics."""
-    engine, place = self.engine, self.experiment.place
+  ) -> tuple[Scored, Metrics]:
+    """Runs one round: samples of every task with their rewards, and metrics."""
+    engine, place, eos = self.engine, self.experiment.place, self.experiment.policy.eos
     rollouts = engine.rollout(self.sampler_policies, self.frozen['vae'], prompts, iteration)
     samples = self._samples(prompts, rollouts, iteration)
     pending = self.scorer.submit(samples, check)
-    out, metrics = {}, {'window': engine.replayed_steps(iteration)[0]}
-    # Rewards of images are dispatched first, as texts have to be fetched for theirs.
+    out: Scored = {}
+    metrics: Metrics = {'window': engine.replayed_steps(iteration)[0]}
+    # Rewards of images are dispatched first, because rewards of texts wait for the texts.
     for task in sorted(samples, key=tasks_lib.draws_image, reverse=True):
       scored = self.scorer.score(samples[task], prompts.prompts[task], self.reward_params, pending)
-      facts = {**self._truncated(task, rollouts), **scored.facts}
       out[task] = dynamic_sampling.ScoredTrajectory(
-        engine.kept(task, prompts.prompts[task], rollouts, iteration),
-        place(scored.rewards),
-        place(facts),
-        rollouts.pixels.get(task),
+        trajectory=engine.kept(task, prompts.prompts[task], rollouts, iteration),
+        rewards=place(scored.rewards),
+        facts=place({**reward_metrics.truncated_texts(task, rollouts.texts, eos), **scored.facts}),
+        pixels=rollouts.pixels.get(task),
       )
     if rollouts.texts:
       metrics[mismatch.DECODE] = functools.reduce(
@@ -238,7 +255,7 @@ class Learner:
   def _samples(
     self, prompts: engine_lib.PromptBatch, rollouts: engine_lib.Rollouts, iteration: int
   ) -> dict[str, rewards_base.Samples]:
-    """What rewards see, by task, in the order in which tasks were dispatched."""
+    """Builds the samples that rewards see, by task, in the order of the prompts."""
     outputs = {
       task: rollouts.pixels[task] if task in rollouts.pixels else rollouts.texts[task].tokens_BGT
       for task in prompts.prompts
@@ -248,50 +265,43 @@ class Learner:
       for task, found in outputs.items()
     }
 
-  def _truncated(self, task: str, rollouts: engine_lib.Rollouts) -> dict[str, np.ndarray]:
-    """Which texts (B, G) of a task were cut before their end token, as a fact by metric name."""
-    name = tasks_lib.PLAN if tasks_lib.BY_NAME[task].plans else task
-    if name not in rollouts.texts:
-      return {}
-    tokens_BGT = multihost.local_rows(rollouts.texts[name].tokens_BGT)
-    return {f'truncated/{name}': reward_metrics.truncated(tokens_BGT, self.experiment.policy.eos)}
-
   @property
   def _guided(self) -> bool:
     """Whether rollouts are guided."""
     return self._align.rollout.guidance != 1
 
   def mismatch(self, credited: update_lib.Credited) -> Metrics:
-    """Largest |log-ratio| between rollout and replay of every task, before any update."""
+    """Returns the largest |log-ratio| between rollout and replay of every task.
+
+    It is called before any update of the iteration.
+    """
     texts, images = update_lib.by_modality(credited)
     text_policy, image_policy = self.sampler_policies[0], self.sampler_policies[-1]
     out: Metrics = {}
-    queries = {t: trajectories.step_query(x, self._guided) for t, x in images.items()}
-    for task, v in self._velocities_at(image_policy, queries).items():
+    queries = {task: trajectories.step_query(x, self._guided) for task, x in images.items()}
+    for task, v_BKGNC in self._velocities_at(image_policy, queries).items():
       name, found = f'{mismatch.PREFIX}/{task}', images[task]
       final = () if self._objective.coupled else (found.latents_BGNC,)
-      steps = self._image_mismatch(v, found.steps, *final)
-      out[name] = jnp.max(steps)
-      out.update({f'{name}/step{k}': steps[k] for k in range(len(steps))})
-    for task, logp in self._logp_of(text_policy, texts).items():
+      steps_K = self._image_mismatch(v_BKGNC, found.steps, *final)
+      out[name] = jnp.max(steps_K)
+      out.update({f'{name}/step{k}': steps_K[k] for k in range(len(steps_K))})
+    for task, logp_BGT in self._logp_of(text_policy, texts).items():
       name = f'{mismatch.PREFIX}/{task}'
-      out[name], out[f'{name}/mean'] = self._text_mismatch(logp, texts[task])
+      out[name], out[f'{name}/mean'] = self._text_mismatch(logp_BGT, texts[task])
     return out
 
   def _velocities_at(
-    self, policy: types.Params | lora.AdaptedParams, queries: dict[str, types.FlowQuery]
+    self, policy: Policy, queries: dict[str, types.FlowQuery]
   ) -> dict[str, jax.Array]:
-    """Velocities of any policy at queries."""
+    """Computes velocities of any policy at queries."""
     return self._velocities(policy, self.frozen, queries) if queries else {}
 
-  def _logp_of(
-    self, policy: types.Params | lora.AdaptedParams, texts: dict[str, types.SampledTexts]
-  ) -> dict[str, jax.Array]:
-    """Log-probabilities of texts under any policy."""
+  def _logp_of(self, policy: Policy, texts: dict[str, types.SampledTexts]) -> dict[str, jax.Array]:
+    """Computes log-probabilities of texts under any policy."""
     return self._log_probabilities(policy, self.frozen, texts) if texts else {}
 
   def text_batches(self, credited: update_lib.Credited) -> dict[str, types.TextTrainBatch]:
-    """Texts as all updates of the iteration read them."""
+    """Builds the batches of texts, which all updates of the iteration read."""
     texts, _ = update_lib.by_modality(credited)
     reference = self._logp_of(self.reference, texts)
     return {
@@ -305,7 +315,7 @@ class Learner:
     }
 
   def image_batches(self, credited: update_lib.Credited) -> dict[str, types.ImageTrainBatch]:
-    """Images as the next update reads them: decoupled objectives ask at fresh noise each time."""
+    """Builds the batches of images for the next update; decoupled objectives draw fresh noise."""
     _, images = update_lib.by_modality(credited)
     queries = {task: self._query(sampled) for task, sampled in images.items()}
     reference = self._velocities_at(self.reference, queries)
@@ -325,17 +335,18 @@ class Learner:
     }
 
   def _query(self, images: types.SampledImages) -> types.FlowQuery:
-    """Where the next update asks for velocities."""
+    """Returns the query for velocities of the next update."""
     if self._objective.coupled:
       return trajectories.step_query(images, self._guided)
     x_BKGNC, time_BKG = self._noise_latents(
       self.state.step, images.prompts.index_B, images.latents_BGNC
     )
-    return types.FlowQuery(images.prompts, x_BKGNC, time_BKG)
+    return types.FlowQuery(prompts=images.prompts, x_BKGNC=x_BKGNC, time_BKG=time_BKG)
 
-  def _step_frozen(self) -> dict[str, Any]:
-    """What the step reads besides the state."""
-    return {**self.frozen, 'factors': {k: np.float32(v) for k, v in self.factors.items()}}
+  def _step_frozen(self) -> types.Tree:
+    """Returns what the step reads besides the state."""
+    factors = {name: np.float32(value) for name, value in self.factors.items()}
+    return {**self.frozen, 'factors': factors}
 
   def iterate(
     self,
@@ -344,12 +355,14 @@ class Learner:
     next_prompts: NextPrompts | None = None,
     check: Callable[[], None] = _continue,
   ) -> tuple[Metrics, dict[str, np.ndarray]]:
-    """One whole iteration; returns its metrics and images.
+    """Runs one iteration; returns its metrics and this process's images by task.
 
     Args:
+      prompts: of this iteration.
+      iteration: index, from 1.
       next_prompts: gives fresh prompts of some tasks, for dynamic sampling.
-      check: may raise; called as long as nothing has changed, while rewards are waited for and when
-        they are at hand.
+      check: may raise. It is called while rewards are awaited and when they are there, and so only
+        before the state changes.
     """
     align = self._align
     credited, metrics, images = self.collect(prompts, iteration, next_prompts, check)
@@ -363,13 +376,7 @@ class Learner:
     every = align.checks.gradients_every
     if every and (iteration - 1) % every == 0:  # The first iteration compiles it.
       metrics.update(
-        diagnostics.probe(
-          self.step,
-          self.state,
-          self._step_frozen(),
-          next_batch(),
-          align.optimizer,
-        )
+        diagnostics.probe(self.step, self.state, self._step_frozen(), next_batch(), align.optimizer)
       )
     updates = []
     for _ in range(align.updates_per_rollout):

@@ -1,12 +1,12 @@
-"""Losses of whole batches: the objectives applied to a policy and its contexts.
+"""Losses of whole batches: applies objectives to what a policy predicts after its contexts.
 
-A batch is a dict by task. Every loss is a `step.Loss`: sums and weights, never means.
+A batch is a dict by task. Every loss is a `step.Loss` of sums and weights, and never of means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import jax
 from jax import numpy as jnp
@@ -26,6 +26,8 @@ from lvrpo_jax.rollouts import replay
 from lvrpo_jax.training import step as step_lib
 
 Array = jax.Array
+SupervisedBatches = dict[str, types.SupervisedBatch]
+TrainBatches = dict[str, types.TextTrainBatch | types.ImageTrainBatch]
 
 
 def pretraining(
@@ -36,11 +38,12 @@ def pretraining(
   seed: int,
   repa: repa_lib.Repa | None = None,
 ) -> step_lib.Loss:
-  """Next token on answers and flow matching on images.
+  """Returns the loss of next tokens of answers and of flow matching of images.
 
   Args:
+    policy: the policy.
     coefficients: weight of every task in the batch; the batch is a dict of `types.SupervisedBatch`.
-    draws: noised copies of every image, sharing one encoded context.
+    draws: noised copies of every image, which share one encoded context.
     shift: time shift of the logit-normal training times.
     seed: with the step and a prompt's index it fixes all draws of a row.
     repa: aligns states with an encoder's features as well; `frozen` then holds its 'dual_encoder'.
@@ -52,88 +55,95 @@ def pretraining(
   if repa:
     coefficients['repa'] = repa.weight
 
-  def weights(batch):
-    out = {}
-    for task, b in batch.items():
+  def weights(batch: SupervisedBatches) -> dict[str, Array]:
+    out: dict[str, Array] = {}
+    for task, rows in batch.items():
       if task != tasks.UNDERSTAND:
-        out[task] = jnp.float32(b.target_BYXC.shape[0] * draws * N)
+        out[task] = jnp.float32(rows.target_BYXC.shape[0] * draws * N)
       if task in (tasks.UNDERSTAND, tasks.THINK_GENERATE):
-        out[_text_of(task)] = jnp.sum(b.answer_mask_BL)
+        out[_text_of(task)] = jnp.sum(rows.answer_mask_BL)
     if repa:
-      out['repa'] = sum(w for task, w in out.items() if task not in tasks.TEXT_OUTPUTS)
+      images = [weight for task, weight in out.items() if task not in tasks.TEXT_OUTPUTS]
+      out['repa'] = cast(Array, sum(images))
     return out
 
-  def noised(frozen, b, root):
-    key_B = jax.vmap(lambda i: jax.random.fold_in(root, i))(b.prompts.index_B)
-    key_BK1 = jax.vmap(lambda k: ops.fold_rows(k, (draws, 1)))(key_B)
-    x0 = policy.encode_image(frozen['vae'], b.target_BYXC)[:, None, None]
-    return replay.noise_points(key_BK1, x0, shift)
-
-  def sums(params, state, frozen, batch):
+  def sums(
+    params: types.Params,
+    state: types.TrainState,
+    frozen: Mapping[str, types.Params],
+    batch: SupervisedBatches,
+  ) -> step_lib.Sums:
     root = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = _halves(batch)
-    points, queries = {}, {}
-    for task, b in batch.items():
+    points: dict[str, replay.NoisedLatents] = {}
+    queries: dict[str, types.Query] = {}
+    for task, rows in batch.items():
       if task in tasks.TEXT_OUTPUTS:
-        queries[task] = types.TextQuery(b.prompts, b.answer_BL[:, None, :-1])
+        queries[task] = types.TextQuery(rows.prompts, rows.answer_BL[:, None, :-1])
       else:
-        points[task] = noised(frozen, b, root)
-        queries[task] = types.FlowQuery(b.prompts, points[task].x_t, points[task].t)
+        x0 = policy.encode_image(frozen['vae'], rows.target_BYXC)[:, None, None]
+        key_BK1 = _noise_keys(root, rows.prompts.index_B, draws)
+        points[task] = replay.noise_points(key_BK1, x0, shift)
+        queries[task] = types.FlowQuery(rows.prompts, points[task].x_t, points[task].t)
     if repa:
       out, states = policy.forward_with_states(params, frozen['vae'], queries)
     else:
       out, states = policy.forward(params, frozen['vae'], queries), {}
-    totals = {t: sft.flow_matching(out[t], p.target) for t, p in points.items()}
+    totals = {task: sft.flow_matching(out[task], point.target) for task, point in points.items()}
     if repa:
-      found = [
-        repa.loss(
-          policy, params, states[t], repa.target(frozen['dual_encoder'], batch[t].target_BYXC, N)
-        )
-        for t in points
-      ]
-      totals['repa'] = tuple(map(sum, zip(*found)))
-    for task, b in batch.items():
+      found = []
+      for task in points:
+        target = repa.target(frozen['dual_encoder'], batch[task].target_BYXC, N)
+        found.append(repa.loss(policy, params, states[task], target))
+      losses, counts = zip(*found)
+      totals['repa'] = cast(Array, sum(losses)), cast(Array, sum(counts))
+    for task, rows in batch.items():
       if task not in points:
-        labels = b.answer_BL[:, 1:]
-        totals[task] = sft.next_token(out[task][:, 0], labels, b.answer_mask_BL)
+        labels = rows.answer_BL[:, 1:]
+        totals[task] = sft.next_token(out[task][:, 0], labels, rows.answer_mask_BL)
     return (
-      {t: total for t, (total, _) in totals.items()},
-      {f'{t}_loss': total for t, total in totals.items()},
+      {task: total for task, (total, _) in totals.items()},
+      {f'{task}_loss': total for task, total in totals.items()},
     )
 
   return step_lib.Loss(weights, sums, coefficients)
 
 
+def _noise_keys(root: Array, index_B: Array, draws: int) -> Array:
+  """Returns PRNG keys (B, K, 1) of the noised copies of images, by the index of their prompts."""
+  key_B = jax.vmap(lambda index: jax.random.fold_in(root, index))(index_B)
+  return jax.vmap(lambda key: ops.fold_rows(key, (draws, 1)))(key_B)
+
+
 def _text_of(task: str) -> str:
-  """Name of the text among a task's outputs."""
+  """Returns the name of the text among a task's outputs."""
   return tasks.PLAN if task == tasks.THINK_GENERATE else task
 
 
-def _halves(batch: dict[str, types.SupervisedBatch]) -> dict[str, types.SupervisedBatch]:
-  """Plans as texts after captions, and their images after captions and plans."""
+def _halves(batch: SupervisedBatches) -> SupervisedBatches:
+  """Splits thinking into plans after captions, and images after captions and plans."""
   if tasks.THINK_GENERATE not in batch:
     return batch
-  b = batch[tasks.THINK_GENERATE]
-  said = jnp.pad(b.answer_mask_BL, ((0, 0), (1, 0)), constant_values=True)
-  return {
-    **batch,
-    tasks.PLAN: b,
-    tasks.THINK_GENERATE: b.replace(prompts=contexts.with_text(b.prompts, b.answer_BL, said)),
-  }
+  rows = batch[tasks.THINK_GENERATE]
+  mask_BL = jnp.pad(rows.answer_mask_BL, ((0, 0), (1, 0)), constant_values=True)
+  prompts = contexts.with_text(rows.prompts, rows.answer_BL, mask_BL)
+  return {**batch, tasks.PLAN: rows, tasks.THINK_GENERATE: rows.replace(prompts=prompts)}
 
 
 FACTORS = ('answers', 'images', 'answers_penalty', 'images_penalty')
-"""What may scale the terms of an update while it runs."""
+"""Names of the factors that scale the terms of an update, and may change between updates."""
 
 
 def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
-  """The GRPO loss of a mixed batch of `types.TextTrainBatch` and `types.ImageTrainBatch`.
+  """Returns the GRPO loss of a mixed batch of `types.TextTrainBatch` and `types.ImageTrainBatch`.
 
-  Every task is normalised by its own weight, so the total is the weighted sum of what each task
-  alone would give. `frozen` holds 'vae', and may hold 'factors' of `FACTORS`, which are arguments
-  and not constants: of all terms of 'answers' and 'images', and of their penalties.
+  Every task is normalised by its own weight, so the total is the weighted sum of the losses of each
+  task alone. `frozen` holds 'vae', and may hold 'factors' of `FACTORS`. These are arguments and not
+  constants. 'answers' and 'images' scale all terms of either modality, and the other two their
+  penalties.
 
   Args:
+    policy: the policy.
     align: `config.align`, of which `text`, `image`, `rollout.sampler`, `task_weights` and `prompts`
       are read.
 
@@ -149,34 +159,41 @@ def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
       f"with align.image.objective {image.objective!r}: 'velocity'"
     )
 
-  def weights(batch):
-    out = {}
-    for task, b in batch.items():
-      if task in tasks.TEXT_OUTPUTS:
-        w = text_objectives.total_weight(b.sampled.mask_BGT, b.valid_BG, text_objective.aggregation)
+  def weights(batch: TrainBatches) -> dict[str, Array]:
+    out: dict[str, Array] = {}
+    for task, rows in batch.items():
+      if isinstance(rows, types.TextTrainBatch):
+        weight = text_objectives.total_weight(
+          rows.sampled.mask_BGT, rows.valid_BG, text_objective.aggregation
+        )
       else:
-        w = jnp.sum(_per_point(b.valid_BG, b))
-      out[task] = out[f'{task}_penalty'] = w
+        weight = jnp.sum(_per_point(rows.valid_BG, rows))
+      out[task] = out[f'{task}_penalty'] = weight
     return out
 
-  def sums(params, state, frozen, batch):
+  def sums(
+    params: types.Params,
+    state: types.TrainState,
+    frozen: Mapping[str, types.Params],
+    batch: TrainBatches,
+  ) -> step_lib.Sums:
     del state
-    out = replay.forward(policy, params, frozen, {t: _asked(b) for t, b in batch.items()})
+    asked = {task: _asked(rows) for task, rows in batch.items()}
+    out = replay.forward(policy, params, frozen, asked)
     parts = {
-      task: _text_sums(text_objective, text, out[task], b)
-      if isinstance(b, types.TextTrainBatch)
-      else _image_sums(flow_objective, image, align.rollout.sampler, out[task], b)
-      for task, b in batch.items()
+      task: _text_sums(text_objective, text, out[task], rows)
+      if isinstance(rows, types.TextTrainBatch)
+      else _image_sums(flow_objective, image, align.rollout.sampler, out[task], rows)
+      for task, rows in batch.items()
     }
-    terms, metrics = {}, {}
+    terms, metrics, factors = {}, {}, frozen.get('factors')
     for task, (loss, penalty, extra) in parts.items():
-      factors = frozen.get('factors')
       if factors:
         kind = 'answers' if task in tasks.TEXT_OUTPUTS else 'images'
         loss = loss * factors[kind]
         penalty = penalty * (factors[kind] * factors[f'{kind}_penalty'])
       terms[task], terms[f'{task}_penalty'] = loss, penalty
-      metrics.update({f'{task}/{k}': value for k, value in extra.items()})
+      metrics.update({f'{task}/{name}': value for name, value in extra.items()})
     return terms, metrics
 
   coefficients = {task: align.task_weights[task] for task in tasks.active(align.prompts)}
@@ -190,65 +207,71 @@ def alignment(policy: family.Policy, align: types.Config) -> step_lib.Loss:
 
 
 def _asked(
-  b: types.TextTrainBatch | types.ImageTrainBatch,
+  rows: types.TextTrainBatch | types.ImageTrainBatch,
 ) -> types.SampledTexts | types.FlowQuery:
-  """What the policy is asked about a batch."""
-  return b.sampled if isinstance(b, types.TextTrainBatch) else b.query
+  """Returns the samples or the query that the policy is run on."""
+  return rows.sampled if isinstance(rows, types.TextTrainBatch) else rows.query
 
 
-def split_group(batch: dict[str, Any], parts: int) -> dict[str, Any]:
-  """A leading axis of parts, each with some samples of every group; their points stay with them.
+def split_group(batch: TrainBatches, parts: int) -> TrainBatches:
+  """Adds a leading axis of parts, each with some samples of every group and all their points.
 
   Raises:
     ValueError: the samples do not divide by the parts.
   """
 
-  def cut(path, x):
+  def cut(path: jax.tree_util.KeyPath, x: Array) -> Array:
     # The suffix of a record's field names its axes.
-    axes = path[-1].name.rpartition('_')[2]
+    axes = jax.tree_util.keystr(path[-1:], simple=True).rpartition('_')[2]
     if 'G' not in axes:
       return jnp.broadcast_to(x, (parts, *x.shape))
     axis = axes.index('G')
     shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-  def split(b):
-    group = b.valid_BG.shape[1]
-    if group == 1:  # Every row is a sample with a context of its own.
-      return placement.split_micro_batches(b, parts)
+  def split(
+    rows: types.TextTrainBatch | types.ImageTrainBatch,
+  ) -> types.TextTrainBatch | types.ImageTrainBatch:
+    group = rows.valid_BG.shape[1]
+    if group == 1:  # Every row is a sample with its own context.
+      return placement.split_micro_batches(rows, parts)
     if group % parts:
       raise ValueError(
         f'groups of {group} samples do not divide into parallel.group_parts = {parts}'
       )
-    return jax.tree_util.tree_map_with_path(cut, b)
+    return jax.tree_util.tree_map_with_path(cut, rows)
 
-  return {task: split(b) for task, b in batch.items()}
+  return {task: split(rows) for task, rows in batch.items()}
 
 
-def _per_point(x_BG: Array, b: types.ImageTrainBatch) -> Array:
+def _per_point(x_BG: Array, images: types.ImageTrainBatch) -> Array:
   """Repeats a value of every sample for its points, (B, K, G)."""
-  return jnp.broadcast_to(x_BG.astype(jnp.float32)[:, None], b.query.time_BKG.shape)
+  return jnp.broadcast_to(x_BG.astype(jnp.float32)[:, None], images.query.time_BKG.shape)
 
 
-Sums = tuple[Array, Array, dict[str, tuple[Array, Array]]]
-"""Sums of a loss and of a penalty, and metrics as (sum, weight)."""
+TaskSums = tuple[Array, Array, dict[str, tuple[Array, Array]]]
+"""Sums of a loss and of a penalty, and metrics as (sum, weight), of one task."""
 
 
 def _text_sums(
   objective: text_objectives.TextObjective,
   settings: types.Config,
   logits: Array,
-  b: types.TextTrainBatch,
-) -> Sums:
-  """The text objective, and the penalty to the reference (arXiv 2402.03300)."""
-  mask_BGT = b.sampled.mask_BGT
-  logp = replay.token_logp(logits, b.sampled)
-  to_sampler = jnp.where(mask_BGT, logp - b.sampled.logp_BGT, 0.0)
-  weight = text_objectives.token_weights(mask_BGT, b.valid_BG, objective.aggregation)
-  loss, log_ratio = objective.loss(
-    text_objectives.TextPoints(to_sampler, logp, mask_BGT, b.advantage_BG), settings
+  texts: types.TextTrainBatch,
+) -> TaskSums:
+  """Computes the text objective, and the penalty to the reference (arXiv 2402.03300)."""
+  mask_BGT = texts.sampled.mask_BGT
+  logp = replay.token_logp(logits, texts.sampled)
+  to_sampler = jnp.where(mask_BGT, logp - texts.sampled.logp_BGT, 0.0)
+  weight = text_objectives.token_weights(mask_BGT, texts.valid_BG, objective.aggregation)
+  points = text_objectives.TextPoints(
+    log_ratio_BGT=to_sampler,
+    logp_BGT=logp,
+    mask_BGT=mask_BGT,
+    advantage_BG=texts.advantage_BG,
   )
-  kl = jnp.where(mask_BGT, kl_lib.of_text(settings.kl, logp, b.reference_BGT, to_sampler), 0.0)
+  loss, log_ratio = objective.loss(points, settings)
+  kl = jnp.where(mask_BGT, kl_lib.of_text(settings.kl, logp, texts.reference_BGT, to_sampler), 0.0)
   ratio = jnp.exp(log_ratio)
   below = (ratio < 1 - settings.clip_low) & objective.clips_low
   clipped = below | (ratio > 1 + settings.clip_high)
@@ -263,28 +286,30 @@ def _text_sums(
   )
 
 
-def _step_points(sampler: str, v: Array, b: types.ImageTrainBatch) -> flow_objectives.StepPoints:
-  """Replayed steps of the rollout under the policy's velocities."""
-  steps = b.sampled.steps
+def _step_points(
+  sampler: str, v: Array, images: types.ImageTrainBatch
+) -> flow_objectives.StepPoints:
+  """Returns replayed steps of the rollout under the policy's velocities."""
+  steps = images.sampled.steps
   return flow_objectives.StepPoints(
     mean=replay.transition(sampler, v, steps).mean,
     old_mean=steps.mean_BKGNC,
     noise=steps.noise_BKGNC,
     std=steps.std_BKG,
     dt=steps.next_time_BKG - steps.time_BKG,
-    advantage=_per_point(b.advantage_BG, b),
+    advantage=_per_point(images.advantage_BG, images),
   )
 
 
-def _noised_points(v: Array, b: types.ImageTrainBatch) -> flow_objectives.NoisedPoints:
-  """Freshly noised final latents with the policy's velocities."""
+def _noised_points(v: Array, images: types.ImageTrainBatch) -> flow_objectives.NoisedPoints:
+  """Returns freshly noised final latents with the policy's velocities."""
   return flow_objectives.NoisedPoints(
     v=v,
-    v_old=b.old_BKGNC,
-    x0=jnp.broadcast_to(b.sampled.latents_BGNC[:, None], v.shape),
-    x_t=b.query.x_BKGNC,
-    t=b.query.time_BKG,
-    advantage=_per_point(b.advantage_BG, b),
+    v_old=images.old_BKGNC,
+    x0=jnp.broadcast_to(images.sampled.latents_BGNC[:, None], v.shape),
+    x_t=images.query.x_BKGNC,
+    t=images.query.time_BKG,
+    advantage=_per_point(images.advantage_BG, images),
   )
 
 
@@ -293,19 +318,20 @@ def _image_sums(
   settings: types.Config,
   sampler: str,
   v: Array,
-  b: types.ImageTrainBatch,
-) -> Sums:
-  """The image objective, and the penalty to the reference."""
-  points = _step_points(sampler, v, b) if objective.coupled else _noised_points(v, b)
+  images: types.ImageTrainBatch,
+) -> TaskSums:
+  """Computes the image objective, and the penalty to the reference."""
+  points = _step_points(sampler, v, images) if objective.coupled else _noised_points(v, images)
   loss, extra = objective.loss(points, settings)
-  valid = _per_point(b.valid_BG, b)
-  drift = flow_objectives.velocity_mse(v, b.reference_BKGNC)
+  valid = _per_point(images.valid_BG, images)
+  drift = flow_objectives.velocity_mse(v, images.reference_BKGNC)
   metrics, penalty = {'velocity_mse': drift, **extra}, drift
   if settings.kl != 'velocity':
-    steps = b.sampled.steps
-    means = (replay.transition(sampler, x, steps).mean for x in (v, b.reference_BKGNC))
+    steps = images.sampled.steps
+    mean = replay.transition(sampler, v, steps).mean
+    reference_mean = replay.transition(sampler, images.reference_BKGNC, steps).mean
     dt_BKG = steps.next_time_BKG - steps.time_BKG
-    penalty = kl_lib.of_steps(settings.kl, *means, steps.std_BKG, dt_BKG)
+    penalty = kl_lib.of_steps(settings.kl, mean, reference_mean, steps.std_BKG, dt_BKG)
     metrics['kl'] = penalty
   return (
     jnp.sum(loss * valid),

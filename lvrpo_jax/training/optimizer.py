@@ -1,34 +1,37 @@
-"""Optimizers from a config: schedule, clipping, learning rates by parameter name."""
+"""Builds optimizers from a config: schedule, clipping, learning rates by parameter name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import operator
 import re
 
 import jax
 from jax import numpy as jnp
+from jax import typing as jax_typing
 import optax
 from optax import contrib
 
 from lvrpo_jax import types
+from lvrpo_jax.parallel import placement
 
 FROZEN = (r'^(latent|vit)_pos_embed$',)
-"""Parameters that no run trains: checkpoints hold them, but they are fixed tables."""
+"""Patterns of parameters that no run trains: fixed tables that checkpoints hold."""
 
 MUON_DECAY = 0.95
 """Decay of the momentum of kernels under 'muon'."""
 
-
-def parameter_name(path) -> str:
-  """'trunk/layers/und/q_proj/kernel' from a key path."""
-  return '/'.join(key.key for key in path)
+parameter_name = placement.parameter_name
 
 
 def schedule(kind: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
-  """Learning rate by step, after a linear warm-up.
+  """Returns the learning rate by step, with a linear warm-up.
 
   Args:
     kind: 'constant'; 'linear': flat, then linear to 0 from half time; 'cosine' to 0.
+    peak: largest learning rate.
+    steps: optimizer steps of the whole stage.
+    warmup: optimizer steps of the warm-up.
 
   Raises:
     ValueError: unknown kind.
@@ -44,20 +47,22 @@ def schedule(kind: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
   else:
     raise ValueError(f"optimizer schedule is {kind!r}; allowed: 'constant', 'linear', 'cosine'")
 
-  def warmed_up(step):
+  def warmed_up(step: jax_typing.ArrayLike) -> jax_typing.ArrayLike:
     return rate(step) * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
 
   return warmed_up
 
 
 def rates(params: types.Params, rules: Sequence[tuple[str, float]]) -> types.Params:
-  """Multiplier of the learning rate for every parameter: the first rule that matches, else 1."""
+  """Returns the multiplier of every parameter's learning rate: of the first rule that matches.
+
+  It is 1 where no rule matches, and 0 for `FROZEN`.
+  """
   rules = [(pattern, 0.0) for pattern in FROZEN] + list(rules)
 
-  def rate(path, _):
-    return next(
-      (value for pattern, value in rules if re.search(pattern, parameter_name(path))), 1.0
-    )
+  def rate(path: jax.tree_util.KeyPath, _: jax.Array) -> float:
+    name = parameter_name(path)
+    return next((value for pattern, value in rules if re.search(pattern, name)), 1.0)
 
   return jax.tree_util.tree_map_with_path(rate, params)
 
@@ -68,27 +73,28 @@ def from_config(
   factor: float = 1.0,
   rules: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
-  """The optimizer that a section such as `config.align.optimizer` describes.
+  """Builds the optimizer that a section such as `config.align.optimizer` describes.
 
   Args:
+    settings: the section.
     steps: optimizer steps of the whole stage.
     factor: of both learning rates.
     rules: see `build`.
   """
 
-  def rate(peak):
+  def rate(peak: float) -> optax.Schedule:
     return schedule(settings.schedule, peak * factor, steps, settings.warmup)
 
   return build(
     settings.kind,
     rate(settings.learning_rate),
-    settings.b1,
-    settings.b2,
-    settings.eps,
-    settings.weight_decay,
-    settings.clip_norm,
-    rate(settings.muon_rate),
-    rules,
+    b1=settings.b1,
+    b2=settings.b2,
+    eps=settings.eps,
+    weight_decay=settings.weight_decay,
+    clip_norm=settings.clip_norm,
+    muon_rate=rate(settings.muon_rate),
+    rules=rules,
   )
 
 
@@ -103,19 +109,23 @@ def build(
   muon_rate: optax.Schedule | None = None,
   rules: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
-  """The optimizer after clipping by global norm; weight decay on kernels only.
+  """Builds an optimizer that clips by global norm first and decays kernels only.
 
   Args:
     kind: 'adamw', or 'muon' (https://kellerjordan.github.io/posts/muon): the kernels of the
       trunk's layers take orthogonalised momentum steps, everything else AdamW.
-    muon_rate: learning rate of those kernels.
+    learning_rate: of AdamW.
+    b1, b2, eps: of AdamW.
+    weight_decay: of kernels.
+    clip_norm: largest global norm of a gradient.
+    muon_rate: learning rate of the kernels under 'muon'.
     rules: (regular expression, multiplier of the learning rate) over parameter names.
 
   Raises:
-    ValueError: unknown kind.
+    ValueError: unknown kind, or 'muon' without `muon_rate`.
   """
 
-  def is_kernel(params):
+  def is_kernel(params: types.Params) -> types.Tree:
     return jax.tree_util.tree_map_with_path(
       lambda path, _: parameter_name(path).endswith('kernel'), params
     )
@@ -127,17 +137,16 @@ def build(
       optax.scale_by_learning_rate(learning_rate),
     )
   elif kind == 'muon':
+    if muon_rate is None:
+      raise ValueError("muon_rate is None; allowed: a schedule where optimizer.kind is 'muon'")
 
-    def matrices(params):
-      # Scanned layers add a leading axis.
-      return jax.tree_util.tree_map_with_path(
-        lambda path, _: (
-          contrib.MuonDimensionNumbers((1,), (2,))
-          if re.search(r'trunk/layers/.*kernel$', parameter_name(path))
-          else None
-        ),
-        params,
-      )
+    def axes(path: jax.tree_util.KeyPath, _: jax.Array) -> contrib.MuonDimensionNumbers | None:
+      if not re.search(r'trunk/layers/.*kernel$', parameter_name(path)):
+        return None
+      return contrib.MuonDimensionNumbers((1,), (2,))  # Scanned layers add a leading axis.
+
+    def matrices(params: types.Params) -> types.Tree:
+      return jax.tree_util.tree_map_with_path(axes, params)
 
     inner = contrib.muon(
       muon_rate,
@@ -152,34 +161,36 @@ def build(
   else:
     raise ValueError(f"optimizer.kind is {kind!r}; allowed: 'adamw', 'muon'")
 
-  def scale(updates, state, params):
-    return jax.tree.map(lambda u, r: u * r, updates, rates(params, rules)), state
+  def scale(updates: types.Params, params: types.Params | None) -> types.Params:
+    return jax.tree.map(operator.mul, updates, rates(params, rules))
 
-  return optax.chain(
-    optax.clip_by_global_norm(clip_norm),
-    inner,
-    optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
-  )
+  return optax.chain(optax.clip_by_global_norm(clip_norm), inner, optax.stateless(scale))
+
+
+def _filled(tree: types.Tree, value: float) -> types.Tree:
+  return jax.tree.map(lambda _: value, tree)
 
 
 def momenta(state: optax.OptState, b1: float) -> tuple[types.Params, types.Params]:
-  """Momentum of every parameter and its decay, of the state of a `build`.
+  """Returns the momentum of every parameter, and its decay.
 
   Args:
+    state: of an optimizer from `build`.
     b1: decay of Adam's momentum.
   """
   found = optax.tree_utils.tree_get_all_with_path(state, 'mu')
-  # Kernels under 'muon' have a state of their own; either one has masks in the place of the others.
+  # Kernels under 'muon' have their own state; each state has masks for the other's parameters.
   decays = [MUON_DECAY if 'MuonState' in str(path[-1]) else b1 for path, _ in found]
 
-  def is_masked(x):
+  def is_masked(x: types.Tree) -> bool:
     return isinstance(x, optax.MaskedNode)
 
-  def merged(*trees):
-    return jax.tree.map(
-      lambda *parts: next(x for x in parts if not is_masked(x)), *trees, is_leaf=is_masked
-    )
+  def unmasked(*parts: types.Tree) -> types.Tree:
+    return next(x for x in parts if not is_masked(x))
+
+  def merge(trees: Sequence[types.Tree]) -> types.Params:
+    return jax.tree.map(unmasked, *trees, is_leaf=is_masked)
 
   trees = [tree for _, tree in found]
-  constants = [jax.tree.map(lambda _, d=d: d, tree) for d, tree in zip(decays, trees)]
-  return merged(*trees), merged(*constants)
+  constants = [_filled(tree, decay) for decay, tree in zip(decays, trees)]
+  return merge(trees), merge(constants)

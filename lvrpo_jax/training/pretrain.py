@@ -1,10 +1,10 @@
-"""Pretrains the unified model on answers (next token) and images (flow matching)."""
+"""Pretrains the unified model on answers (next tokens) and images (flow matching)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
@@ -25,16 +25,22 @@ from lvrpo_jax.training import optimizer as optimizer_lib
 from lvrpo_jax.training import step as step_lib
 
 CONTROL_OFFSET = 1 << 29
-"""First row of continued pretraining: rows that the first run has not seen."""
+"""First row of continued pretraining; pretraining does not reach it."""
 
 
 def task_batches(
   experiment: experiment_lib.Experiment,
   make: Callable[[str, int], examples.Example],
   sizes: dict[str, int],
-  collate: Callable[[str], Callable[..., Any]],
+  collate: Callable[[str], Callable[[Sequence[examples.Example]], types.Tree]],
 ) -> dict[str, grain.DatasetIterator]:
-  """One endless iterator a task, over this process's share of the rows.
+  """Makes an endless iterator for every task, over this process's share of the rows.
+
+  Args:
+    experiment: what the run is made of.
+    make: `(task, index) -> example`.
+    sizes: rows of a batch by task, of all processes; tasks of 0 rows are left out.
+    collate: gives, for a task, the function that makes a batch of examples.
 
   Raises:
     ValueError: the rows of a task do not divide over the processes that hold different ones.
@@ -60,7 +66,7 @@ def task_batches(
 
 
 def check(experiment: experiment_lib.Experiment) -> None:
-  """Refuses settings of continued pretraining that do not fit, before any work.
+  """Refuses settings of continued pretraining that do not fit, before any stage runs.
 
   Raises:
     ValueError: names the key.
@@ -74,7 +80,7 @@ def check(experiment: experiment_lib.Experiment) -> None:
 
 
 class Plan(NamedTuple):
-  """What pretraining and continued pretraining differ in.
+  """Settings in which pretraining and continued pretraining differ.
 
   Attributes:
     stage: name in metrics and of the checkpoints.
@@ -92,14 +98,20 @@ class Plan(NamedTuple):
 
 
 def pretraining_plan(experiment: experiment_lib.Experiment) -> Plan:
-  """The stage 'pretrain'."""
+  """Returns the plan of the stage 'pretrain'."""
   return Plan('pretrain', experiment.config.pretrain.steps)
 
 
 def control_plan(experiment: experiment_lib.Experiment) -> Plan:
-  """The stage 'control': it goes on from pretrained parameters on fresh rows."""
+  """Returns the plan of the stage 'control', which continues on fresh rows."""
   settings = experiment.config.control
-  return Plan('control', settings.steps, settings.rate, CONTROL_OFFSET, settings.repa)
+  return Plan(
+    stage='control',
+    steps=settings.steps,
+    rate=settings.rate,
+    offset=CONTROL_OFFSET,
+    repa=settings.repa,
+  )
 
 
 def run(
@@ -110,11 +122,15 @@ def run(
   params: types.Params | None = None,
   dual_encoder_params: types.Params | None = None,
 ) -> types.Params:
-  """Pretrains from the last checkpoint, or from the beginning; returns the policy's parameters.
+  """Pretrains from the newest checkpoint, or from the beginning; returns the policy's parameters.
 
   Args:
+    experiment: what the run is made of.
+    plan: of the stage.
+    vae_params: the autoencoder.
+    writer: of metrics.
     params: to begin with; None for fresh ones.
-    dual_encoder_params: read where the plan aligns representations.
+    dual_encoder_params: the dual encoder; read where the plan aligns representations.
 
   Raises:
     preemption.Preempted: asked to stop; the last step is saved.
@@ -139,15 +155,16 @@ def run(
     micro_batches=config.parallel.micro_batches,
     runner=config.parallel.runner,
   )
-  if params is None:
-    params = experiment.policy.init(jax.random.key(config.seed))
+  first = experiment.policy.init(jax.random.key(config.seed)) if params is None else params
   if repa:
     key = jax.random.key(config.seed + 3)
-    params = {**params, repa_lib.PROJECTOR: repa.init(experiment.policy, key)}
+    first = {**first, repa_lib.PROJECTOR: repa.init(experiment.policy, key)}
   state = placement.shard_state(
-    step_lib.init(params, optimizer, ema=settings.ema > 0), experiment.mesh
+    step_lib.init(first, optimizer, ema=settings.ema > 0), experiment.mesh
   )
-  frozen = {'vae': vae_params, **({'dual_encoder': dual_encoder_params} if repa else {})}
+  frozen = {'vae': vae_params}
+  if repa:
+    frozen['dual_encoder'] = dual_encoder_params
   state = _loop(experiment, plan, step, state, frozen, writer)
   trained = state.params if state.ema is None else state.ema
   return {name: part for name, part in trained.items() if name != repa_lib.PROJECTOR}
@@ -156,12 +173,12 @@ def run(
 def _loop(
   experiment: experiment_lib.Experiment,
   plan: Plan,
-  step: Callable[..., Any],
+  step: step_lib.Step,
   state: types.TrainState,
   frozen: dict[str, types.Params],
   writer: metrics_lib.MetricWriter,
 ) -> types.TrainState:
-  """Steps to the end of a plan, with checkpoints and metrics."""
+  """Runs the steps of a plan, with checkpoints and metrics."""
   stage, steps, every = plan.stage, plan.steps, experiment.config.pretrain.save_every
   data = task_batches(
     experiment,
@@ -182,7 +199,7 @@ def _loop(
   )
   with preemption.StopSignal() as stop, progress:
 
-    def consume(number, scalars):
+    def consume(number: int, scalars: dict[str, float]) -> None:
       progress.update(number, scalars)
       if number % 10 == 0 or number == steps:
         writer.write(stage, number, scalars)
@@ -195,7 +212,8 @@ def _loop(
       stopped = stop.asked()
       if number % every == 0 or number == steps or stopped:
         late.flush()
-        store.save(number, state, {'data': {t: i.get_state() for t, i in data.items()}})
+        states = {task: iterator.get_state() for task, iterator in data.items()}
+        store.save(number, state, {'data': states})
       if stopped:
         store.close()
         raise preemption.Preempted(f'{stage} stopped after step {number} of {steps}')

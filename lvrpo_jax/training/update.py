@@ -1,19 +1,20 @@
-"""The update of an alignment: its loss, its optimizer, its state, and what it reads."""
+"""Builds the update of an alignment: its loss, optimizer, initial state and inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from flax import struct
 import jax
 import optax
 
+from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.data import tasks as tasks_lib
 from lvrpo_jax.models import lora
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.objectives import kl
+from lvrpo_jax.rollouts import replay
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import diagnostics
 from lvrpo_jax.training import losses
@@ -21,11 +22,17 @@ from lvrpo_jax.training import optimizer as optimizer_lib
 from lvrpo_jax.training import step as step_lib
 
 Batch = dict[str, types.TextTrainBatch | types.ImageTrainBatch]
-"""What an update reads, by task; plans as `tasks.PLAN`."""
+"""Batches of an update by task; plans as `tasks.PLAN`."""
 
 
 class CreditedSamples(struct.PyTreeNode):
-  """Samples of a task with their advantages."""
+  """Samples of a task with their advantages.
+
+  Attributes:
+    sampled: texts or images.
+    advantage_BG: of every sample.
+    valid_BG: samples that have an advantage.
+  """
 
   sampled: types.SampledTexts | types.SampledImages
   advantage_BG: jax.Array
@@ -39,21 +46,27 @@ Credited = dict[str, CreditedSamples]
 def by_modality(
   credited: Credited,
 ) -> tuple[dict[str, types.SampledTexts], dict[str, types.SampledImages]]:
-  """Texts and images of samples by task."""
-  texts, images = {}, {}
+  """Separates samples by task into texts and images."""
+  texts: dict[str, types.SampledTexts] = {}
+  images: dict[str, types.SampledImages] = {}
   for task, found in credited.items():
-    (texts if isinstance(found.sampled, types.SampledTexts) else images)[task] = found.sampled
+    if isinstance(found.sampled, types.SampledTexts):
+      texts[task] = found.sampled
+    else:
+      images[task] = found.sampled
   return texts, images
 
 
 def alignment_loss(experiment: experiment_lib.Experiment) -> step_lib.Loss:
-  """The loss of the update; with adapters, as a function of these alone."""
+  """Returns the loss of the update; with adapters, as a function of the adapters alone."""
   align = experiment.config.align
   loss = losses.alignment(experiment.policy, align)
   if not align.lora.rank:
     return loss
 
-  def sums(adapters, state, frozen, batch):
+  def sums(
+    adapters: types.Params, state: types.TrainState, frozen: types.Tree, batch: Batch
+  ) -> step_lib.Sums:
     params = lora.merge(frozen['base'], adapters, align.lora.alpha / align.lora.rank)
     return loss.sums(params, state, frozen, batch)
 
@@ -62,8 +75,8 @@ def alignment_loss(experiment: experiment_lib.Experiment) -> step_lib.Loss:
 
 def build_update(
   experiment: experiment_lib.Experiment,
-) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-  """The optimizer, and the compiled step."""
+) -> tuple[optax.GradientTransformation, step_lib.Step]:
+  """Builds the optimizer and the compiled step."""
   align, parallel = experiment.config.align, experiment.config.parallel
   optimizer = optimizer_lib.from_config(
     align.optimizer,
@@ -85,10 +98,10 @@ def initial_state(
   trained: types.Params,
   optimizer: optax.GradientTransformation,
 ) -> types.TrainState:
-  """The state before the first update.
+  """Returns the state before the first update.
 
-  The reference, which nothing changes, is kept in the numbers that passes read; with adapters it is
-  the weights below them.
+  The reference, which no update changes, is kept in the compute dtype that passes read. With
+  adapters the reference is their base, and the state holds none.
   """
   align = experiment.config.align
   keeps_old = not flow_objectives.find(align.image.objective).coupled
@@ -97,12 +110,32 @@ def initial_state(
 
 
 def mix(old: types.Params, new: types.Params, decay: jax.Array) -> types.Params:
-  """`decay old + (1 - decay) new`."""
-  return jax.tree.map(lambda o, n: decay * o + (1 - decay) * n, old, new)
+  """Returns `decay * old + (1 - decay) * new`."""
+  return jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, old, new)
 
 
-def advantage_settings(align: types.Config) -> dict[str, Any]:
-  """Arguments of `advantage.combine` from the config."""
+def noise_latents(
+  config: types.Config, step: jax.Array, index_B: jax.Array, latents_BGNC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Noises final latents afresh, for a decoupled objective; returns (x_BKGNC, time_BKG).
+
+  The draws of a row depend on the seed, the step and the index of its prompt.
+  """
+  draws, group = config.align.image.draws, latents_BGNC.shape[1]
+  root = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+  key_B = jax.vmap(lambda index: jax.random.fold_in(root, index))(index_B)
+  key_BKG = jax.vmap(lambda key: ops.fold_rows(key, (draws, group)))(key_B)
+  points = replay.noise_points(key_BKG, latents_BGNC[:, None], config.pretrain.shift)
+  return points.x_t, points.t
+
+
+def mean_metrics(metrics: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+  """Averages the metrics of several updates."""
+  return jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
+
+
+def advantage_settings(align: types.Config) -> dict[str, types.Json]:
+  """Returns the arguments of `advantage.combine` that the config sets."""
   settings = align.advantage
   return dict(
     method=settings.method,
@@ -117,17 +150,19 @@ def advantage_settings(align: types.Config) -> dict[str, Any]:
 def adapt_kl_factors(
   align: types.Config, factors: dict[str, float], metrics: Mapping[str, jax.Array]
 ) -> dict[str, float]:
-  """Moves the factors of the penalties towards their targets; returns the new ones as metrics.
+  """Adapts the factors of the penalties to their targets; returns the new ones as metrics.
 
   Args:
+    align: `config.align`.
     factors: of `losses.FACTORS`; changed in place.
+    metrics: of the update.
   """
   text, image = align.text, align.image
-  drift = 'velocity_mse' if image.kl == 'velocity' else 'kl'
+  image_kl = 'velocity_mse' if image.kl == 'velocity' else 'kl'
   out = {}
   for kind, settings, names in (
     ('answers', text, [f'{task}/kl_{text.kl}' for task in tasks_lib.TEXT_OUTPUTS]),
-    ('images', image, [f'{task}/{drift}' for task in tasks_lib.TASKS]),
+    ('images', image, [f'{task}/{image_kl}' for task in tasks_lib.TASKS]),
   ):
     found = [metrics[name] for name in names if name in metrics]
     if settings.kl_target and found:

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.ahead: what it compiles is what a run calls. See also `compile_tpu_test`."""
+"""Tests of lvrpo_jax.aot: what it compiles is what a run calls. See also `compile_tpu_test`."""
 
 import contextlib
 import dataclasses
@@ -22,18 +22,21 @@ import numpy as np
 from configs import tiny
 from lvrpo_jax.aot import compile as aot_compile
 from lvrpo_jax.aot import describe as describe_lib
+from lvrpo_jax.aot import programs as programs_lib
 from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import weights
 from lvrpo_jax.training import align
-from lvrpo_jax.training import learner
+from lvrpo_jax.training import learner as learner_lib
 
 
-def make_job(**changes):
+def make_experiment(**changes):
+  """The tiny experiment with changes to `config.align`, by section."""
   config = tiny.get_config()
   config.model.depth = 1
-  config.align.update(steps_per_image=3, window=1, **changes)
+  config.align.update(rollout=dict(steps=3, window=1))
+  config.align.update(changes)
   return experiment_lib.build(config, pathlib.Path('unused'))
 
 
@@ -45,24 +48,29 @@ class ProgramsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.experiment = make_job()
-    cls.programs = aot_compile.programs(cls.experiment)
+    cls.experiment = make_experiment()
+    cls.programs = programs_lib.programs(cls.experiment)
 
-  @parameterized.parameters(dict(), dict(objective='sde', draws=3, guidance=2.0))
+  @parameterized.parameters(
+    dict(),
+    dict(image=dict(objective='flow_grpo', draws=3), rollout=dict(guidance=2.0)),
+    dict(image=dict(draws=3), prompts=dict(think_generate=2)),
+    dict(image=dict(objective='flow_grpo'), prompts=dict(think_generate=2)),
+  )
   def test_arguments_are_those_of_an_iteration(self, **changes):
-    experiment = make_job(**changes)
-    programs, policy = aot_compile.programs(experiment), experiment.policy
+    experiment = make_experiment(**changes)
+    programs, policy = programs_lib.programs(experiment), experiment.policy
     image = jnp.zeros((1, policy.image_size, policy.image_size, 3))
-    params, vae_params, judge_params = (
+    params, vae_params, dual_encoder_params = (
       bagel.init(policy.config, jax.random.key(0)),
       policy.vae.init(jax.random.key(0), image)['params'],
       experiment.dual_encoder.module.init(
         jax.random.key(0), image, experiment.dual_encoder.token_ids([''])[0]
       )['params'],
     )
-    aligner = learner.Learner(experiment, params, vae_params, judge_params)
+    learner = learner_lib.Learner(experiment, params, vae_params, dual_encoder_params)
     data = align.prompt_batches(experiment)
-    tasks = align.draw(experiment, data, data)
+    batch = align.next_prompts(experiment, data, data)
 
     class Called(Exception):
       pass
@@ -70,16 +78,16 @@ class ProgramsTest(parameterized.TestCase):
     def step(*arguments):
       raise Called(*arguments)
 
-    aligner.step = step
+    learner.step = step
     with self.assertRaises(Called) as caught:
-      aligner.iterate(tasks, 1)
+      learner.iterate(batch, 1)
     self.assertEqual(signature(programs['step']().arguments), signature(caught.exception.args))
     everything = {}
     for name in ('text', 'image'):
       asked = programs[name]().arguments
       self.assertEqual(signature(asked[:2]), signature(((params,), vae_params)))
       everything.update(signature(asked[2]))
-    self.assertEqual(everything, signature(tasks.prompts))
+    self.assertEqual(everything, signature(batch.prompts))
 
   def test_measures_what_it_compiles(self):
     chip = aot_compile.Chip(flops=1e9, hbm=1e6, bandwidth=1e6, network=1e6)
@@ -115,7 +123,7 @@ class DescribeTest(absltest.TestCase):
     experiment = experiment_lib.build(tiny.get_config(), pathlib.Path('unused'))
     leaves = [
       leaf
-      for kind in (weights.BASE, weights.VAE, weights.JUDGE)
+      for kind in (weights.BASE, weights.VAE, weights.DUAL_ENCODER)
       for leaf in jax.tree.leaves(weights.template(experiment, kind))
     ]
     self.assertLen(found, len(leaves))
@@ -184,7 +192,9 @@ class LimitsTest(parameterized.TestCase):
     config = tiny.get_config()
     config.compile.topology = 'v5p:2x2x1'
     bytes_of_ten_passes = (
-      10 * 2 * sum(x.size for x in jax.tree.leaves(weights.template(make_job(), weights.BASE)))
+      10
+      * 2
+      * sum(x.size for x in jax.tree.leaves(weights.template(make_experiment(), weights.BASE)))
     )
     measures = {
       'text': {'fits': False, 'hbm_share': 1.5},
@@ -195,10 +205,10 @@ class LimitsTest(parameterized.TestCase):
     with (
       mock.patch.multiple(
         aot_compile,
-        build=lambda *_: make_job(),
-        programs=lambda _: dict.fromkeys(measures, dict),
+        build=lambda *_: make_experiment(),
         measure=lambda name, *_: {**MEASURED, 'program': name, **measures[name]},
       ),
+      mock.patch.object(programs_lib, 'programs', lambda _: dict.fromkeys(measures, dict)),
       contextlib.redirect_stdout(printed),
       self.assertRaises(aot_compile.Exceeded) as caught,
     ):
@@ -236,7 +246,7 @@ class PartitionTest(parameterized.TestCase):
   def test_bytes_follow_the_partition(self, shape, spec, wanted):
     mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=AXES)
     leaf = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
-    self.assertEqual(aot_compile.bytes_of({'a': leaf, 'b': [leaf]}), 2 * wanted)
+    self.assertEqual(programs_lib.bytes_of({'a': leaf, 'b': [leaf]}), 2 * wanted)
 
   def test_what_every_device_holds_whole(self):
     def tree(*shape):
@@ -285,7 +295,7 @@ class PartitionTest(parameterized.TestCase):
     config.parallel.update(mesh=(1, 4, 2), rollout_mesh=(8, 1, 1))
     chips = [Chip(id=number) for number in range(8)]
     with mock.patch.object(aot_compile, 'devices', return_value=chips):
-      programs = aot_compile.programs(aot_compile.build(config, pathlib.Path('unused')))
+      programs = programs_lib.programs(aot_compile.build(config, pathlib.Path('unused')))
     found = {
       name: set(aot_compile.large_replicated(make().held, limit=500))
       for name, make in programs.items()

@@ -1,8 +1,8 @@
-"""What lvrpo_jax.ahead says of programs that XLA:TPU has compiled; no TPU is needed, libtpu is.
+"""What lvrpo_jax.aot says of programs that XLA:TPU has compiled; no TPU is needed, libtpu is.
 
 Minutes of compilation, so it is a command of its own, in an environment with `.[tpu]`:
 
-    python -m pytest tests/ahead_tpu_test.py
+    python -m pytest tests/aot/compile_tpu_test.py
 
 Where libtpu is not installed, everything here is skipped.
 """

@@ -26,7 +26,7 @@ TARGET = np.full((4, 4, 3), 200, np.uint8)
 def encoder(**changes):
   """An encoder of short rows."""
   template = encoding.Template(
-    prompt_words=3, answer_words=2, vit_tokens=2, latent_tokens=1, image_size=4
+    prompt_tokens=3, answer_tokens=2, vit_tokens=2, latent_tokens=1, image_size=4
   )
   return encoding.Encoder(TOKENIZER, dataclasses.replace(template, **changes))
 

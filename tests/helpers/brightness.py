@@ -3,8 +3,8 @@
 import numpy as np
 
 
-def reward(examples, images_BGYXC):
+def reward(samples):
   """Brightness."""
-  assert len(examples) == len(images_BGYXC)
-  value_BG = images_BGYXC.mean(axis=(2, 3, 4)) / 255.0
+  assert len(samples.examples) == len(samples.images_BGYXC)
+  value_BG = samples.images_BGYXC.mean(axis=(2, 3, 4)) / 255.0
   return value_BG, np.ones(value_BG.shape, bool)

@@ -21,8 +21,8 @@ import jax
 from jax import numpy as jnp
 
 from lvrpo_jax import main
+from lvrpo_jax.rollouts import engine
 from lvrpo_jax.runtime import metrics as metrics_lib
-from lvrpo_jax.training import experience
 from lvrpo_jax.training import learner
 
 
@@ -43,16 +43,16 @@ def after(owner, name, when, strike):
 def hold_back(number):
   """Lets the pictures of an iteration wait for a minute of work: those of a tiny model may be done
   before anyone can look."""
-  rollout = experience.Collector.rollout
+  rollout = engine.RolloutEngine.rollout
   work = jax.jit(lambda x: jax.lax.fori_loop(0, 20_000, lambda _, y: y @ y, x))
 
-  def held(self, policies, vae_params, tasks, iteration):
+  def held(self, policies, vae_params, batch, iteration):
     if iteration == number:
       late = work(jnp.zeros((512, 512)))[0, 0]
       vae_params = jax.tree.map(lambda x: x + late, vae_params)
-    return rollout(self, policies, vae_params, tasks, iteration)
+    return rollout(self, policies, vae_params, batch, iteration)
 
-  experience.Collector.rollout = held
+  engine.RolloutEngine.rollout = held
 
 
 def prepare(moment, stage, number, signal, report):
@@ -75,7 +75,7 @@ def prepare(moment, stage, number, signal, report):
   elif moment == 'sampling':
     hold_back(number)
     after(
-      experience.Collector,
+      engine.RolloutEngine,
       'rollout',
       lambda given: given['iteration'] == number,
       lambda out: strike(ready=[x.is_ready() for x in jax.tree.leaves(out)]),
@@ -96,4 +96,4 @@ def prepare(moment, stage, number, signal, report):
 if __name__ == '__main__':
   chosen, sys.argv[1:] = sys.argv[1:6], sys.argv[6:]
   prepare(chosen[0], chosen[1], int(chosen[2]), int(chosen[3]), pathlib.Path(chosen[4]))
-  app.run(main.main)
+  app.run(main.main, flags_parser=main.parse)

@@ -22,13 +22,11 @@ from lvrpo_jax.data import tasks as tasks_lib
 from lvrpo_jax.models import attention
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.parallel import placement
+from lvrpo_jax.rollouts import engine as engine_lib
 from lvrpo_jax.rollouts import think
 from lvrpo_jax.runtime import experiment as experiment_lib
-from lvrpo_jax.training import experience
-from lvrpo_jax.training import learner
 from lvrpo_jax.training import losses
 from lvrpo_jax.training import optimizer as optimizer_lib
-from lvrpo_jax.training import pretrain
 from lvrpo_jax.training import step as step_lib
 from lvrpo_jax.training import update as update_lib
 from tests.helpers import noise
@@ -54,18 +52,18 @@ BATCHES = {
 
 
 def make_config():
-  """The tiny job with eight rows of all tasks and widths that divide by eight."""
+  """The tiny experiment with eight rows of all tasks and widths that divide by eight."""
   config = tiny.get_config()
   config.model.update(depth=1)
-  for part in (config.pretrain, config.align):
-    part.update(dict.fromkeys(TASKS, ROWS))
-  config.pretrain.update(rows=dict(understand=0, edit=0))  # Thinking has answers too.
+  config.align.prompts.update(dict.fromkeys(TASKS, ROWS))
+  # Thinking has answers too.
+  config.pretrain.rows.update(generate=ROWS, understand=0, edit=0, think_generate=ROWS)
   config.align.update(rollout=dict(group_size=GROUP, steps=3, window=1))
   config.data.update(answer_tokens=11, options=dict(chatty=0.0, plan=0.0, describe=0.0))
   return config
 
 
-def make_experience(experiment, prompts):
+def make_batch(experiment, prompts):
   """What an update reads, with numbers at random."""
   rng = np.random.default_rng(1)
 
@@ -73,48 +71,105 @@ def make_experience(experiment, prompts):
     return rng.normal(size=shape).astype(np.float32)
 
   N, C = experiment.policy.latent_shape
-  T, M = experiment.config.data.answer_tokens + 1, GROUP
+  T, K = experiment.config.data.answer_tokens + 1, 1
   tokens = rng.integers(0, len(experiment.data.tokenizer), (ROWS, GROUP, T)).astype(np.int32)
   valid = np.ones((ROWS, GROUP), bool)
   valid[1] = False  # A whole group has failed, so devices hold unlike weights.
 
   def text(task):
+    sampled = types.SampledTexts(
+      prompts=prompts[task],
+      tokens_BGT=tokens,
+      logp_BGT=-np.abs(normal(ROWS, GROUP, T)) - 3.0,
+      mask_BGT=rng.random((ROWS, GROUP, T)) < 0.7,
+      temperature_B=np.ones(ROWS, np.float32),
+    )
     return types.TextTrainBatch(
-      prompts[task],
-      tokens,
-      -np.abs(normal(ROWS, GROUP, T)) - 3.0,
-      rng.random((ROWS, GROUP, T)) < 0.7,
-      np.ones(ROWS, np.float32),
-      -np.abs(normal(ROWS, GROUP, T)) - 3.0,
-      normal(ROWS, GROUP),
-      valid,
+      sampled=sampled,
+      reference_BGT=-np.abs(normal(ROWS, GROUP, T)) - 3.0,
+      advantage_BG=normal(ROWS, GROUP),
+      valid_BG=valid,
     )
 
   def x():
-    return normal(ROWS, M, N, C)
+    return normal(ROWS, K, GROUP, N, C)
 
   def time(low):
-    return rng.uniform(low, low + 0.2, (ROWS, M)).astype(np.float32)
+    return rng.uniform(low, low + 0.2, (ROWS, K, GROUP)).astype(np.float32)
 
-  transitions = types.Transitions(
-    x(), x(), time(0.6), time(0.3), time(0.7), time(0.5), x(), x(), time(0.1)
+  steps = types.Transitions(
+    x_BKGNC=x(),
+    next_BKGNC=x(),
+    time_BKG=time(0.6),
+    next_time_BKG=time(0.3),
+    first_time_BKG=time(0.7),
+    eta_BKG=time(0.5),
+    noise_BKGNC=x(),
+    mean_BKGNC=x(),
+    std_BKG=time(0.1),
   )
 
   def image(task):
+    sampled = types.SampledImages(
+      prompts=prompts[task],
+      latents_BGNC=normal(ROWS, GROUP, N, C),
+      steps=steps,
+      scale_BKG=np.ones((ROWS, K, GROUP), np.float32),
+    )
     return types.ImageTrainBatch(
-      prompts[task], x(), transitions, x(), time(0.5), x(), x(), normal(ROWS, GROUP), valid
+      sampled=sampled,
+      query=types.FlowQuery(prompts=prompts[task], x_BKGNC=x(), time_BKG=time(0.5)),
+      old_BKGNC=x(),
+      reference_BKGNC=x(),
+      advantage_BG=normal(ROWS, GROUP),
+      valid_BG=valid,
     )
 
-  thought = think.ThinkTrajectory(text(tasks_lib.THINK_GENERATE), image(tasks_lib.THINK_GENERATE))
+  halves = text(tasks_lib.THINK_GENERATE), image(tasks_lib.THINK_GENERATE)
+  understand, generate, edit = (
+    text(tasks_lib.UNDERSTAND),
+    image(tasks_lib.GENERATE),
+    image(tasks_lib.EDIT),
+  )
+  scale_BKG = np.linspace(1.5, 4.0, ROWS * K * GROUP, dtype=np.float32).reshape(ROWS, K, GROUP)
   return {
-    tasks_lib.UNDERSTAND: text(tasks_lib.UNDERSTAND),
-    tasks_lib.GENERATE: image(tasks_lib.GENERATE),
+    tasks_lib.UNDERSTAND: understand,
+    tasks_lib.GENERATE: generate,
     # The branch without the text has rows of its own.
-    tasks_lib.EDIT: image(tasks_lib.EDIT).replace(
-      guidance_BM=np.linspace(1.5, 4.0, ROWS * M, dtype=np.float32).reshape(ROWS, M)
+    tasks_lib.EDIT: edit.replace(
+      query=types.GuidedFlowQuery(**vars(edit.query), scale_BKG=scale_BKG)
     ),
     **jax.tree.map(
-      np.asarray, think.split_think(thought, experiment.policy.bos, normal(ROWS, GROUP), valid)
+      np.asarray, split_halves(*halves, experiment.policy.bos, normal(ROWS, GROUP), valid)
+    ),
+  }
+
+
+def split_halves(text, image, bos, advantage_BG, valid_BG):
+  """Plans and their images as the update reads them, every image with a context of its own."""
+
+  def alone(x_BKG):
+    return np.moveaxis(x_BKG, 2, 1).reshape(-1, x_BKG.shape[1], 1, *x_BKG.shape[3:])
+
+  sampled = think.SampledPlans(text.sampled, image.sampled)
+  halves = think.split_halves(sampled, bos, advantage_BG, valid_BG)
+  texts, text_advantage_BG, text_valid_BG = halves[tasks_lib.PLAN]
+  images, image_advantage_BG, image_valid_BG = halves[tasks_lib.THINK_GENERATE]
+  return {
+    tasks_lib.PLAN: text.replace(
+      sampled=texts, advantage_BG=text_advantage_BG, valid_BG=text_valid_BG
+    ),
+    tasks_lib.THINK_GENERATE: types.ImageTrainBatch(
+      sampled=images,
+      query=types.FlowQuery(
+        prompts=images.prompts,
+        x_BKGNC=alone(image.query.x_BKGNC),
+        time_BKG=alone(image.query.time_BKG),
+      ),
+      old_BKGNC=alone(image.old_BKGNC),
+      reference_BKGNC=alone(image.reference_BKGNC),
+      advantage_BG=image_advantage_BG,
+      valid_BG=image_valid_BG,
     ),
   }
 
@@ -197,7 +252,7 @@ def updates(experiment, params, vae_params, batches):
   loss = together(
     {
       'pretrain': losses.pretraining(
-        experiment.policy, p.weights, p.draws, p.shift, experiment.config.seed
+        experiment.policy, p.task_weights, p.draws, p.shift, experiment.config.seed
       ),
       'align': update_lib.alignment_loss(experiment),
     }
@@ -255,7 +310,7 @@ def linear():
 
 def rollouts(experiment, params, vae_params, prompts):
   """Samples of one device and of eight."""
-  found = {}
+  found, other_params = {}, jax.tree.map(lambda x: 0.9 * x, params)
   shapes = {
     'one': (1, 1, 1),
     **{mesh: shape for mesh, (shape, runner) in MESHES.items() if runner == 'jit'},
@@ -269,17 +324,12 @@ def rollouts(experiment, params, vae_params, prompts):
       config.parallel.rollout_mesh = (4, 1, 2)
       placed = dataclasses.replace(placed, config=config)
       assert placed.rollout_mesh is not mesh
-    tasks = experience.Tasks({}, {task: placed.place(p) for task, p in prompts.items()})
+    batch = engine_lib.PromptBatch({}, {task: placed.place(p) for task, p in prompts.items()})
     # Texts and images by policies of their own.
-    policies = tuple(
-      placement.shard_state(jax.tree.map(lambda x: factor * x, params), mesh)
-      for factor in (1.0, 0.9)
-    )
+    policies = tuple(placement.shard_state(tree, mesh) for tree in (params, other_params))
+    engine = engine_lib.RolloutEngine(placed, apart=False)
     found[name] = jax.tree.map(
-      np.asarray,
-      experience.Collector(placed).rollout(
-        policies, placement.shard_state(vae_params, mesh), tasks, 3
-      ),
+      np.asarray, engine.rollout(policies, placement.shard_state(vae_params, mesh), batch, 3)
     )
   texts, images, pixels = found.pop('one')
   tokens = {task: text.tokens_BGT for task, text in texts.items()}
@@ -354,16 +404,17 @@ def main():
   experiment = experiment_lib.build(make_config(), pathlib.Path('unused'))
   params, vae_params = noise.parameters(experiment, 0.2)[:2]
 
-  def encode(task, make):
-    return experiment.encoder(task, [make(task, i) for i in range(ROWS)])
+  def encode(task, split):
+    return experiment.encoder(
+      task, [experiment.data.example(task, split, index) for index in range(ROWS)]
+    )
 
-  prompts = {task: encode(task, experiment.data.prompt).prompts for task in TASKS}
+  prompts = {task: encode(task, 'align').prompts for task in TASKS}
   batches = {
     'pretrain': {
-      task: encode(task, experiment.data.pretraining)
-      for task in pretrain.sizes(experiment.config.pretrain)
+      task: encode(task, 'pretrain') for task in tasks_lib.active(experiment.config.pretrain.rows)
     },
-    'align': make_experience(experiment, prompts),
+    'align': make_batch(experiment, prompts),
   }
   out = {
     **updates(experiment, params, vae_params, batches),

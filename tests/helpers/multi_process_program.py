@@ -21,7 +21,7 @@ from lvrpo_jax.runtime import checkpoint
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.training import align
-from lvrpo_jax.training import learner
+from lvrpo_jax.training import learner as learner_lib
 from tests.helpers import noise
 
 ROWS = 8
@@ -29,7 +29,7 @@ SEVERAL = dict(mesh=(2, 2, 2), rollout_mesh=(4, 1, 2), joint=True)
 """Of the several processes; the one has another mesh."""
 
 
-def make_job(folder, several):
+def make_experiment(folder, several):
   config = tiny.get_config()
   config.model.depth = 1
   config.align.update(
@@ -59,16 +59,16 @@ def lines(folder):
 
 def restored(experiment):
   """The checkpoint of a workdir, laid out for the devices of this process."""
-  aligner = learner.Learner(experiment, *noise.parameters(experiment, 0.2))
+  learner = learner_lib.Learner(experiment, *noise.parameters(experiment, 0.2))
   store = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / 'align')
-  state, record = store.restore(aligner.state)
+  state, record = store.restore(learner.state)
   store.close()
-  return aligner.state, state, record
+  return learner.state, state, record
 
 
 def compare(folder):
   """What the one process finds."""
-  one = make_job(folder, several=False)
+  one = make_experiment(folder, several=False)
   iteration(one)
   start, mine, record = restored(one)
   # The same devices as before, which now belong to one process, and another mesh.
@@ -102,7 +102,7 @@ def main():
     jax.distributed.initialize(address, processes, process)
   assert len(jax.devices()) == 8 and jax.process_count() == processes, jax.devices()
   if processes > 1:
-    iteration(make_job(folder, several=True))
+    iteration(make_experiment(folder, several=True))
     several = folder / 'several'
     print(
       json.dumps(

@@ -22,14 +22,14 @@ ROWS = 8
 MESHES = {'tensor': (1, 1, 4), 'fsdp': (1, 4, 1), 'mixed': (1, 2, 2), 'data': (2, 1, 2)}
 
 
-def make_job(shape):
-  """The parts of a job that drawing and placing rows read."""
+def make_experiment(shape):
+  """The parts of an experiment that drawing and placing rows read."""
   config = python_types.SimpleNamespace(data=python_types.SimpleNamespace(prefetch=1))
   return python_types.SimpleNamespace(mesh=mesh.make_mesh(shape), config=config)
 
 
 def measure(shape):
-  experiment = make_job(shape)
+  experiment = make_experiment(shape)
   data = pretrain.task_batches(
     experiment,
     lambda task, index: index,

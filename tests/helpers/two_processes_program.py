@@ -153,10 +153,12 @@ def asked(folder):
     threading.Timer(
       1.5, failing.set_exception, [remote_client.JudgeUnavailable('no server')]
     ).start()
-  waits = pending.PendingRewards({'generate': slow, 'edit': failing}, lambda: checks.append(1))
-  value = waits.result('generate').value_BG.tolist()
+  waits = pending.PendingRewards(
+    {('generate', 'remote'): slow, ('edit', 'remote'): failing}, lambda: checks.append(1)
+  )
+  value = waits.result('generate', 'remote').value_BG.tolist()
   try:
-    waits.result('edit')
+    waits.result('edit', 'remote')
   except remote_client.JudgeUnavailable as error:
     assert ('another process' if first else 'no server') in str(error), error
     return dict(value=value, checks=len(checks), failed=True)

@@ -125,16 +125,20 @@ class RowBlockTest(parameterized.TestCase):
   @parameterized.parameters(((3, 1, 2), (0, 0, 0, 1, 1, 1)), ((3, 1, 1), (0, 0, 1)))
   def test_rows_that_overlap(self, shape, processes):
     message = re.escape(f'parallel.mesh is {shape} over 2 processes')
-    with mock.patch.multiple(jax, process_count=lambda: 2, process_index=lambda: 0):
-      with self.assertRaisesRegex(ValueError, f'{message}.*allowed: meshes on which any two'):
-        multihost.row_block(self.mesh(shape, processes))
+    with (
+      mock.patch.multiple(jax, process_count=lambda: 2, process_index=lambda: 0),
+      self.assertRaisesRegex(ValueError, f'{message}.*allowed: meshes on which any two'),
+    ):
+      multihost.row_block(self.mesh(shape, processes))
 
   def test_rows_that_processes_cannot_share_evenly(self):
     """65 rows on 16 processes are no batch of 64."""
     experiment = python_types.SimpleNamespace(mesh=self.mesh((16, 1, 1), range(16)))
-    with mock.patch.multiple(jax, process_count=lambda: 16, process_index=lambda: 3):
-      with self.assertRaisesRegex(ValueError, "^65 rows of task 'edit' .* 16 processes"):
-        pretrain.task_batches(experiment, None, {'generate': 64, 'edit': 65}, None)
+    with (
+      mock.patch.multiple(jax, process_count=lambda: 16, process_index=lambda: 3),
+      self.assertRaisesRegex(ValueError, "^65 rows of task 'edit' .* 16 processes"),
+    ):
+      pretrain.task_batches(experiment, None, {'generate': 64, 'edit': 65}, None)
 
 
 class TreeTest(absltest.TestCase):

@@ -1,4 +1,4 @@
-"""The whole job at tiny size, through the command line: complete, resumable, exact."""
+"""A whole run at tiny size, through the command line: complete, resumable, exact."""
 
 import json
 import os
@@ -32,7 +32,8 @@ def command(workdir, *overrides, program=PROGRAM):
     # Both factors move with every iteration.
     '--config.align.text.kl_target=1e-5',
     '--config.align.image.kl_target=1e-6',
-    '--config.align.custom.generate=tests.helpers.brightness:reward',
+    '--config.align.rewards.generate.custom.kind=tests.helpers.brightness:reward',
+    '--config.align.rewards.generate.custom.weight=1',
     *overrides,
   ]
 
@@ -132,12 +133,12 @@ class EndToEndTest(absltest.TestCase):
     self.assertLen(lines, STEPS)
     for line in lines:
       for task in ('generate', 'edit'):
-        self.assertLessEqual(line[f'gap/{task}'], 1e-6)
+        self.assertLessEqual(line[f'mismatch/{task}'], 1e-6)
       # Compiled as quickly as tests are, two programs round log-probabilities of order ten in their
       # own ways, by 1e-6 each; compiled as usual they agree to the last digit.
-      self.assertLessEqual(line['gap/understand'], 2e-6)
+      self.assertLessEqual(line['mismatch/understand'], 2e-6)
       # Decoding adds up in another order, and logits of order ten are rounded to 1e-6.
-      self.assertLessEqual(line['gap/decode'], 5e-6)
+      self.assertLessEqual(line['mismatch/decode'], 5e-6)
 
   def test_every_run_is_diagnosed(self):
     first, *_, last = self.lines('align')
@@ -148,7 +149,7 @@ class EndToEndTest(absltest.TestCase):
         for kind in ('reward', 'deviation', 'share', 'dead', 'invalid')
         for task in tasks
       }
-      | {f'gap/{task}/step{k}' for task in ('generate', 'edit') for k in range(2)}
+      | {f'mismatch/{task}/step{k}' for task in ('generate', 'edit') for k in range(2)}
       | {f'{task}/velocity_mse' for task in ('generate', 'edit')}
       | {f'understand/{name}' for name in ('kl_k3', 'entropy', 'clip_fraction')}
       | {f'pictures/{name}' for name in ('luminance', 'dark', 'edge_density', 'hue_entropy')}
@@ -162,13 +163,13 @@ class EndToEndTest(absltest.TestCase):
           'cosine',
         )
       }
-      | {'alarms', 'gap/understand/mean', 'grad_norm'},
+      | {'alarms', 'mismatch/understand/mean', 'grad_norm'},
       first,
     )
-    self.assertContainsSubset({'held_out/gold', 'held_out/diversity'}, last)
+    self.assertContainsSubset({'held_out/reward', 'held_out/diversity'}, last)
 
   def test_nothing_is_compiled_after_the_first_step_of_a_stage(self):
-    for stage in ('judge', 'pretrain', 'align'):
+    for stage in ('dual_encoder', 'pretrain', 'align'):
       last = self.lines(stage)[-1]
       self.assertGreaterEqual(last['step'], 4)
       self.assertEqual(last['compiled'], 0, stage)
@@ -202,7 +203,7 @@ class EndToEndTest(absltest.TestCase):
     self.assertIn(f'align.iterations: {STEPS} there, 5 here', run.stderr)
 
   def interrupt(self, workdir, moment, stage, number, sent):
-    """Starts the job, which ends by a signal, see `interruptions`; returns its log and report."""
+    """Starts the run, which ends by a signal, see `interruptions`; returns its log and report."""
     report = self.base / 'report'
     program = (
       '-m',

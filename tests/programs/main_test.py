@@ -5,11 +5,13 @@ import pathlib
 from unittest import mock
 
 from absl.testing import absltest
+from absl.testing import flagsaver
 from absl.testing import parameterized
 
 from configs import tiny
 from lvrpo_jax import main
 from lvrpo_jax.aot import compile as aot_compile
+from lvrpo_jax.runtime import platform
 
 
 class ExecuteTest(parameterized.TestCase):
@@ -19,19 +21,22 @@ class ExecuteTest(parameterized.TestCase):
     config.update(settings)
     with (
       mock.patch.dict(main.PROGRAMS, {config.program: function}),
-      mock.patch.multiple(main, prepare=mock.DEFAULT, start_processes=mock.DEFAULT),
+      mock.patch.object(platform, 'prepare'),
+      mock.patch.object(platform, 'start_processes') as start,
     ):
-      return main.execute(config, pathlib.Path('unused'))
+      out = main.execute(config, pathlib.Path('unused'))
+    self.started = [call.args for call in start.call_args_list]
+    return out
 
   def test_result(self):
     self.assertEqual(
-      self.execute(lambda config, workdir: {'program': config.program}), {'program': 'run'}
+      self.execute(lambda config, workdir: {'program': config.program}), {'program': 'train'}
     )
 
   @parameterized.parameters(
     ('describe', '', '', []),
     ('compile', '', '', []),
-    ('run', 'v5p:2x2x1', '', []),
+    ('train', 'v5p:2x2x1', '', []),
     ('describe', 'v5p:2x2x1', '', [('jax_platforms', 'cpu')]),
     ('compile', 'v5p:2x2x1', '', [('jax_platforms', 'cpu')]),
     ('compile', 'v5p:2x2x1', 'cuda', []),
@@ -41,8 +46,17 @@ class ExecuteTest(parameterized.TestCase):
       os.environ.pop('JAX_PLATFORMS', None)
       if asked:
         os.environ['JAX_PLATFORMS'] = asked
-      self.execute(lambda config, workdir: None, program=name, topology=topology)
+      self.execute(lambda config, workdir: None, program=name, compile={'topology': topology})
     self.assertEqual([call.args for call in jax.config.update.call_args_list], wanted)
+
+  def test_flags_tell_of_the_other_processes(self):
+    self.execute(lambda config, workdir: None)
+    self.assertEqual(self.started, [(None, 1, 0)])
+    with flagsaver.flagsaver(coordinator='host:1', processes=4, process=3):
+      self.execute(lambda config, workdir: None)
+      self.assertEqual(self.started, [('host:1', 4, 3)])
+      self.execute(lambda config, workdir: None, program='describe')
+      self.assertEmpty(self.started)
 
   @parameterized.parameters(
     (aot_compile.Exceeded('step: fits is false'), 1), (ValueError('config.a'), 2)

@@ -1,4 +1,4 @@
-"""Whole jobs under `pmap` give the numbers of `jit`, on one device and on eight, also where a run
+"""Whole runs under `pmap` give the numbers of `jit`, on one device and on eight, also where a run
 goes on under the other runner."""
 
 import json
@@ -20,13 +20,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 ROWS = {
   f'config.{part}.{task}': 8
-  for part in ('pretrain', 'align')
+  for part in ('pretrain.rows', 'align.prompts')
   for task in ('generate', 'understand', 'edit')
 }
 CASES = {
   'nft': {},
   'thinking_adapters': {
-    'config.align.image.objective': 'sde',
+    'config.align.image.objective': 'flow_grpo',
     'config.align.text.objective': 'grpo',
     'config.align.lora.rank': 2,
     'config.align.prompts.think_generate': 8,
@@ -35,10 +35,14 @@ CASES = {
     'config.align.dynamic_sampling.rounds': 1,
   },
 }
-"""Changes to the tiny job; between them both kinds of image objectives, adapters, plans and dynamic
+"""Changes to the tiny config; between them both kinds of image objectives, adapters, plans and dynamic
 sampling."""
 
-CALM = {'config.pretrain.optimizer.kind': 'adamw', 'config.pretrain.optimizer.eps': 1e-3}
+CALM = {
+  'config.pretrain.optimizer.kind': 'adamw',
+  'config.pretrain.optimizer.eps': 1e-3,
+  'config.align.optimizer.eps': 1e-3,
+}
 """Updates that are continuous in the gradient: Adam with its usual eps divides gradients of pure
 rounding by themselves."""
 
@@ -55,7 +59,7 @@ class RunnersTest(parameterized.TestCase):
     cls.base = pathlib.Path(absltest.get_default_test_tmpdir()) / f'runners{os.getpid()}'
 
   def run_job(self, name, runner, devices, case, *program):
-    """Runs the job by its command line; returns the workdir."""
+    """Runs the program by its command line; returns the workdir."""
     workdir = self.base / name
     changes = {
       **(ROWS if devices > 1 else {}),
@@ -106,7 +110,7 @@ class RunnersTest(parameterized.TestCase):
       for w in (one, two)
     )
     self.assertLen(mine, len(theirs))
-    for a, b in zip(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
       self.assertEqual(a['stage'], b['stage'])
       self.assertEqual(a.keys(), b.keys())
       for key, value in numbers(a).items():

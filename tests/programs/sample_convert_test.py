@@ -21,7 +21,7 @@ from tests.helpers import jax_settings
 from tests.helpers import released_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SAMPLE = ('--config.program=sample', '--config.sample.points=3', '--config.sample.max_tokens=4')
+SAMPLE = ('--config.program=sample', '--config.sample.steps=2', '--config.sample.max_tokens=4')
 CAPTION = ('--config.sample.prompt=a photo of a red circle', '--config.sample.size=(48,24)')
 EXPERTS = ('', '_moe_gen')
 

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.inference: buckets, and the few programs that they leave to compile."""
+"""Tests of lvrpo_jax.rollouts.generator: buckets, and the few programs that they leave to compile."""
 
 import pathlib
 import tempfile

@@ -1,4 +1,4 @@
-"""Guided rollouts, and the gap between rollout and replay: that it is none, and what opens it."""
+"""Guided rollouts, and the mismatch between rollout and replay: that it is none, and its causes."""
 
 import dataclasses
 import pathlib
@@ -12,111 +12,127 @@ import numpy as np
 from configs import bagel_7b
 from configs import base
 from configs import tiny
+from lvrpo_jax import types
 from lvrpo_jax.data import tasks
-from lvrpo_jax.evaluation import evaluate
+from lvrpo_jax.evaluation import samplers
 from lvrpo_jax.rollouts import guidance
 from lvrpo_jax.rollouts import mismatch
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import align
-from lvrpo_jax.training import learner
+from lvrpo_jax.training import learner as learner_lib
 from tests.helpers import noise
 
 TASKS = (tasks.GENERATE, tasks.EDIT, tasks.THINK_GENERATE)
-LIMITS = base.get_config().align.gap_limit
+LIMITS = mismatch.limits(base.get_config().align.checks.mismatch, 'float32')
 NONE = 1e-6
 """The largest |log-ratio| that counts as none in float32."""
 
 
-def build(**changes):
-  """The tiny job with words for a plan, and sizes that few programs have."""
+def build(dtype='float32', **changes):
+  """The tiny experiment with words for a plan, and sizes that few programs have.
+
+  Args:
+    changes: to `config.align`, by section.
+  """
   config = tiny.get_config()
   config.model.depth = 1
-  dtype = changes.pop('dtype', 'float32')
   config.model.dtype = dtype
   config.align.update(
-    diagnose_every=0, objective='sde', steps_per_image=3, window=1, **dict.fromkeys(TASKS, 2)
+    checks=dict(gradients_every=0),
+    image=dict(objective='flow_grpo'),
+    rollout=dict(steps=3, window=1),
+    prompts=dict.fromkeys(TASKS, 2),
   )
   config.align.update(changes)
   for rewards in config.align.rewards.values():
-    rewards.update({name: float(name == 'rules') for name in rewards})
+    for name, reward in rewards.items():
+      reward.weight = float(name == 'rules')
   return experiment_lib.build(config, pathlib.Path('unused'))
 
 
-def collected(**changes):
-  """An aligner, and what its first update would read."""
+def collect(**changes):
+  """A learner, and the samples that its first update would read."""
   experiment = build(**changes)
-  aligner = learner.Learner(experiment, *noise.parameters(experiment))
+  learner = learner_lib.Learner(experiment, *noise.parameters(experiment))
   data = align.prompt_batches(experiment)
-  return aligner, aligner.collect(align.draw(experiment, data, data), 1)[0]
+  return learner, learner.collect(align.next_prompts(experiment, data, data), 1)[0]
 
 
-class FollowTest(absltest.TestCase):
+def change_samples(credited, task, **fields):
+  """Samples of all tasks, some fields of those of one task replaced."""
+  found = credited[task]
+  return {**credited, task: found.replace(sampled=found.sampled.replace(**fields))}
+
+
+def largest(metrics):
+  return {name: float(jnp.max(x)) for name, x in metrics.items()}
+
+
+class ForwardTest(absltest.TestCase):
   def test_against_texts_that_were_never_encoded(self):
     experiment, rng = build(), np.random.default_rng(0)
     params, vae, _ = noise.parameters(experiment)
     policy = experiment.policy
-    prompts, dropped, x, time = {}, {}, {}, {}
+    scale = jnp.array([[2.0, 2.0, 3.0], [4.0, 1.5, 4.0]])[:, None]
+    queries, plain, dropped = {}, {}, {}
     for task in (tasks.GENERATE, tasks.EDIT):
       rows = [experiment.data.example(task, 'align', i) for i in range(2)]
-      prompts[task] = experiment.encoder(task, rows).prompts
-      dropped[task] = experiment.encoder(
-        task, [dataclasses.replace(e, drop_text=True) for e in rows]
-      ).prompts
-      x[task] = jnp.asarray(rng.normal(size=(2, 3, *policy.latent_shape)), jnp.float32)
-      time[task] = jnp.asarray(rng.uniform(0.2, 0.9, (2, 3)), jnp.float32)
-    scale = jnp.array([[2.0, 2.0, 3.0], [4.0, 1.5, 4.0]])
-    got, _ = jax.jit(
-      lambda p: guidance.forward(
-        policy, p, vae, prompts, x, time, {tasks.GENERATE: None, tasks.EDIT: scale}, {}
+      bare = [dataclasses.replace(example, drop_text=True) for example in rows]
+      points = dict(
+        x_BKGNC=jnp.asarray(rng.normal(size=(2, 1, 3, *policy.latent_shape)), jnp.float32),
+        time_BKG=jnp.asarray(rng.uniform(0.2, 0.9, (2, 1, 3)), jnp.float32),
       )
-    )(params)
-    ask = jax.jit(lambda p, asked: policy.forward(p, vae, asked, x, time, {})[0])
-    v, empty = ask(params, prompts), ask(params, dropped)
+      plain[task] = types.FlowQuery(prompts=experiment.encoder(task, rows).prompts, **points)
+      dropped[task] = types.FlowQuery(prompts=experiment.encoder(task, bare).prompts, **points)
+    queries = {
+      tasks.GENERATE: plain[tasks.GENERATE],
+      tasks.EDIT: types.GuidedFlowQuery(**vars(plain[tasks.EDIT]), scale_BKG=scale),
+    }
+    got = jax.jit(lambda p: guidance.forward(policy, p, vae, queries))(params)
+    ask = jax.jit(lambda p, asked: policy.forward(p, vae, asked))
+    v, empty = ask(params, plain), ask(params, dropped)
     np.testing.assert_allclose(got[tasks.GENERATE], v[tasks.GENERATE], atol=1e-6)
-    s, v, empty = (np.asarray(a, np.float64) for a in (scale, v['edit'], empty['edit']))
+    s, v, empty = (np.asarray(x, np.float64) for x in (scale, v['edit'], empty['edit']))
     s = s[..., None, None]
     self.assertGreater(np.abs(v - empty).max(), 0.01)
     np.testing.assert_allclose(got['edit'], s * v - (s - 1) * empty, rtol=1e-4, atol=1e-5)
     self.assertEqual(got.keys(), {tasks.GENERATE, tasks.EDIT})
 
 
-class GapTest(parameterized.TestCase):
+class MismatchTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.aligner, cls.batch = collected(guidance=4.0)
+    cls.learner, cls.credited = collect(rollout=dict(guidance=4.0))
 
-  def gaps(self, batch):
-    return {name: float(jnp.max(x)) for name, x in self.aligner.gaps(batch).items()}
-
-  def changed(self, task, **fields):
-    return {**self.batch, task: self.batch[task].replace(**fields)}
+  def mismatch(self, credited):
+    return largest(self.learner.mismatch(credited))
 
   def test_there_is_none(self):
-    found = self.gaps(self.batch)
+    found = self.mismatch(self.credited)
     for task in (*TASKS, tasks.PLAN, tasks.UNDERSTAND):
-      self.assertLess(found[f'gap/{task}'], NONE, task)
+      self.assertLess(found[f'mismatch/{task}'], NONE, task)
     mismatch.check(1, found, dict.fromkeys(LIMITS, NONE))
 
   @parameterized.parameters(*TASKS)
   def test_the_scale_travels_with_the_images(self, task):
-    b = self.batch[task]
-    np.testing.assert_array_equal(b.guidance_BM, np.full(b.time_BM.shape, 4.0))
+    images = self.credited[task].sampled
+    np.testing.assert_array_equal(images.scale_BKG, np.full(images.steps.time_BKG.shape, 4.0))
 
   def test_latents_are_float32(self):
     # Rounded to bfloat16 the same latents give other densities.
-    steps = self.batch['generate'].transitions
-    self.assertEqual(steps.x_BMNC.dtype, jnp.float32)
-    rounded = steps.replace(x_BMNC=steps.x_BMNC.astype(jnp.bfloat16).astype(jnp.float32))
-    gap = self.gaps(self.changed('generate', transitions=rounded, x_BMNC=rounded.x_BMNC))
-    self.assertGreater(gap['gap/generate'], LIMITS.images)
+    steps = self.credited['generate'].sampled.steps
+    self.assertEqual(steps.x_BKGNC.dtype, jnp.float32)
+    rounded = steps.replace(x_BKGNC=steps.x_BKGNC.astype(jnp.bfloat16).astype(jnp.float32))
+    found = self.mismatch(change_samples(self.credited, 'generate', steps=rounded))
+    self.assertGreater(found['mismatch/generate'], LIMITS['image_max'])
 
   @parameterized.parameters(
-    ('generate', 'guidance_BM', lambda x: x - 0.5),
-    ('edit', 'guidance_BM', lambda x: None),
-    ('think_generate', 'guidance_BM', lambda x: None),
-    ('generate', 'x_BMNC', lambda x: x + 0.1),
-    ('generate', 'time_BM', lambda x: x - 0.1),
+    ('generate', 'scale_BKG', lambda x: x - 0.5),
+    ('edit', 'scale_BKG', jnp.ones_like),
+    ('think_generate', 'scale_BKG', jnp.ones_like),
+    ('generate', 'steps', lambda x: x.replace(x_BKGNC=x.x_BKGNC + 0.1)),
+    ('generate', 'steps', lambda x: x.replace(time_BKG=x.time_BKG - 0.1)),
     (
       'edit',
       'prompts',
@@ -129,28 +145,30 @@ class GapTest(parameterized.TestCase):
     ('understand', 'logp_BGT', lambda x: x - 0.1),
   )
   def test_what_does_not_fit_the_rollout_ends_the_run(self, task, field, change):
-    batch = self.changed(task, **{field: change(getattr(self.batch[task], field))})
-    kind = 'texts' if task in tasks.TEXT_OUTPUTS else 'images'
+    fields = {field: change(getattr(self.credited[task].sampled, field))}
+    kind = 'text_max' if task in tasks.TEXT_OUTPUTS else 'image_max'
     with self.assertRaisesRegex(
-      ValueError, f'iteration 3: gap/{task} is .*gap_limit.{kind} is 1e-05'
+      ValueError, f'iteration 3: mismatch/{task} is .*checks.mismatch.{kind} is 1e-05'
     ):
-      mismatch.check(3, self.gaps(batch), LIMITS)
+      mismatch.check(3, self.mismatch(change_samples(self.credited, task, **fields)), LIMITS)
 
 
 class LargeModelTest(absltest.TestCase):
   def test_its_limits_tell_another_temperature(self):
-    aligner, batch = collected(objective='nft', dtype='bfloat16', think_generate=0, edit=0)
-    limits = bagel_7b.get_config().align.gap_limit
-
-    def found(b):
-      return {
-        name: float(jnp.max(x)) for name, x in aligner.gaps({**batch, 'understand': b}).items()
-      }
-
-    b = batch['understand']
-    mismatch.check(1, found(b), limits)
-    with self.assertRaisesRegex(ValueError, 'gap/understand/mean is .*limit.texts_mean is 0.02'):
-      mismatch.check(1, found(b.replace(temperature_B=b.temperature_B / 2)), limits)
+    learner, credited = collect(
+      dtype='bfloat16',
+      image=dict(objective='diffusion_nft'),
+      prompts=dict(think_generate=0, edit=0),
+    )
+    large = bagel_7b.get_config()
+    limits = mismatch.limits(large.align.checks.mismatch, large.model.dtype)
+    mismatch.check(1, largest(learner.mismatch(credited)), limits)
+    temperature_B = credited['understand'].sampled.temperature_B / 2
+    other = change_samples(credited, 'understand', temperature_B=temperature_B)
+    with self.assertRaisesRegex(
+      ValueError, 'mismatch/understand/mean is .*mismatch.text_mean is 0.02'
+    ):
+      mismatch.check(1, largest(learner.mismatch(other)), limits)
 
 
 class FinalImagesTest(parameterized.TestCase):
@@ -159,50 +177,55 @@ class FinalImagesTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.aligner, cls.batch = collected(objective='nft', window=2, understand=0)
+    cls.learner, cls.credited = collect(
+      image=dict(objective='diffusion_nft'), rollout=dict(window=2), prompts=dict(understand=0)
+    )
 
   def changed(self, task, change):
-    b = self.batch[task]
-    found = self.aligner.gaps({**self.batch, task: b.replace(latents_BGNC=change(b.latents_BGNC))})
-    return {name: float(jnp.max(x)) for name, x in found.items()}
+    latents_BGNC = change(self.credited[task].sampled.latents_BGNC)
+    credited = change_samples(self.credited, task, latents_BGNC=latents_BGNC)
+    return largest(self.learner.mismatch(credited))
 
   @parameterized.parameters(*TASKS)
   def test_are_the_ones_that_were_drawn(self, task):
-    mismatch.check(1, self.changed(task, lambda x: x), dict.fromkeys(LIMITS, NONE))
-
     def rounded(x):
       return x.astype(jnp.bfloat16).astype(jnp.float32)
 
+    mismatch.check(1, self.changed(task, lambda x: x), dict.fromkeys(LIMITS, NONE))
     for change in (lambda x: x + 0.1, lambda x: x[::-1], lambda x: 1.1 * x, rounded):
-      with self.assertRaisesRegex(ValueError, f'gap/{task} is .*gap_limit.images is 1e-05'):
+      with self.assertRaisesRegex(
+        ValueError, f'mismatch/{task} is .*checks.mismatch.image_max is 1e-05'
+      ):
         mismatch.check(1, self.changed(task, change), LIMITS)
 
 
 class MeasurementTest(absltest.TestCase):
   def test_scores_of_another_policy_than_the_trained_one_are_announced(self):
+    guided = dict(guidance=4.0)
     with self.assertLogs(level='WARNING') as logged:
-      align.check(build(guidance=4.0))
+      align.check(build(rollout=guided))
     self.assertIn('align.rollout.guidance is 4 and config.evaluate.guidance is 1', logged.output[0])
     with self.assertNoLogs(level='WARNING'):
-      align.check(build(guidance=4.0, objective='nft'))  # Trains the plain one.
+      # Trains the plain policy.
+      align.check(build(rollout=guided, image=dict(objective='diffusion_nft')))
       align.check(build())
-    for settings in (dict(gap_limit=dict(images=3e-4)), dict(image_clip=2e-6)):
+    for settings in (
+      dict(checks=dict(mismatch=dict(image_max=3e-4))),
+      dict(image=dict(clip=2e-6)),
+    ):
       with self.assertLogs(level='WARNING') as logged:
         align.check(build(**settings))
       self.assertIn('a fifth of the clip range', logged.output[0])
 
-  def test_pictures_are_measured_as_configured(self):
+  def test_images_are_measured_as_configured(self):
     experiment = build()
     params, vae, _ = noise.parameters(experiment)
-    prompts = experiment.place(
-      experiment.encoder(
-        'generate', [experiment.data.example('generate', 'align', i) for i in range(2)]
-      ).prompts
-    )
-    plain = evaluate.samplers(experiment)
+    rows = [experiment.data.example('generate', 'align', i) for i in range(2)]
+    prompts = experiment.place(experiment.encoder('generate', rows).prompts)
+    plain = samplers.build(experiment)
     config = tiny.get_config()
     config.evaluate.guidance = 2.0
-    guided = evaluate.samplers(dataclasses.replace(experiment, config=config)).draw(
+    guided = samplers.build(dataclasses.replace(experiment, config=config)).draw(
       params, vae, prompts
     )
     np.testing.assert_array_equal(guided, plain.draw(params, vae, prompts, 2.0))
@@ -210,34 +233,44 @@ class MeasurementTest(absltest.TestCase):
 
 
 class ObjectivesTest(absltest.TestCase):
+  def velocities(self, learner, queries):
+    """Velocities of the present policy, as the update computes them."""
+    return learner._velocities_at(learner.params, queries)
+
   def test_the_guided_policy_is_trained_on_steps(self):
-    aligner, batch = collected(guidance=3.0, think_generate=0, understand=0)
-    batch = aligner.with_reference(batch)
+    learner, credited = collect(
+      rollout=dict(guidance=3.0), prompts=dict(think_generate=0, understand=0)
+    )
+    batch = learner.image_batches(credited)
     # The reference is the policy itself, as long as nothing has been learned.
-    v = aligner.velocities(aligner.params, batch)
-    for task in v:
-      np.testing.assert_allclose(batch[task].reference_BMNC, v[task], atol=1e-6)
-    _, metrics = aligner.step(aligner.state, aligner._frozen(), batch)
+    for task, v in self.velocities(learner, {t: b.query for t, b in batch.items()}).items():
+      self.assertIsInstance(batch[task].query, types.GuidedFlowQuery)
+      np.testing.assert_allclose(batch[task].reference_BKGNC, v, atol=1e-6)
+    _, metrics = learner.step(learner.state, learner._step_frozen(), batch)
     self.assertLess(float(metrics['generate/velocity_mse']), 1e-9)
     self.assertEqual(float(metrics['generate/clip_fraction']), 0.0)
 
   def test_the_plain_policy_is_trained_on_final_images(self):
-    aligner, batch = collected(guidance=3.0, objective='nft', think_generate=0, understand=0)
-    self.assertLess(float(aligner.gaps(batch)['gap/generate']), NONE)
-    read = aligner.with_reference(batch)
-    self.assertIsNone(read['generate'].guidance_BM)
-    plain = aligner.velocities(aligner.params, read)['generate']
-    np.testing.assert_allclose(read['generate'].reference_BMNC, plain, atol=1e-6)
-    guided = aligner.velocities(
-      aligner.params,
-      {'generate': read['generate'].replace(guidance_BM=batch['generate'].guidance_BM)},
-    )['generate']
+    learner, credited = collect(
+      rollout=dict(guidance=3.0),
+      image=dict(objective='diffusion_nft'),
+      prompts=dict(think_generate=0, understand=0),
+    )
+    self.assertLess(float(learner.mismatch(credited)['mismatch/generate']), NONE)
+    batch = learner.image_batches(credited)['generate']
+    self.assertNotIsInstance(batch.query, types.GuidedFlowQuery)
+    plain = self.velocities(learner, {'generate': batch.query})['generate']
+    np.testing.assert_allclose(batch.reference_BKGNC, plain, atol=1e-6)
+    scale_BKG = credited['generate'].sampled.scale_BKG
+    np.testing.assert_array_equal(scale_BKG, np.full(batch.query.time_BKG.shape, 3.0))
+    query = types.GuidedFlowQuery(**vars(batch.query), scale_BKG=scale_BKG)
+    guided = self.velocities(learner, {'generate': query})['generate']
     self.assertGreater(float(jnp.abs(guided - plain).max()), 0.01)
 
   def test_sixteen_bits(self):
-    aligner, batch = collected(dtype='bfloat16', think_generate=0)
-    for task, gap in aligner.gaps(batch).items():
-      self.assertLess(float(jnp.max(gap)), NONE, task)
+    learner, credited = collect(dtype='bfloat16', prompts=dict(think_generate=0))
+    for name, found in largest(learner.mismatch(credited)).items():
+      self.assertLess(found, NONE, name)
 
 
 if __name__ == '__main__':

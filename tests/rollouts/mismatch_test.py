@@ -1,4 +1,4 @@
-"""Gaps between rollout and replay: none for what was drawn, against NumPy, and what opens them."""
+"""Mismatch between rollout and replay: none for what was sampled, against NumPy, and its causes."""
 
 import functools
 
@@ -24,8 +24,8 @@ ETA = schedule.noise_levels(0.7, STEPS, 0.3, 1.0, GRID)
 KEPT = np.array([0, 2, STEPS - 1])
 """The first, where the grid's second time matters, one in the middle, and the last, without noise.
 """
-LIMITS = base.get_config().align.gap_limit
-GAP = jax.jit(mismatch.image_mismatch, static_argnums=(0, 3))
+LIMITS = mismatch.limits(base.get_config().align.checks.mismatch, 'float32')
+MISMATCH = jax.jit(mismatch.image_mismatch, static_argnums=0)
 
 
 def velocity(x, time):
@@ -33,90 +33,94 @@ def velocity(x, time):
 
 
 @functools.cache
-def drawn(sampler):
+def sampled(sampler):
   """The kept steps of a rollout, and velocities there."""
   key_BG = ops.fold_rows(jax.random.key(0), (B, G))
   rollout = jax.jit(
     lambda key: image_rollout.sample_sde(velocity, key, (N, C), GRID, ETA, sampler)
   )(key_BG)
   steps = trajectories.transitions(rollout, KEPT, GRID, ETA)
-  return steps, velocity(steps.x_BMNC, steps.time_BM), rollout
+  return steps, velocity(steps.x_BKGNC, steps.time_BKG), rollout
 
 
 class ImagesTest(parameterized.TestCase):
   @parameterized.parameters(*flow.STEPS)
   def test_there_is_none(self, sampler):
-    steps, v, rollout = drawn(sampler)
-    np.testing.assert_array_equal(steps.next_BMNC[:, :G], rollout.x_TBGNC[1])
-    np.testing.assert_array_equal(steps.next_BMNC[:, -G:], rollout.latents_BGNC)
-    self.assertLess(float(GAP(sampler, v, steps, G).max()), 1e-6)
+    steps, v, rollout = sampled(sampler)
+    np.testing.assert_array_equal(steps.next_BKGNC[:, 0], rollout.x_TBGNC[1])
+    np.testing.assert_array_equal(steps.next_BKGNC[:, -1], rollout.latents_BGNC)
+    self.assertLess(float(MISMATCH(sampler, v, steps).max()), 1e-6)
 
   @parameterized.parameters(*flow.STEPS)
   def test_against_densities(self, sampler):
-    steps, v, _ = drawn(sampler)
+    steps, v, _ = sampled(sampler)
     rng = np.random.default_rng(1)
     v = v + 0.1 * rng.normal(size=v.shape).astype(np.float32)
-    found = np.asarray(GAP(sampler, v, steps, G)).astype(np.float64)
+    found = np.asarray(MISMATCH(sampler, v, steps)).astype(np.float64)
     s = jax.tree.map(np.float64, steps)
     mean, std = (np.asarray(x, np.float64) for x in replay.transition(sampler, v, steps))
     want = np.zeros(len(KEPT))
-    for b, m in np.ndindex(B, len(KEPT) * G):
-      if s.std_BM[b, m] == 0:
+    for b, k, g in np.ndindex(B, len(KEPT), G):
+      at = b, k, g
+      if s.std_BKG[at] == 0:
         continue
 
       # Of the sampled latents, under what is replayed and under what was recorded.
-      def density(mu, sigma):
-        return (-((s.next_BMNC[b, m] - mu) ** 2) / (2 * sigma**2)).mean()
+      def density(mu, sigma, value=s.next_BKGNC[at]):
+        return (-((value - mu) ** 2) / (2 * sigma**2)).mean()
 
-      gap = abs(density(mean[b, m], s.std_BM[b, m]) - density(s.mean_BMNC[b, m], s.std_BM[b, m]))
-      want[m // G] = max(want[m // G], gap)
+      off = abs(density(mean[at], s.std_BKG[at]) - density(s.mean_BKGNC[at], s.std_BKG[at]))
+      want[k] = max(want[k], off)
     np.testing.assert_allclose(found[:-1], want[:-1], rtol=2e-3)
     self.assertGreater(want[:-1].min(), 1e-3)
     # The last step ends in the image; 1 stands for the deviation that it lacks.
-    d = mean[:, -G:] - s.mean_BMNC[:, -G:]
-    last = np.abs((s.noise_BMNC[:, -G:] * d).mean((-1, -2)) - (d**2).mean((-1, -2)) / 2)
+    d = mean[:, -1] - s.mean_BKGNC[:, -1]
+    last = np.abs((s.noise_BKGNC[:, -1] * d).mean((-1, -2)) - (d**2).mean((-1, -2)) / 2)
     np.testing.assert_allclose(found[-1], last.max(), rtol=2e-3)
 
   @parameterized.product(
     sampler=tuple(flow.STEPS),
     change=(
-      ('x_BMNC', lambda x: x + 0.1),
-      ('next_BMNC', lambda x: x + 0.1),
-      ('next_BMNC', lambda x: x[:, ::-1]),
-      ('time_BM', lambda x: x - 0.05),
-      ('next_time_BM', lambda x: x - 0.05),
-      ('eta_BM', lambda x: x * 1.1),
-      ('noise_BMNC', lambda x: 0 * x),
-      ('noise_BMNC', lambda x: -x),
-      ('noise_BMNC', lambda x: x[:, :, ::-1]),
-      ('mean_BMNC', lambda x: x + 0.1),
-      ('std_BM', lambda x: x * 1.1),
+      ('x_BKGNC', lambda x: x + 0.1),
+      ('next_BKGNC', lambda x: x + 0.1),
+      ('next_BKGNC', lambda x: x[:, ::-1, ::-1]),
+      ('time_BKG', lambda x: x - 0.05),
+      ('next_time_BKG', lambda x: x - 0.05),
+      ('eta_BKG', lambda x: x * 1.1),
+      ('noise_BKGNC', lambda x: 0 * x),
+      ('noise_BKGNC', lambda x: -x),
+      ('noise_BKGNC', lambda x: x[:, :, :, ::-1]),
+      ('mean_BKGNC', lambda x: x + 0.1),
+      ('std_BKG', lambda x: x * 1.1),
     ),
   )
   def test_every_field_that_is_not_the_rollouts_opens_it(self, sampler, change):
-    steps, v, _ = drawn(sampler)
+    steps, v, _ = sampled(sampler)
     field, move = change
     other = steps.replace(**{field: move(getattr(steps, field))})
     with self.assertRaisesRegex(
-      ValueError, 'gap/generate is .*align.checks.mismatch.image_max is 1e-05'
+      ValueError, 'mismatch/generate is .*align.checks.mismatch.image_max is 1e-05'
     ):
-      mismatch.check(1, {'gap/generate': float(GAP(sampler, v, other, G).max())}, LIMITS)
+      mismatch.check(1, {'mismatch/generate': float(MISMATCH(sampler, v, other).max())}, LIMITS)
 
   def test_the_second_time_of_the_grid_counts_at_the_first_step(self):
-    steps, v, _ = drawn('sde')
-    gap = GAP('sde', v, steps.replace(first_time_BM=steps.first_time_BM - 0.02), G)
-    self.assertGreater(float(gap[0]), 1e-3)
-    self.assertLess(float(gap[1:].max()), 1e-6)
+    steps, v, _ = sampled('sde')
+    found = MISMATCH('sde', v, steps.replace(first_time_BKG=steps.first_time_BKG - 0.02))
+    self.assertGreater(float(found[0]), 1e-3)
+    self.assertLess(float(found[1:].max()), 1e-6)
 
   def test_final_latents_are_those_of_the_last_step(self):
-    steps, v, _ = drawn('sde')
+    steps, v, _ = sampled('sde')
     # Rounded to 16 bits, and those of a sibling.
-    rounded = steps.next_BMNC.astype(jnp.bfloat16).astype(jnp.float32)
-    for latents, least in ((rounded, LIMITS.images), (jnp.roll(steps.next_BMNC, 1, axis=1), 0.1)):
-      last = steps.next_BMNC.at[:, -G:].set(latents[:, -G:])
-      gap = GAP('sde', v, steps.replace(next_BMNC=last), G)
-      self.assertGreater(float(gap[-1]), least)
-      self.assertLess(float(gap[:-1].max()), 1e-6)
+    final = steps.next_BKGNC[:, -1]
+    rounded = final.astype(jnp.bfloat16).astype(jnp.float32)
+    for latents, least in ((rounded, LIMITS['image_max']), (jnp.roll(final, 1, axis=1), 0.1)):
+      last = steps.next_BKGNC.at[:, -1].set(latents)
+      found = MISMATCH('sde', v, steps.replace(next_BKGNC=last))
+      self.assertGreater(float(found[-1]), least)
+      self.assertLess(float(found[:-1].max()), 1e-6)
+      np.testing.assert_array_equal(MISMATCH('sde', v, steps, latents), found)
+    self.assertLess(float(MISMATCH('sde', v, steps, final).max()), 1e-6)
 
 
 class TextsTest(absltest.TestCase):
@@ -124,41 +128,58 @@ class TextsTest(absltest.TestCase):
     rng = np.random.default_rng(0)
     mask = np.arange(4) < rng.integers(1, 5, (B, G, 1))
     logp, old = (np.where(mask, -rng.uniform(0.5, 3, mask.shape), 0.0) for _ in range(2))
-    b = types.TextTrainBatch(None, None, old, mask, None, None, None, None)
+    texts = types.SampledTexts(
+      prompts=None, tokens_BGT=None, logp_BGT=old, mask_BGT=mask, temperature_B=None
+    )
     off = np.abs(logp - old)[mask]
     np.testing.assert_allclose(
-      mismatch.text_mismatch(jnp.asarray(logp), b), (off.max(), off.mean()), rtol=1e-6
+      mismatch.text_mismatch(jnp.asarray(logp), texts), (off.max(), off.mean()), rtol=1e-6
     )
     outside = mismatch.text_mismatch(
-      jnp.asarray(logp), b.replace(mask_BGT=mask, logp_BGT=old - ~mask)
+      jnp.asarray(logp), texts.replace(mask_BGT=mask, logp_BGT=old - ~mask)
     )
     np.testing.assert_allclose(outside[0], max(1.0, off.max()), rtol=1e-6)
 
 
 class CheckTest(parameterized.TestCase):
-  LIMITS = dict(texts=0.1, texts_mean=0.05, images=0.01, decode=0.2)
+  LIMITS = dict(text_max=0.1, text_mean=0.05, image_max=0.01, decode_max=0.2)
 
   @parameterized.parameters(
-    ('gap/generate', 'images', 0.02),
-    ('gap/edit', 'images', 0.02),
-    ('gap/plan', 'texts', 0.15),
-    ('gap/think_generate', 'images', 0.02),
-    ('gap/understand', 'texts', np.nan),
-    ('gap/decode', 'decode', 0.25),
-    ('gap/understand/mean', 'texts_mean', 0.06),
-    ('gap/plan/mean', 'texts_mean', 0.06),
+    ('mismatch/generate', 'image_max', 0.02),
+    ('mismatch/edit', 'image_max', 0.02),
+    ('mismatch/plan', 'text_max', 0.15),
+    ('mismatch/think_generate', 'image_max', 0.02),
+    ('mismatch/understand', 'text_max', np.nan),
+    ('mismatch/decode', 'decode_max', 0.25),
+    ('mismatch/understand/mean', 'text_mean', 0.06),
+    ('mismatch/plan/mean', 'text_mean', 0.06),
   )
-  def test_each_has_its_limit(self, name, kind, gap):
+  def test_each_has_its_limit(self, name, kind, found):
     with self.assertRaisesRegex(
       ValueError,
-      f'iteration 7: {name} is {gap:g}, config.align.gap_limit.{kind} is {self.LIMITS[kind]:g}: ',
+      f'iteration 7: {name} is {found:g}, config.align.checks.mismatch.{kind} is '
+      f'{self.LIMITS[kind]:g}: ',
     ):
-      mismatch.check(7, {name: gap}, self.LIMITS)
-    mismatch.check(7, {name: gap}, {**self.LIMITS, kind: 0.0})  # None.
+      mismatch.check(7, {name: found}, self.LIMITS)
+    mismatch.check(7, {name: found}, {**self.LIMITS, kind: 0.0})  # None.
     mismatch.check(7, {name: self.LIMITS[kind]}, self.LIMITS)
 
   def test_other_metrics_have_none(self):
-    mismatch.check(1, {'gap/generate/step0': 9.0, 'gap/edit/mean': 9.0, 'loss': 9.0}, self.LIMITS)
+    mismatch.check(
+      1, {'mismatch/generate/step0': 9.0, 'mismatch/edit/mean': 9.0, 'loss': 9.0}, self.LIMITS
+    )
+
+  @parameterized.parameters(
+    ('float32', dict(text_max=1e-5, text_mean=1e-5, decode_max=1e-3, image_max=1e-5)),
+    ('bfloat16', dict(text_max=0.0, text_mean=0.02, decode_max=0.0, image_max=1e-3)),
+  )
+  def test_limits_are_those_of_the_dtype_unless_the_config_says(self, dtype, default):
+    settings = base.get_config().align.checks.mismatch
+    self.assertEqual(mismatch.limits(settings, dtype), default)
+    settings.update(text_max=0.0, image_max=3e-4)
+    self.assertEqual(
+      mismatch.limits(settings, dtype), {**default, 'text_max': 0.0, 'image_max': 3e-4}
+    )
 
 
 if __name__ == '__main__':

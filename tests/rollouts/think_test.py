@@ -1,5 +1,6 @@
-"""Plans before pictures: contexts, both halves of a trajectory, and whole iterations."""
+"""Plans before images: contexts, both halves of a trajectory, and whole iterations."""
 
+import dataclasses
 import pathlib
 import tempfile
 
@@ -10,13 +11,13 @@ import numpy as np
 
 from configs import tiny
 from lvrpo_jax import types
-from lvrpo_jax.evaluation import evaluate
-from lvrpo_jax.models.bagel import policy
+from lvrpo_jax.evaluation import samplers
+from lvrpo_jax.models import contexts
 from lvrpo_jax.rollouts import think
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import align
 from lvrpo_jax.training import fit
-from lvrpo_jax.training import learner
+from lvrpo_jax.training import learner as learner_lib
 from lvrpo_jax.training import losses
 from tests.helpers import noise
 
@@ -44,7 +45,7 @@ class ThinkingTest(absltest.TestCase):
     cls.experiment = experiment = build(folder.name)
     cls.policy = experiment.policy
     rng = np.random.default_rng(0)
-    cls.params, _, cls.judge = noise.parameters(experiment)
+    cls.params, _, cls.dual_encoder = noise.parameters(experiment)
     cls.vae = fit.fit_autoencoder(experiment)
     cls.prompts = experiment.encoder(
       'think_generate', [experiment.data.example('think_generate', 'align', i) for i in range(B)]
@@ -66,7 +67,7 @@ class ThinkingTest(absltest.TestCase):
       )
 
     cls.drawn = staticmethod(jax.jit(drawn))
-    cls.after = policy.after_plans(cls.prompts, cls.tokens, cls.mask, cls.policy.bos)
+    cls.after = contexts.after_plans(cls.prompts, cls.tokens, cls.mask, cls.policy.bos)
 
   def velocity(self, prompts):
     return self.drawn(self.params, self.vae, prompts)
@@ -89,14 +90,14 @@ class ThinkingTest(absltest.TestCase):
     mask = np.concatenate([np.ones((B, G, 1), bool), self.mask], axis=-1)
     np.testing.assert_allclose(found[mask], scored[mask], rtol=2e-4, atol=2e-4)
 
-  def test_pictures_depend_on_their_plan_and_not_on_padding(self):
+  def test_images_depend_on_their_plan_and_not_on_padding(self):
     before = self.velocity(self.after)
     tokens = np.where(self.mask, self.tokens, 7)
-    same = policy.after_plans(self.prompts, tokens, self.mask, self.policy.bos)
+    same = contexts.after_plans(self.prompts, tokens, self.mask, self.policy.bos)
     np.testing.assert_array_equal(self.velocity(same), before)
     tokens = self.tokens.copy()
     tokens[1, 2, 0] += 1
-    other = self.velocity(policy.after_plans(self.prompts, tokens, self.mask, self.policy.bos))
+    other = self.velocity(contexts.after_plans(self.prompts, tokens, self.mask, self.policy.bos))
     changed = np.abs(np.asarray(other - before)).reshape(B * G, -1).max(axis=1) > 1e-6
     self.assertEqual(np.flatnonzero(changed).tolist(), [1 * G + 2])
 
@@ -104,13 +105,13 @@ class ThinkingTest(absltest.TestCase):
     def wide(x, value):
       return np.pad(x, ((0, 0), (0, 0), (0, 3)), constant_values=value)
 
-    longer = policy.after_plans(
+    longer = contexts.after_plans(
       self.prompts, wide(self.tokens, 0), wide(self.mask, False), self.policy.bos
     )
     np.testing.assert_allclose(self.velocity(longer), self.velocity(self.after), atol=1e-5)
     np.testing.assert_array_equal(longer.next_position_B, self.after.next_position_B)
 
-  def test_rows_have_numbers_of_their_own(self):
+  def test_rows_have_indices_of_their_own(self):
     self.assertLen(set(np.asarray(self.after.index_B).tolist()), B * G)
 
   def test_halves_keep_every_sample_with_its_plan(self):
@@ -120,34 +121,44 @@ class ThinkingTest(absltest.TestCase):
     def draw(*shape):
       return rng.normal(size=shape).astype(np.float32)
 
-    wide = draw(B, K * G)
-
-    def x():
-      return draw(B, K * G, N, C)
-
-    steps = types.Transitions(x(), x(), *([wide] * 4), x(), x(), wide)
-    image = types.ImageTrainBatch(
-      None, draw(B, G, N, C), steps, steps.x_BMNC, wide, None, None, None, None
+    steps = types.Transitions(
+      **{
+        field.name: draw(B, K, G, N, C) if field.name.endswith('NC') else draw(B, K, G)
+        for field in dataclasses.fields(types.Transitions)
+      }
     )
-    plan = types.TextTrainBatch(
-      self.prompts, self.tokens, draw(B, G, 5), self.mask, draw(B), None, None, None
+    image = types.SampledImages(
+      prompts=self.prompts,
+      latents_BGNC=draw(B, G, N, C),
+      steps=steps,
+      scale_BKG=draw(B, K, G),
+    )
+    plan = types.SampledTexts(
+      prompts=self.prompts,
+      tokens_BGT=self.tokens,
+      logp_BGT=draw(B, G, 5),
+      mask_BGT=self.mask,
+      temperature_B=draw(B),
     )
     credit, valid = draw(B, G), rng.random((B, G)) < 0.5
-    out = think.split_think(think.ThinkTrajectory(plan, image), self.policy.bos, credit, valid)
+    out = think.split_halves(think.SampledPlans(plan, image), self.policy.bos, credit, valid)
     self.assertEqual(set(out), {'plan', 'think_generate'})
-    np.testing.assert_array_equal(out['plan'].advantage_BG, credit)
-    drawn = out['think_generate']
-    for b in range(B):
-      for g in range(G):
-        row = b * G + g
-        self.assertEqual(drawn.advantage_BG[row, 0], credit[b, g])
-        self.assertEqual(drawn.valid_BG[row, 0], valid[b, g])
-        np.testing.assert_array_equal(drawn.latents_BGNC[row, 0], image.latents_BGNC[b, g])
-        for k in range(K):
-          np.testing.assert_array_equal(drawn.x_BMNC[row, k], image.x_BMNC[b, k * G + g])
-          self.assertEqual(drawn.transitions.std_BM[row, k], wide[b, k * G + g])
-        said = np.asarray(drawn.prompts.ids_BL)[row, -5:]
-        np.testing.assert_array_equal(said[self.mask[b, g]], self.tokens[b, g][self.mask[b, g]])
+    texts, text_credit, text_valid = out['plan']
+    self.assertIs(texts, plan)
+    np.testing.assert_array_equal(text_credit, credit)
+    np.testing.assert_array_equal(text_valid, valid)
+    images, image_credit, image_valid = out['think_generate']
+    for b, g in np.ndindex(B, G):
+      row = b * G + g
+      self.assertEqual(image_credit[row, 0], credit[b, g])
+      self.assertEqual(image_valid[row, 0], valid[b, g])
+      np.testing.assert_array_equal(images.latents_BGNC[row, 0], image.latents_BGNC[b, g])
+      for k in range(K):
+        for found, want in zip(jax.tree.leaves(images.steps), jax.tree.leaves(steps)):
+          np.testing.assert_array_equal(found[row, k, 0], want[b, k, g])
+        self.assertEqual(images.scale_BKG[row, k, 0], image.scale_BKG[b, k, g])
+      said = np.asarray(images.prompts.ids_BL)[row, -5:]
+      np.testing.assert_array_equal(said[self.mask[b, g]], self.tokens[b, g][self.mask[b, g]])
 
   def test_pretraining_learns_both_halves(self):
     loss = losses.pretraining(self.policy, dict(think_generate=0.5), 2, 2.2, 3)
@@ -172,7 +183,7 @@ class ThinkingTest(absltest.TestCase):
     self.assertEqual(float(weights['plan']), b.answer_mask_BL.sum())
     said = np.concatenate([np.ones((2, 1), bool), b.answer_mask_BL], axis=1)
     drawing = losses.pretraining(self.policy, dict(generate=1.0), 2, 2.2, 3)
-    image = {'generate': b.replace(prompts=policy.with_text(b.prompts, b.answer_BL, said))}
+    image = {'generate': b.replace(prompts=contexts.with_text(b.prompts, b.answer_BL, said))}
     np.testing.assert_allclose(found['think_generate'], sums(drawing, image)['generate'], rtol=1e-5)
     answer = self.experiment.data.example('think_generate', 'pretrain', 0).answer
     self.assertEqual(len(answer.replace(' , ', '|').split('|')), 4)
@@ -181,33 +192,41 @@ class ThinkingTest(absltest.TestCase):
     folder = self.create_tempdir().full_path
     experiment = build(folder, **changes)
     # The update takes the state away, and with it what it was made of.
-    mine = jax.tree.map(jnp.copy, (self.params, self.vae, self.judge))
-    aligner = learner.Learner(experiment, *mine)
+    mine = jax.tree.map(jnp.copy, (self.params, self.vae, self.dual_encoder))
+    learner = learner_lib.Learner(experiment, *mine)
     data = align.prompt_batches(experiment)
-    tasks = align.draw(experiment, data, data)
+    prompts = align.next_prompts(experiment, data, data)
 
-    def draw(names):
-      return tasks
+    def next_prompts(names):
+      del names
+      return prompts
 
-    metrics, pictures = aligner.iterate(tasks, 1, draw)
-    return aligner, metrics, pictures
+    metrics, images = learner.iterate(prompts, 1, next_prompts)
+    return metrics, images
 
   def test_an_iteration_scores_what_was_sampled(self):
-    _, metrics, pictures = self.iteration()
-    for name in ('gap/plan', 'gap/think_generate', 'gap/understand', 'gap/generate'):
+    metrics, images = self.iteration()
+    for name in (
+      'mismatch/plan',
+      'mismatch/think_generate',
+      'mismatch/understand',
+      'mismatch/generate',
+    ):
       self.assertLess(float(metrics[name]), 1e-5, name)
-    self.assertEqual(pictures['think_generate'].shape[:2], (B, G))
+    self.assertEqual(images['think_generate'].shape[:2], (B, G))
     self.assertIn('loss/plan', metrics)
     self.assertIn('loss/think_generate_penalty', metrics)
     self.assertIn('accuracy/think_generate/correct', metrics)
 
   def test_fresh_prompts_take_the_places_of_dead_ones(self):
-    _, metrics, _ = self.iteration(align=dict(refill=1, refill_by='', understand=0, generate=0))
-    self.assertIn('refill/think_generate/rounds', metrics)
-    self.assertLess(float(metrics['gap/think_generate']), 1e-5)
+    metrics, _ = self.iteration(
+      align=dict(dynamic_sampling=dict(rounds=1, reward=''), prompts=dict(understand=0, generate=0))
+    )
+    self.assertIn('dynamic_sampling/think_generate/rounds', metrics)
+    self.assertLess(float(metrics['mismatch/think_generate']), 1e-5)
 
-  def test_measured_with_the_noise_of_pictures_without_a_plan(self):
-    tools = evaluate.samplers(self.experiment)
+  def test_measured_with_the_noise_of_images_without_a_plan(self):
+    tools = samplers.build(self.experiment)
     plans, images = tools.think(self.params, self.vae, self.prompts)
     side = self.experiment.data.image_size
     count = self.experiment.config.evaluate.samples

@@ -1,11 +1,10 @@
-"""Builds policies of the BAGEL family: the released architecture, and the small one of a config."""
+"""Builds policies of the BAGEL family, of the released architecture or of a small config."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import pathlib
-from typing import Any
 
 from absl import logging
 
@@ -17,30 +16,33 @@ from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.models.bagel import policy as policy_lib
 from lvrpo_jax.models.bagel import released
 
+Architecture = dict[str, types.Json]
+"""Sizes of a released model, in the format of its own configuration."""
 
-def find_architecture(config: types.Config) -> dict[str, Any]:
-  """Sizes of a released model in its own format, from its folder or the config; {} for neither.
+
+def find_architecture(config: types.Config) -> Architecture:
+  """Reads the architecture of a released model from its folder or the config; {} for neither.
 
   Raises:
-    ValueError: the folder holds another model than the config describes.
+    ValueError: the model in the folder differs from the one that the config describes.
   """
-  mine = config.architecture.to_dict()
+  configured = config.architecture.to_dict()
   if not config.checkpoint:
-    return mine
-  theirs = bagel_config.read_config(config.checkpoint)
-  if mine:
-    here, there = _sizes(mine), _sizes(theirs)
-    for key, value in here.items():
-      if value != there[key]:
+    return configured
+  released_sizes = bagel_config.read_config(config.checkpoint)
+  if configured:
+    expected, found = _sizes(configured), _sizes(released_sizes)
+    for key, value in expected.items():
+      if value != found[key]:
         raise ValueError(
           f'config.architecture gives {key} = {value!r}, but the model in '
-          f'config.checkpoint = {config.checkpoint!r} has {there[key]!r}'
+          f'config.checkpoint = {config.checkpoint!r} has {found[key]!r}'
         )
-  return theirs
+  return released_sizes
 
 
-def _sizes(architecture: dict[str, Any]) -> dict[str, Any]:
-  """Everything in an architecture that shapes a parameter, by name."""
+def _sizes(architecture: Architecture) -> dict[str, types.Json]:
+  """Returns all settings of an architecture that determine the shape of a parameter, by name."""
   autoencoder = bagel_config.autoencoder(architecture)
   return {
     **dataclasses.asdict(bagel_config.model_config(architecture)),
@@ -56,12 +58,12 @@ def released_policy(
   config: types.Config,
   tokenizer: family.Tokenizer,
   image_size: int,
-  architecture: dict[str, Any],
+  architecture: Architecture,
 ) -> policy_lib.Policy:
-  """A model of the released architecture.
+  """Builds a policy of the released architecture.
 
-  Where a tokenizer is given (`config.checkpoint`) its special tokens hold; one that lacked them
-  has them behind its last word, and the embedding table grows if it must.
+  With `config.checkpoint`, the special tokens are those of the folder's tokenizer. A tokenizer that
+  lacked them has them after its last word, and the embedding table grows if that is necessary.
 
   Raises:
     ValueError: the data's images do not fit the model.
@@ -76,18 +78,18 @@ def released_policy(
   )
   vae, patch = bagel_config.autoencoder(architecture), architecture['latent_patch_size']
   if config.checkpoint:
-    mine = dict(
+    special_tokens = dict(
       bos_token_id=tokenizer.bos,
       eos_token_id=tokenizer.eos,
       start_of_image=tokenizer.start_of_image,
       end_of_image=tokenizer.end_of_image,
     )
-    if not tokenizer.added and mine != architecture['special_tokens']:
+    if not tokenizer.added and special_tokens != architecture['special_tokens']:
       logging.warning(
         'special tokens of the tokenizer in %s are %s, its configuration says %s; '
-        "the tokenizer's hold",
+        'those of the tokenizer are used',
         config.checkpoint,
-        mine,
+        special_tokens,
         architecture['special_tokens'],
       )
     model = dataclasses.replace(
@@ -102,7 +104,12 @@ def released_policy(
       f'pixels a side; allowed: multiples of {vae.downsample * patch}'
     )
   policy = policy_lib.Policy(
-    model, vae, image_size, patch, bos=tokenizer.bos, eos=tokenizer.eos
+    config=model,
+    vae=vae,
+    image_size=image_size,
+    latent_patch=patch,
+    bos=tokenizer.bos,
+    eos=tokenizer.eos,
   )
   if policy.latent_grid > model.latent_side:
     raise ValueError(
@@ -116,13 +123,13 @@ def released_policy(
 def small_policy(
   config: types.Config, tokenizer: family.Tokenizer, image_size: int
 ) -> policy_lib.Policy:
-  """The unified model of `config.model` with the small autoencoder.
+  """Builds the policy of `config.model` with the small autoencoder.
 
   Raises:
     ValueError: a patch does not divide the data's images, or the position table is too small.
   """
-  m = config.model
-  patches = {'vae.patch': config.vae.patch, 'model.vit_patch': m.vit_patch}
+  sizes = config.model
+  patches = {'vae.patch': config.vae.patch, 'model.vit_patch': sizes.vit_patch}
   if not config.dual_encoder.path:
     patches['dual_encoder.patch'] = config.dual_encoder.patch
   for key, patch in patches.items():
@@ -131,57 +138,62 @@ def small_policy(
         f'config.{key} is {patch}; allowed: a divisor of the {image_size} '
         'pixels along a side of an image'
       )
-  tokens_a_side = image_size // min(config.vae.patch, m.vit_patch)
-  if m.position_side < tokens_a_side:
+  tokens_a_side = image_size // min(config.vae.patch, sizes.vit_patch)
+  if sizes.position_side < tokens_a_side:
     raise ValueError(
-      f'config.model.position_side is {m.position_side}; allowed: at least the '
+      f'config.model.position_side is {sizes.position_side}; allowed: at least the '
       f'{tokens_a_side} tokens along a side of an image'
     )
   vae = vae_lib.PatchAutoencoder(patch=config.vae.patch, z_channels=config.vae.channels)
   vit = bagel.VitConfig(
-    width=m.vit_width,
-    depth=m.vit_depth,
-    heads=m.vit_heads,
-    ff_width=m.vit_ff_width,
-    patch=m.vit_patch,
-    side=m.position_side,
+    width=sizes.vit_width,
+    depth=sizes.vit_depth,
+    heads=sizes.vit_heads,
+    ff_width=sizes.vit_ff_width,
+    patch=sizes.vit_patch,
+    side=sizes.position_side,
   )
   model = bagel.ModelConfig(
     vocab=len(tokenizer),
-    width=m.width,
-    depth=m.depth,
-    heads=m.heads,
-    kv_heads=m.kv_heads,
-    ff_width=m.ff_width,
+    width=sizes.width,
+    depth=sizes.depth,
+    heads=sizes.heads,
+    kv_heads=sizes.kv_heads,
+    ff_width=sizes.ff_width,
     latent_channels=config.vae.channels,
-    latent_side=m.position_side,
+    latent_side=sizes.position_side,
     interpolate_pos=True,
     vit=vit,
     start_of_image=tokenizer.start_of_image,
     end_of_image=tokenizer.end_of_image,
-    eps=m.eps,
-    rope_theta=m.rope_theta,
-    dtype=m.dtype,
-    unroll=m.unroll,
-    remat=m.remat,
-    attention=m.attention,
+    eps=sizes.eps,
+    rope_theta=sizes.rope_theta,
+    dtype=sizes.dtype,
+    unroll=sizes.unroll,
+    remat=sizes.remat,
+    attention=sizes.attention,
   )
   return policy_lib.Policy(
-    model, vae, image_size, latent_patch=1, bos=tokenizer.bos, eos=tokenizer.eos
+    config=model,
+    vae=vae,
+    image_size=image_size,
+    latent_patch=1,
+    bos=tokenizer.bos,
+    eos=tokenizer.eos,
   )
 
 
 class Family:
-  """BAGEL (arXiv 2505.14683): a Mixture-of-Transformers with a rectified flow over latents."""
+  """Family of BAGEL (arXiv 2505.14683): a Mixture-of-Transformers with a flow over latents."""
 
   def build(
     self, config: types.Config, tokenizer: family.Tokenizer, image_size: int
   ) -> policy_lib.Policy:
-    """The policy of a config.
+    """Builds the policy of a config.
 
     Args:
-      config: the whole config, of which the sections `model`, `vae`, `architecture` and the key
-        `checkpoint` are read.
+      config: the whole config; the sections `model`, `vae`, `dual_encoder`, `architecture` and
+        `data`, and the key `checkpoint`, are read.
       tokenizer: of the data.
       image_size: pixels a side of the data's images.
     """
@@ -191,7 +203,7 @@ class Family:
     return small_policy(config, tokenizer, image_size)
 
   def digest(self, policy: policy_lib.Policy, folder: str | os.PathLike, part: str) -> str:
-    """Tells the weights of one part of a released folder apart from others."""
+    """Returns a fingerprint of the weights of one part of a released folder."""
     return released.digest(policy, folder, part)
 
   def load(
@@ -201,7 +213,7 @@ class Family:
     part: str,
     shardings: types.Tree,
   ) -> types.Params:
-    """Parameters of one part of a released folder, read straight into their shards."""
+    """Reads the parameters of one part of a released folder, each straight into its shards."""
     return released.load(policy, folder, part, shardings)
 
   def save(
@@ -213,9 +225,9 @@ class Family:
     target: pathlib.Path,
     shards: int,
   ) -> None:
-    """Writes a folder of the released form, configuration and tokenizer copied from `source`."""
+    """Writes a folder in the released form; copies configuration and tokenizer from `source`."""
     released.save(policy, params, vae_params, source, target, shards)
 
 
-BAGEL = Family()
-"""The family."""
+BAGEL: family.ModelFamily[policy_lib.Policy] = Family()
+"""The family, as `models.family.FAMILIES` names it."""

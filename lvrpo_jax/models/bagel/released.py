@@ -1,4 +1,4 @@
-"""Folders of the released form: weights in safetensors, configuration and tokenizer beside them."""
+"""Folders in the released form: weights in safetensors files, with configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 
 from lvrpo_jax import types
 from lvrpo_jax.models import family
+from lvrpo_jax.models import vae as vae_lib
 from lvrpo_jax.models.bagel import params as bagel_params
 from lvrpo_jax.models.bagel import policy as policy_lib
 
@@ -27,19 +28,31 @@ COPIED = (
 """Files of a released folder that alignment does not change."""
 
 
+def _autoencoder(policy: policy_lib.Policy) -> vae_lib.Autoencoder:
+  """Returns the released autoencoder of a policy.
+
+  Raises:
+    ValueError: the policy has the small one.
+  """
+  if not isinstance(policy.vae, vae_lib.Autoencoder):
+    raise ValueError('a released folder has no weights of the small autoencoder')
+  return policy.vae
+
+
 def _config_of(policy: policy_lib.Policy, part: str) -> bagel_params.Config:
-  return policy.vae if part == family.AUTOENCODER else policy.config
+  """Returns the configuration of a part of a released folder."""
+  return _autoencoder(policy) if part == family.AUTOENCODER else policy.config
 
 
 def digest(policy: policy_lib.Policy, folder: str | os.PathLike, part: str) -> str:
-  """Tells the weights of one part of a folder apart from others."""
+  """Returns a fingerprint of the weights of one part of a folder."""
   return bagel_params.fingerprint(pathlib.Path(folder), _config_of(policy, part))
 
 
 def load(
   policy: policy_lib.Policy, folder: str | os.PathLike, part: str, shardings: types.Tree
 ) -> types.Params:
-  """Parameters of one part of a folder, read straight into their shards."""
+  """Reads the parameters of one part of a folder, each straight into its shards."""
   return bagel_params.load(folder, _config_of(policy, part), shardings)
 
 
@@ -51,11 +64,14 @@ def save(
   target: pathlib.Path,
   shards: int,
 ) -> None:
-  """Writes a folder of the released form; it appears when it is complete.
+  """Writes a folder in the released form, which appears under its name once it is complete.
 
   Args:
+    policy: the model.
+    params, vae_params: weights of the model and of the autoencoder.
     source: folder whose configuration and tokenizer are copied.
-    shards: files of the model.
+    target: the new folder.
+    shards: count of files of the model.
 
   Raises:
     OSError: the folder cannot be written.
@@ -65,7 +81,7 @@ def save(
   try:
     partial.mkdir(parents=True)
     bagel_params.save(params, partial / 'ema.safetensors', policy.config, shards)
-    bagel_params.save(vae_params, partial / 'ae.safetensors', policy.vae)
+    bagel_params.save(vae_params, partial / 'ae.safetensors', _autoencoder(policy))
     for name in COPIED:
       if (pathlib.Path(source) / name).is_file():
         shutil.copy(pathlib.Path(source) / name, partial / name)
@@ -76,9 +92,9 @@ def save(
 
 
 def _set_vocabulary(folder: pathlib.Path, size: int) -> None:
-  """Writes the number of rows of the exported table into the configuration.
+  """Writes the row count of the exported embedding table into the configuration.
 
-  Special tokens may have been appended to it.
+  The count differs from that of the source where special tokens were appended.
   """
   for name, part in (('llm_config.json', ''), ('config.json', 'llm_config')):
     path = folder / name

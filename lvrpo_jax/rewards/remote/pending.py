@@ -1,4 +1,4 @@
-"""Scores of remote rewards to come, and waits that end where a run should stop."""
+"""Awaits the scores of remote rewards, and interrupts a wait where a run should stop."""
 
 from __future__ import annotations
 
@@ -12,41 +12,46 @@ from lvrpo_jax.parallel import multihost
 from lvrpo_jax.rewards.remote import client as remote_client
 
 POLL_S = 1.0
-"""Seconds between two looks at whether to stop."""
+"""Seconds between two calls of `check` while scores are awaited."""
 
 
 LOOK_S = 0.02
-"""Seconds between two looks at what devices compute."""
+"""Seconds between two calls of `check` while devices compute."""
 
 
 def until_ready(x: jax.Array, check: Callable[[], None]) -> None:
-  """Waits for what devices compute, and calls `check`, which may raise, meanwhile.
+  """Waits until devices have computed an array, and calls `check`, which may raise, meanwhile.
 
   With several processes, no process may poll alone: all must stop at the same point.
   """
-  while jax.process_count() == 1 and not x.is_ready():
+  # The stubs of JAX lack `is_ready`.
+  while jax.process_count() == 1 and not x.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
     check()
     time.sleep(LOOK_S)
 
 
 class PendingRewards:
-  """Scores to come, by task and name of the reward."""
+  """Holds futures of scores by task and name of the reward."""
 
-  def __init__(self, scores: Mapping[tuple[str, str], futures.Future], check: Callable[[], None]):
+  def __init__(
+    self,
+    scores: Mapping[tuple[str, str], futures.Future[remote_client.Scored]],
+    check: Callable[[], None],
+  ):
     """Keeps the futures.
 
     Args:
-      scores: futures of `client.Scored` by (task, name).
+      scores: futures by (task, name).
       check: called now and then during a wait, by all processes; may raise.
     """
     self._scores, self._check = scores, check
 
   def result(self, task: str, name: str) -> remote_client.Scored:
-    """Waits for the scores of a reward. All processes call this, for the same ones in turn.
+    """Waits for the scores of a reward; all processes call this in the same order of rewards.
 
     Raises:
-      client.JudgeUnavailable: the server of this process is away, or that of another one: all of
-        them stop after the same iteration.
+      client.JudgeUnavailable: the server of this or of another process is unavailable. All
+        processes stop after the same iteration.
       RuntimeError: anything else has failed, here (it is the cause) or in another process.
       Exception: what `check` raises.
     """
@@ -54,15 +59,15 @@ class PendingRewards:
     while multihost.any_process(bool(futures.wait([future], POLL_S).not_done)):
       self._check()
     error = future.exception()
-    away = isinstance(error, remote_client.JudgeUnavailable)
-    # A server that is away ends a run with its state saved, which all processes do together. Of any
-    # other error only the process that has it can say what it means, so nobody saves.
-    if multihost.any_process(error is not None and not away):
+    unavailable = isinstance(error, remote_client.JudgeUnavailable)
+    # An unavailable server ends a run with its state saved, which all processes do together. Any
+    # other error is known to the process that has it alone, so no process saves.
+    if multihost.any_process(error is not None and not unavailable):
       raise RuntimeError(
         f'the answers of the remote judge for {task!r} could not be used; the log '
         'of the process that has failed says why'
       ) from error
-    if multihost.any_process(away):
+    if multihost.any_process(unavailable):
       raise error or remote_client.JudgeUnavailable(
         f'the remote judge of another process failed for {task!r}; its log says why. Run the '
         'same command: the run resumes from its checkpoint.'
@@ -70,11 +75,11 @@ class PendingRewards:
     return future.result()
 
   def until_ready(self, x: jax.Array) -> None:
-    """Waits for what devices compute, see `until_ready`."""
+    """Waits until devices have computed an array, see the function `until_ready`."""
     until_ready(x, self._check)
 
   def metrics(self) -> dict[str, float]:
-    """Counts of all calls, see `client.Scored`; after `result`."""
+    """Returns the counts of all calls, see `client.Scored`; call it after `result`."""
     return {
       f'judge/{task}/{name}': value
       for (task, _), future in self._scores.items()

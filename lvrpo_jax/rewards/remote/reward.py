@@ -1,4 +1,4 @@
-"""The judge of `config.align.remote_judge` as a reward."""
+"""The reward 'remote': scores of the server that `config.align.remote_judge` describes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ KEY = 'config.align.remote_judge'
 
 
 class Remote:
-  """Scores of a server. All tasks of an experiment share one client, made by the first call."""
+  """Asks a server for scores.
+
+  All tasks of an experiment share one client, which the first call makes.
+  """
 
   outputs = frozenset((tasks.TEXT, tasks.IMAGE))
   runs_on = base.REMOTE
 
   def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
+    """Reads the settings of the endpoint; starts no thread and opens no cache."""
     del task, settings
     self._clients = experiment.shared
     self._endpoint = experiment.config.align.remote_judge.to_dict()
-    if self._endpoint['cache'] and jax.process_count() > 1:  # One file, one writer.
+    # Each process writes a cache of its own, as a file has one writer.
+    if self._endpoint['cache'] and jax.process_count() > 1:
       self._endpoint['cache'] += f'.{jax.process_index()}'
 
   @functools.cached_property
@@ -35,8 +40,8 @@ class Remote:
       self._clients[KEY] = client.Judge(client.Endpoint(**self._endpoint), KEY)
     return self._clients[KEY]
 
-  def submit(self, samples: base.Samples) -> futures.Future:
-    """Sends this process's samples; a future of `client.Scored`."""
+  def submit(self, samples: base.Samples) -> futures.Future[client.Scored]:
+    """Sends this process's samples."""
     outputs = samples.texts_BG if samples.are_texts else samples.images_BGYXC
     return self._client.submit(samples.task, samples.examples, outputs, samples.iteration)
 

@@ -48,8 +48,8 @@ class SourceTest(parameterized.TestCase):
   def test_every_text_fits_the_default_template(self, task):
     lengths = base.get_config().data
     template = encoding.Template(
-      prompt_words=lengths.prompt_tokens,
-      answer_words=lengths.answer_tokens,
+      prompt_tokens=lengths.prompt_tokens,
+      answer_tokens=lengths.answer_tokens,
       vit_tokens=4,
       latent_tokens=4,
     )

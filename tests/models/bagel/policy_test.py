@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.policy, on contexts as the pipeline encodes them."""
+"""Tests of lvrpo_jax.models.bagel.policy, on contexts as the pipeline encodes them."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from configs import tiny
+from lvrpo_jax import types
 from lvrpo_jax.data import encoding
 from lvrpo_jax.data import examples as examples_lib
 from lvrpo_jax.data import tasks
@@ -38,8 +39,8 @@ def prompts(task, uniform, count=2, **changes):
   encoder = encoding.Encoder(
     experiment().data.tokenizer,
     encoding.Template(
-      template.prompt_words,
-      template.answer_words,
+      template.prompt_tokens,
+      template.answer_tokens,
       template.vit_tokens,
       template.latent_tokens,
       uniform,
@@ -149,21 +150,33 @@ class SeveralTasksTest(absltest.TestCase):
     ids, x, time = inputs()
     # Rows of unlike shapes, as a released model has them.
     p = {task: prompts(task, False) for task in tasks.TASKS}
-    xs, times = {'generate': x, 'edit': x + 1.0}, {'generate': time, 'edit': 1.0 - time}
+    points = dict(generate=(x, time), edit=(x + 1.0, 1.0 - time), think_generate=(x - 1.0, time))
+    # Two steps of one sample, or one step of two.
+    queries = {
+      task: types.FlowQuery(p[task], x_BMNC[:, :, None], time_BM[:, :, None])
+      if task == 'generate'
+      else types.FlowQuery(p[task], x_BMNC[:, None], time_BM[:, None])
+      for task, (x_BMNC, time_BM) in points.items()
+    }
+    queries['understand'] = types.TextQuery(p['understand'], ids)
 
     def run(joint):
       policy = dataclasses.replace(experiment().policy, joint=joint)
 
       def total(params):
-        out = policy.forward(params, vae_params, p, xs, times, {'understand': ids})
+        out = policy.forward(params, vae_params, queries)
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(out)), out
 
       (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
       return out, grads
 
     (want, want_grads), (got, got_grads) = run(False), run(True)
-    self.assertEqual((set(got[0]), set(got[1])), ({'generate', 'edit'}, {'understand'}))
+    self.assertEqual(set(got), set(tasks.TASKS))
     close(got, want)
+    for task, (x_BMNC, time_BM) in points.items():
+      self.assertEqual(got[task].shape, queries[task].x_BKGNC.shape)
+      alone = outputs(params, prefill(params, vae_params, p[task]), ids, x_BMNC, time_BM)[1]
+      close(got[task].reshape(alone.shape), alone)
     size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want_grads))
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * size, rtol=1e-4),
@@ -171,7 +184,7 @@ class SeveralTasksTest(absltest.TestCase):
       want_grads,
     )
 
-  def test_alike(self):
+  def test_group_by_shape(self):
     shapes = {'a': np.zeros((2, 3)), 'b': np.zeros((5, 4)), 'c': np.zeros((7, 3))}
     self.assertEqual(contexts.group_by_shape(shapes), [['a', 'c'], ['b']])
     self.assertEqual(contexts.group_by_shape({}), [])

@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.rollouts.{text,image} and of the steps cut out of trajectories."""
+"""Tests of lvrpo_jax.rollouts.text: stops, nucleus, log-probabilities and what a row depends on."""
 
 import functools
 
@@ -8,15 +8,10 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.models.bagel import model as bagel
-from lvrpo_jax.rollouts import image as image_rollout
-from lvrpo_jax.rollouts import replay as replay_lib
-from lvrpo_jax.rollouts import schedule as schedule_lib
 from lvrpo_jax.rollouts import text as text_rollout
-from lvrpo_jax.rollouts import trajectories
 
 BOS, EOS, VOCABULARY = 1, 2, 12
 CONFIG = bagel.ModelConfig(
@@ -230,10 +225,10 @@ class ModelTextTest(parameterized.TestCase):
       for xs in zip(*((out.tokens_BGT, out.mask_BGT) for out in outs))
     )
     ended = 0
-    for tokens, mask in zip(tokens, mask):
-      place = tokens.tolist().index(EOS) + 1 if EOS in tokens else 6
-      ended += EOS in tokens
-      np.testing.assert_array_equal(mask, np.arange(6) < place)
+    for row, row_mask in zip(tokens, mask):
+      place = row.tolist().index(EOS) + 1 if EOS in row else 6
+      ended += EOS in row
+      np.testing.assert_array_equal(row_mask, np.arange(6) < place)
     self.assertBetween(ended, 1, 23)
 
   def test_row_depends_on_its_own_key_and_context_alone(self):
@@ -247,151 +242,6 @@ class ModelTextTest(parameterized.TestCase):
     np.testing.assert_allclose(alone.logp_BGT, whole.logp_BGT[1:2, :1], atol=1e-5)
     other = answer(parameters(), context(), keys(3, 2, seed=1), 0.7)
     self.assertFalse(np.array_equal(other.tokens_BGT, whole.tokens_BGT))
-
-
-SHAPE = (4, 3)
-
-
-def velocity(x, time):
-  """A cheap non-linear velocity that mixes tokens and depends on time."""
-  return jnp.sin(2.0 * x + time[..., None, None]) + 0.3 * jnp.mean(x, axis=-2, keepdims=True)
-
-
-GRID = flow.time_grid(7, 2.2)
-ETA = schedule_lib.noise_levels(0.7, 6, 0.3, 1.0, GRID)
-
-
-class ImageTest(parameterized.TestCase):
-  def rollout(self, key_BG, eta=ETA, sampler='sde'):
-    return jax.jit(lambda k: image_rollout.sample_sde(velocity, k, SHAPE, GRID, eta, sampler))(
-      key_BG
-    )
-
-  def test_without_noise_it_is_the_ode(self):
-    for sampler in flow.STEPS:
-      out = self.rollout(keys(2, 3), jnp.zeros(6), sampler)
-      want = image_rollout.sample_ode(velocity, keys(2, 3), SHAPE, GRID)
-      np.testing.assert_allclose(out.latents_BGNC, want, atol=1e-5)
-      np.testing.assert_array_equal(out.std_T, 0.0)
-
-  def test_ode_by_hand(self):
-    x = np.asarray(image_rollout.initial_noise(keys(2, 3), SHAPE))
-    for t, t_next in zip(GRID[:-1], GRID[1:]):
-      x = x + np.asarray(velocity(x, jnp.full((2, 3), t))) * (float(t_next) - float(t))
-    np.testing.assert_allclose(
-      image_rollout.sample_ode(velocity, keys(2, 3), SHAPE, GRID), x, atol=1e-5
-    )
-
-  @parameterized.parameters(*flow.STEPS)
-  def test_trajectory_hangs_together(self, sampler):
-    out = self.rollout(keys(2, 3), sampler=sampler)
-    wide = np.asarray(out.std_T)[:, None, None, None, None]
-    after = np.asarray(out.mean_TBGNC) + wide * np.asarray(out.noise_TBGNC)
-    np.testing.assert_allclose(out.x_TBGNC[1:], after[:-1], atol=1e-6)
-    np.testing.assert_allclose(out.latents_BGNC, after[-1], atol=1e-6)
-    np.testing.assert_array_equal(out.x_TBGNC[0], image_rollout.initial_noise(keys(2, 3), SHAPE))
-    np.testing.assert_array_equal(np.asarray(out.std_T) > 0, np.asarray(ETA) > 0)
-    np.testing.assert_allclose(np.append(out.time_T, 0.0), GRID)
-    np.testing.assert_allclose(np.append(1.0, out.next_time_T), GRID)
-
-  @parameterized.parameters(*flow.STEPS)
-  def test_replay_is_exact(self, sampler):
-    out = self.rollout(keys(2, 3), sampler=sampler)
-    steps = np.array([1, 2])
-    cut = trajectories.transitions(out, steps, GRID, ETA)
-    np.testing.assert_array_equal(cut.x_BMNC[:, 3:], out.x_TBGNC[2])  # Row k * G + g.
-    np.testing.assert_array_equal(cut.time_BM[0], np.repeat(np.asarray(out.time_T)[steps], 3))
-    replay = jax.jit(
-      lambda s: replay_lib.transition(sampler, velocity(s.x_BMNC, s.time_BM), s).mean
-    )
-    # One rounding of float32 apart: rollout and replay are separate programs.
-    np.testing.assert_allclose(replay(cut), cut.mean_BMNC, atol=1e-6, rtol=1e-6)
-
-  @parameterized.parameters(*flow.STEPS)
-  def test_last_step_is_free_of_noise(self, sampler):
-    eta = schedule_lib.noise_levels(0.7, 6, 0.0, 1.0, GRID)
-    np.testing.assert_array_equal(np.asarray(eta) > 0, [1, 1, 1, 1, 1, 0])
-    out = self.rollout(keys(2, 3), eta, sampler)
-    self.assertEqual(float(out.std_T[-1]), 0.0)
-    np.testing.assert_array_equal(out.latents_BGNC, out.mean_TBGNC[-1])
-
-  def test_interval_of_noise(self):
-    grid = np.asarray(GRID)
-    for low, high in ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0)):
-      eta = np.asarray(schedule_lib.noise_levels(0.7, 6, low, high, GRID))
-      want = [0.7 if low < t <= high and i < 5 else 0.0 for i, t in enumerate(grid[:-1])]
-      np.testing.assert_allclose(eta, want, rtol=1e-6)
-
-  def test_row_depends_on_its_own_key_alone(self):
-    key_BG = keys(2, 3)
-    whole = self.rollout(key_BG)
-    alone = self.rollout(key_BG[1:, 2:])
-    np.testing.assert_allclose(alone.latents_BGNC, whole.latents_BGNC[1:, 2:], atol=1e-6)
-    np.testing.assert_array_equal(alone.noise_TBGNC, whole.noise_TBGNC[:, 1:, 2:])
-    flat = np.asarray(whole.noise_TBGNC).reshape(6 * 6, -1)
-    self.assertLess(np.abs(np.corrcoef(flat) - np.eye(36)).max(), 0.999)
-    part = image_rollout.slice_prompts(whole, 1, 2)
-    np.testing.assert_array_equal(part.x_TBGNC, whole.x_TBGNC[:, 1:2])
-    np.testing.assert_array_equal(part.latents_BGNC, whole.latents_BGNC[1:2])
-
-
-class FirstHalfTest(absltest.TestCase):
-  def test_the_time_that_bounds_it(self):
-    """Flow-GRPO-Fast: windows at random in the first half of the steps."""
-    for steps, shift in ((10, 2.2), (16, 3.0), (28, 1.0)):
-      grid = flow.time_grid(steps + 1, shift)
-      eta = schedule_lib.noise_levels(0.7, steps, shift / (1 + shift), 1.0, grid)
-      noisy = np.flatnonzero(np.asarray(eta))
-      np.testing.assert_array_equal(noisy, np.arange(len(noisy)))
-      self.assertBetween(len(noisy), steps // 2 - 1, steps // 2)
-
-
-class WindowTest(parameterized.TestCase):
-  @parameterized.product(
-    schedule=schedule_lib.SCHEDULES,
-    seed=(0, 1, 2, 3),
-    sizes=((6, 2), (4, 1), (3, 3), (12, 1), (13, 2), (20, 1), (24, 5)),
-  )
-  def test_uniform_and_repeatable(self, schedule, seed, sizes):
-    def draw(seed):
-      return [schedule_lib.window_start(schedule, seed, i, *sizes, 1) for i in range(1, 1001)]
-
-    found = draw(seed)
-    self.assertEqual(found, draw(seed))
-    starts = sizes[0] - sizes[1] + 1
-    counts = np.bincount(found, minlength=starts)
-    self.assertLen(counts, starts)
-    np.testing.assert_allclose(counts, 1000 / starts, rtol=0.2)
-    if starts > 1 and schedule == 'random':
-      self.assertNotEqual(found, draw(seed + 1))
-      self.assertGreater(len({tuple(found[i : i + starts]) for i in range(0, 900, starts)}), 1)
-
-  def test_processes_that_seed_with_their_rank_disagree(self):
-    # As elsewhere: siblings would replay unlike steps. Here all pass the seed of the run.
-    ranks = [
-      [schedule_lib.window_start('random', rank, i, 6, 2, 1) for i in range(1, 101)]
-      for rank in range(4)
-    ]
-    agree = [len(set(starts)) == 1 for starts in zip(*ranks)]
-    self.assertLess(np.mean(agree), 0.2)
-
-  def test_calls_in_any_order_agree(self):
-    def at(i):
-      return schedule_lib.window_start('random', 0, i, 6, 2, 1)
-
-    want = [at(i) for i in range(1, 21)]
-    np.random.seed(0)
-    np.random.random(7)
-    self.assertEqual([at(i) for i in reversed(range(1, 21))], want[::-1])
-
-  def test_sliding(self):
-    def at(i, size=4):
-      return schedule_lib.window_start('sliding', 0, i, 6, size, 3)
-
-    self.assertEqual([at(i) for i in range(1, 13)], [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3)
-    self.assertEqual({at(i, 6) for i in range(50)}, {0})  # All steps: it cannot move.
-    with self.assertRaisesRegex(ValueError, "align.rollout.window_schedule is 'decay'"):
-      schedule_lib.window_start('decay', 0, 1, 6, 2, 1)
 
 
 if __name__ == '__main__':
