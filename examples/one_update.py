@@ -15,7 +15,6 @@ from lvrpo_jax import types
 from lvrpo_jax.objectives import advantage
 from lvrpo_jax.rollouts import engine as engine_lib
 from lvrpo_jax.rollouts import replay
-from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import losses
 from lvrpo_jax.training import step as step_lib
@@ -41,9 +40,9 @@ def main() -> dict[str, float]:
   rewards = {'brightness': types.Rewards(jnp.asarray(brightness_BG), jnp.ones((2, 2), bool))}
   credit = advantage.combine(rewards, {'brightness': 1.0}, 'normalize_then_sum', floor=1e-3)
 
-  steps = trajectories.transitions(trajectory, engine.kept_steps(1), engine.grid, engine.levels_T)
-  sampled = trajectories.sampled_images(prompts, trajectory, steps)
-  query = trajectories.step_query(sampled, guided=False)
+  steps = replay.transitions(trajectory, engine.kept_steps(1), engine.grid, engine.levels_T)
+  sampled = replay.sampled_images(prompts, trajectory, steps)
+  query = replay.step_query(sampled, guided=False)
   frozen = {'vae': vae}
   reference = replay.velocities(policy, params, frozen, {'generate': query})['generate']
   train = types.ImageTrainBatch(

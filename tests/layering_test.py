@@ -1,6 +1,8 @@
-"""Files import only from layers below them; read from the source, nothing is executed."""
+"""Files import only from layers below them, and stay small; read from the source, nothing is run."""
 
 import ast
+import collections
+from collections.abc import Iterable
 import graphlib
 import pathlib
 import textwrap
@@ -89,6 +91,57 @@ def violations(sources: dict[str, str]) -> list[str]:
   return out
 
 
+MAX_MODULES, MAX_LINES, MAX_FUNCTION, MAX_LAMBDAS = 14, 400, 80, 4
+"""Modules of a folder, lines of a file and of a function; lambdas stay below so many in 1,000 lines."""
+
+
+def parsed(sources: dict[str, str]) -> dict[str, ast.Module]:
+  """Syntax trees by dotted name."""
+  return {module: ast.parse(source) for module, source in sources.items()}
+
+
+def folder_sizes(modules: Iterable[str]) -> dict[str, int]:
+  """Number of modules by dotted name of their folder."""
+  return dict(collections.Counter(module.rpartition('.')[0] for module in modules))
+
+
+def function_sizes(trees: dict[str, ast.Module]) -> dict[str, int]:
+  """Lines of every function, decorators and docstring included."""
+  return {
+    f'{module}:{node.name}:{node.lineno}': node.end_lineno
+    - min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    + 1
+    for module, tree in trees.items()
+    for node in ast.walk(tree)
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+  }
+
+
+def lambdas(trees: dict[str, ast.Module]) -> dict[str, int]:
+  """Number of lambdas by module."""
+  counts = {
+    module: sum(isinstance(node, ast.Lambda) for node in ast.walk(tree))
+    for module, tree in trees.items()
+  }
+  return {module: count for module, count in counts.items() if count}
+
+
+def named_lambdas(trees: dict[str, ast.Module]) -> list[str]:
+  """Where a lambda is given a name."""
+  return [
+    f'{module}:{node.lineno}'
+    for module, tree in trees.items()
+    for node in ast.walk(tree)
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr))
+    and isinstance(node.value, ast.Lambda)
+  ]
+
+
+def above(sizes: dict[str, int], limit: int) -> dict[str, int]:
+  """What is larger than a limit."""
+  return {name: size for name, size in sizes.items() if size > limit}
+
+
 def project() -> dict[str, str]:
   """Sources of all modules by dotted name."""
   out = {}
@@ -157,6 +210,48 @@ class LayeringTest(parameterized.TestCase):
   def test_unknown_room_is_named(self):
     with self.assertRaisesRegex(KeyError, 'lvrpo_jax.novel'):
       violations({'lvrpo_jax.novel': 'from lvrpo_jax import types', 'lvrpo_jax.types': ''})
+
+
+class SizesTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.sources = project()
+    cls.trees = parsed(cls.sources)
+    cls.lines = {module: len(source.splitlines()) for module, source in cls.sources.items()}
+
+  def test_folders(self):
+    self.assertEqual(above(folder_sizes(self.sources), MAX_MODULES), {})
+
+  def test_files(self):
+    self.assertEqual(above(self.lines, MAX_LINES), {})
+
+  def test_functions(self):
+    self.assertEqual(above(function_sizes(self.trees), MAX_FUNCTION), {})
+
+  def test_lambdas(self):
+    self.assertEqual(named_lambdas(self.trees), [])
+    found = lambdas(self.trees)
+    share = 1000 * sum(found.values()) / sum(self.lines.values())
+    self.assertLess(share, MAX_LAMBDAS, sorted(found.items(), key=lambda pair: -pair[1])[:10])
+
+  def test_what_is_counted(self):
+    source = """\
+    f = lambda x: x
+    g: object = lambda: 0
+
+    @decorator
+    def h():
+      return map(lambda x: x, [])
+    """
+    trees = parsed({'lvrpo_jax.data.a': textwrap.dedent(source)})
+    self.assertEqual(
+      folder_sizes(['lvrpo_jax.data.a', 'lvrpo_jax.main']), {'lvrpo_jax.data': 1, 'lvrpo_jax': 1}
+    )
+    self.assertEqual(function_sizes(trees), {'lvrpo_jax.data.a:h:5': 3})
+    self.assertEqual(lambdas(trees), {'lvrpo_jax.data.a': 3})
+    self.assertEqual(named_lambdas(trees), ['lvrpo_jax.data.a:1', 'lvrpo_jax.data.a:2'])
+    self.assertEqual(above({'a': 3, 'b': 4}, 3), {'b': 4})
 
 
 if __name__ == '__main__':

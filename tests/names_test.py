@@ -23,7 +23,7 @@ ROOMS = {
 }
 """Names of a kind, and the files and folders in which they may stand as strings."""
 
-ELSEWHERE = {'runtime/validate.py': {'rules', 'remote', 'dense', 'cispo'}}
+ELSEWHERE = {'runtime/validate.py': {'rules', 'remote', 'dense', 'knowledge', 'mutual', 'cispo'}}
 """Checks of a config that hold for one reward or objective alone."""
 
 

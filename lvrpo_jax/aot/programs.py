@@ -19,8 +19,8 @@ from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.parallel import placement
 from lvrpo_jax.rollouts import engine as engine_lib
+from lvrpo_jax.rollouts import replay
 from lvrpo_jax.rollouts import think
-from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import weights
 from lvrpo_jax.training import losses
@@ -124,15 +124,15 @@ def abstract_batch(
     sampled: dict[str, types.SampledTexts | types.SampledImages] = {}
     for task, found in prompts.items():
       if task in rollouts.texts:
-        sampled[task] = trajectories.sampled_texts(found, rollouts.texts[task])
+        sampled[task] = replay.sampled_texts(found, rollouts.texts[task])
         continue
       rollout = rollouts.images[task]
-      steps = trajectories.transitions(rollout, engine.kept_steps(1), engine.grid, engine.levels_T)
-      image = trajectories.sampled_images(found, rollout, steps)
+      steps = replay.transitions(rollout, engine.kept_steps(1), engine.grid, engine.levels_T)
+      image = replay.sampled_images(found, rollout, steps)
       if not tasks_lib.BY_NAME[task].plans:
         sampled[task] = image
         continue
-      plan = trajectories.sampled_texts(found, rollouts.texts[tasks_lib.PLAN])
+      plan = replay.sampled_texts(found, rollouts.texts[tasks_lib.PLAN])
       shape = image.latents_BGNC.shape[:2]
       halves = think.split_halves(
         think.SampledPlans(plan, image), policy.bos, jnp.zeros(shape), jnp.ones(shape, bool)
@@ -163,7 +163,7 @@ def _text_batch(texts: types.SampledTexts) -> types.TextTrainBatch:
 def _image_batch(images: types.SampledImages, align: types.Config) -> types.ImageTrainBatch:
   """Makes a batch of images with the right shapes; its values mean nothing."""
   if flow_objectives.find(align.image.objective).coupled:
-    query = trajectories.step_query(images, guided=align.rollout.guidance != 1)
+    query = replay.step_query(images, guided=align.rollout.guidance != 1)
   else:
     latents = images.latents_BGNC
     x_BKGNC = jnp.broadcast_to(

@@ -14,7 +14,7 @@ from lvrpo_jax import types
 from lvrpo_jax.models import contexts
 from lvrpo_jax.rollouts import guidance as guidance_lib
 from lvrpo_jax.rollouts import image as image_rollout
-from lvrpo_jax.rollouts import think as think_lib
+from lvrpo_jax.rollouts import text as text_rollout
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 Array = types.Array
@@ -101,7 +101,7 @@ class _Sampling:
 
     def sample(group: int, temperature: float) -> Array:
       key_BG = self._keys(prompts.index_B, TEXT_SALT, group)
-      return think_lib.sample_text(
+      return text_rollout.sample_text(
         self._policy, params, cache, key_BG, self._length, temperature
       ).tokens_BGT
 
@@ -116,7 +116,7 @@ class _Sampling:
   ) -> tuple[Array, Array]:
     """Samples plans, and images after them with the noise of `draw`."""
     cache = self._policy.prefill(params, vae_params, prompts)
-    plan = think_lib.sample_text(
+    plan = text_rollout.sample_text(
       self._policy,
       params,
       cache,

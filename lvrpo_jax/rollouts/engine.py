@@ -19,10 +19,10 @@ from lvrpo_jax.models import lora
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.rollouts import guidance
 from lvrpo_jax.rollouts import image as image_rollout
+from lvrpo_jax.rollouts import replay
 from lvrpo_jax.rollouts import schedule
 from lvrpo_jax.rollouts import text as text_rollout
 from lvrpo_jax.rollouts import think
-from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 
 Array = types.Array
@@ -203,7 +203,9 @@ class RolloutEngine:
   ) -> types.TextTrajectory:
     """Samples texts after contexts and scores them by the pass that the update replays."""
     policy, length = self.experiment.policy, self.experiment.config.data.answer_tokens + 1
-    texts = think.sample_text(policy, params, cache, key_BG, length, self._settings.temperature)
+    texts = text_rollout.sample_text(
+      policy, params, cache, key_BG, length, self._settings.temperature
+    )
     ids = text_rollout.teacher_ids(texts.tokens_BGT, policy.bos)
     return text_rollout.rescore(texts, policy.text_logits(params, cache, ids))
 
@@ -278,13 +280,13 @@ class RolloutEngine:
   ) -> types.SampledTexts | types.SampledImages | think.SampledPlans:
     """Returns the part of a task's rollout that later stages read."""
     if task in rollouts.texts:
-      return trajectories.sampled_texts(prompts, rollouts.texts[task])
+      return replay.sampled_texts(prompts, rollouts.texts[task])
     rollout = rollouts.images[task]
-    steps = trajectories.transitions(rollout, self.kept_steps(iteration), self.grid, self.levels_T)
-    image = trajectories.sampled_images(prompts, rollout, steps)
+    steps = replay.transitions(rollout, self.kept_steps(iteration), self.grid, self.levels_T)
+    image = replay.sampled_images(prompts, rollout, steps)
     if not tasks_lib.BY_NAME[task].plans:
       return image
-    plan = trajectories.sampled_texts(prompts, rollouts.texts[tasks_lib.PLAN])
+    plan = replay.sampled_texts(prompts, rollouts.texts[tasks_lib.PLAN])
     return think.SampledPlans(plan=plan, image=image)
 
 

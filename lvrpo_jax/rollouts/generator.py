@@ -20,6 +20,7 @@ from lvrpo_jax import flow
 from lvrpo_jax import types
 from lvrpo_jax.data import images as image_files
 from lvrpo_jax.data import packing
+from lvrpo_jax.data import tasks
 from lvrpo_jax.data import tokenizer as tokenizer_lib
 from lvrpo_jax.models import vae as vae_lib
 from lvrpo_jax.models.bagel import model as bagel
@@ -209,13 +210,13 @@ class Model:
     """
     first: list[packing.Segment] = [self.text(system)] if system else []
     text = self.text(prompt)
-    if task == 'generate' or image_YXC is None:
+    if task == tasks.GENERATE or image_YXC is None:
       whole = [*first, text]
       return Contexts(main=whole, without_text=first, without_images=[*first, text]), None
     latent_pixels, vit_pixels = self.pixels(image_YXC)
     picture: list[packing.Segment] = [self.vit(vit_pixels)]
     height, width = latent_pixels.shape[:2]
-    if task == 'edit':
+    if task == tasks.EDIT:
       shape = [side // self.policy.vae.downsample for side in (height, width)]
       eps = jax.random.normal(key, (*shape, self.policy.vae.z_channels))
       picture = [self.clean(latent_pixels, eps), *picture]

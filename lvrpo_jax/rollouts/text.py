@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from lvrpo_jax import ops
 from lvrpo_jax import types
+from lvrpo_jax.models import family
 
 Array = types.Array
 Decode = Callable[[types.Tree, Array, Array], tuple[Array, types.Tree]]
@@ -46,22 +47,13 @@ def sample(
   B, G = key_BG.shape
   scale = temperature if temperature > 0 else 1.0
 
-  def gumbel_noise(index: Array, size: tuple[int, ...]) -> Array:
-    def fold(key: Array) -> Array:
-      return jax.random.fold_in(key, index)
-
-    def draw(key: Array) -> Array:
-      return jax.random.gumbel(key, size)
-
-    return jax.vmap(jax.vmap(draw))(jax.vmap(jax.vmap(fold))(key_BG))
-
   def step(carry: Carry) -> Carry:
     index, row, token, ended, tokens, logps, mask = carry
     logits, row = decode(row, index, token)
     if top_p < 1:
       logits = nucleus(logits, scale, top_p)
     if temperature > 0:
-      noise = gumbel_noise(index, logits.shape[-1:])
+      noise = gumbel_noise(key_BG, index, logits.shape[-1:])
       token = jnp.argmax(logits.astype(jnp.float32) / scale + noise, axis=-1)
     else:
       token = jnp.argmax(logits, axis=-1)
@@ -102,6 +94,36 @@ def sample(
     temperature=jnp.float32(scale),
     drift=jnp.float32(0.0),
   )
+
+
+def sample_text(
+  policy: family.Policy,
+  params: types.Params,
+  cache: types.Cache,
+  key_BG: Array,
+  length: int,
+  temperature: float,
+) -> types.TextTrajectory:
+  """Samples texts of at most `length` tokens after contexts; see `sample`."""
+
+  def decode(row: types.Tree, index: Array, token: Array) -> tuple[Array, types.Tree]:
+    return policy.decode_token(params, cache, row, index, token)
+
+  B, G = key_BG.shape
+  row = policy.empty_row((B, G), length)
+  return sample(decode, row, key_BG, policy.bos, policy.eos, length, temperature)
+
+
+def gumbel_noise(key_BG: Array, index: Array, size: tuple[int, ...]) -> Array:
+  """Draws standard Gumbel noise (B, G, *size) of the token at an index, from a key a row."""
+
+  def fold(key: Array) -> Array:
+    return jax.random.fold_in(key, index)
+
+  def draw(key: Array) -> Array:
+    return jax.random.gumbel(key, size)
+
+  return jax.vmap(jax.vmap(draw))(jax.vmap(jax.vmap(fold))(key_BG))
 
 
 def nucleus(logits_V: Array, temperature: float, top_p: float) -> Array:

@@ -15,31 +15,11 @@ from lvrpo_jax import ops
 from lvrpo_jax import types
 from lvrpo_jax.data import tasks
 from lvrpo_jax.models import contexts
-from lvrpo_jax.models import family
-from lvrpo_jax.rollouts import text as text_rollout
 
 Array = types.Array
 
 IMAGE_SALT = 1 << 20
 """Value folded into a row's key for its image; its text folds in the indices of its tokens."""
-
-
-def sample_text(
-  policy: family.Policy,
-  params: types.Params,
-  cache: types.Cache,
-  key_BG: Array,
-  length: int,
-  temperature: float,
-) -> types.TextTrajectory:
-  """Samples texts of at most `length` tokens after contexts; see `text.sample`."""
-
-  def decode(row: types.Tree, index: Array, token: Array) -> tuple[Array, types.Tree]:
-    return policy.decode_token(params, cache, row, index, token)
-
-  B, G = key_BG.shape
-  row = policy.empty_row((B, G), length)
-  return text_rollout.sample(decode, row, key_BG, policy.bos, policy.eos, length, temperature)
 
 
 def image_keys(key_BG: Array) -> Array:

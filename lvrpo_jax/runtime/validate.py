@@ -141,8 +141,11 @@ CHECKS: dict[str, Check] = {
   'align.checkpoints.every': COUNT,
   'align.checkpoints.keep_best': NATURAL,
   'align.checkpoints.finish': one_of('last', 'best'),
-  **{f'evaluate.prompts.{k}': COUNT for k in ('generate', 'unseen', 'understand', 'edit')},
-  'evaluate.prompts.think_generate': NATURAL,
+  'evaluate.prompts.unseen': COUNT,
+  **{
+    f'evaluate.prompts.{task.name}': NATURAL if task.plans else COUNT
+    for task in tasks_lib.BY_NAME.values()
+  },
   **{f'evaluate.{k}': COUNT for k in ('samples', 'batch', 'steps')},
   'evaluate.shift': POSITIVE,
   'evaluate.guidance': SCALE,
@@ -161,7 +164,7 @@ CHECKS: dict[str, Check] = {
   'sample.top_p': Check(lambda v: 0 < v <= 1, 'above 0 and at most 1'),
   **{
     f'sample.guidance.{task}.renorm': one_of('global', 'channel', 'text_channel')
-    for task in ('generate', 'edit')
+    for task in (tasks_lib.GENERATE, tasks_lib.EDIT)
   },
   'convert.direction': one_of('import', 'export'),
   'convert.shards': COUNT,

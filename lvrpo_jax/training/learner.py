@@ -22,7 +22,6 @@ from lvrpo_jax.rollouts import engine as engine_lib
 from lvrpo_jax.rollouts import mismatch
 from lvrpo_jax.rollouts import replay
 from lvrpo_jax.rollouts import think
-from lvrpo_jax.rollouts import trajectories
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import diagnostics
 from lvrpo_jax.training import dynamic_sampling
@@ -278,7 +277,7 @@ class Learner:
     texts, images = update_lib.by_modality(credited)
     text_policy, image_policy = self.sampler_policies[0], self.sampler_policies[-1]
     out: Metrics = {}
-    queries = {task: trajectories.step_query(x, self._guided) for task, x in images.items()}
+    queries = {task: replay.step_query(x, self._guided) for task, x in images.items()}
     for task, v_BKGNC in self._velocities_at(image_policy, queries).items():
       name, found = f'{mismatch.PREFIX}/{task}', images[task]
       final = () if self._objective.coupled else (found.latents_BGNC,)
@@ -337,7 +336,7 @@ class Learner:
   def _query(self, images: types.SampledImages) -> types.FlowQuery:
     """Returns the query for velocities of the next update."""
     if self._objective.coupled:
-      return trajectories.step_query(images, self._guided)
+      return replay.step_query(images, self._guided)
     x_BKGNC, time_BKG = self._noise_latents(
       self.state.step, images.prompts.index_B, images.latents_BGNC
     )

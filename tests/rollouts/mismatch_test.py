@@ -16,7 +16,6 @@ from lvrpo_jax.rollouts import image as image_rollout
 from lvrpo_jax.rollouts import mismatch
 from lvrpo_jax.rollouts import replay
 from lvrpo_jax.rollouts import schedule
-from lvrpo_jax.rollouts import trajectories
 
 B, G, N, C, STEPS = 2, 3, 4, 5, 6
 GRID = flow.time_grid(STEPS + 1, 2.2)
@@ -39,7 +38,7 @@ def sampled(sampler):
   rollout = jax.jit(
     lambda key: image_rollout.sample_sde(velocity, key, (N, C), GRID, ETA, sampler)
   )(key_BG)
-  steps = trajectories.transitions(rollout, KEPT, GRID, ETA)
+  steps = replay.transitions(rollout, KEPT, GRID, ETA)
   return steps, velocity(steps.x_BKGNC, steps.time_BKG), rollout
 
 

@@ -15,7 +15,7 @@ from configs import tiny
 from lvrpo_jax import types
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.rollouts import mismatch
-from lvrpo_jax.rollouts import trajectories
+from lvrpo_jax.rollouts import replay
 from lvrpo_jax.runtime import checkpoint
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import align
@@ -202,7 +202,7 @@ class IterationTest(parameterized.TestCase):
       self.assertLess(float(jnp.max(found)), 1e-6, name)
     # Replayed by the policy itself the mismatch would show that it did not draw them.
     images = moved['generate'].sampled
-    query = trajectories.step_query(images, guided=False)
+    query = replay.step_query(images, guided=False)
     stale = learner._velocities_at(learner.params, {'generate': query})['generate']
     self.assertGreater(float(mismatch.image_mismatch('sde', stale, images.steps).max()), 1e-3)
 
