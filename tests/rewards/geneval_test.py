@@ -169,7 +169,10 @@ class ItemTest(parameterized.TestCase):
     )
     target = render.render(item.target)
     (kept,) = detect_moments.detect_components(target[None])[0]
-    judge = lambda found: geneval.evaluate_edit(target, target, found, item.spec)
+
+    def judge(found):
+      return geneval.evaluate_edit(target, target, found, item.spec)
+
     self.assertTrue(judge([kept]).correct)
     x0, y0, x1, y1 = kept.box
     for shift, right in ((2, True), (4, False)):

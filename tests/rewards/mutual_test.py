@@ -47,7 +47,10 @@ class GainTest(absltest.TestCase):
     information = np.sum(joint * np.log(joint / (prior[:, None] * joint.sum(0))))
     t, v = np.unravel_index(rng.choice(9, 40_000, p=joint.ravel()), (3, 3))
     entropy = -np.mean(np.log(prior)[t])
-    bound = lambda q_VT: float(np.mean(mutual.log_q(np.log(q_VT)[v], t))) + entropy
+
+    def bound(q_VT):
+      return float(np.mean(mutual.log_q(np.log(q_VT)[v], t))) + entropy
+
     self.assertBetween(bound((joint / joint.sum(0)).T), information - 0.03, information + 0.01)
     for sharp in (3.0, 0.01):  # Also of a judge that is sure and wrong.
       for _ in range(5):
@@ -63,7 +66,10 @@ class QuestionsTest(absltest.TestCase):
     count = 60_000
     shape, color = rng.integers(0, 2, (2, count))
     seen_shape, seen_color = (np.where(rng.random(count) < 0.9, x, 1 - x) for x in (shape, color))
-    entropy = lambda p: -np.sum(p * np.log(p))
+
+    def entropy(p):
+      return -np.sum(p * np.log(p))
+
     one = np.log(2) - entropy(np.array([0.9, 0.1]))  # Of each attribute: a symmetric channel.
     information = 2 * one
     posterior = np.where(np.arange(2) == seen_color[:, None], 0.9, 0.1)

@@ -9,7 +9,6 @@ import numpy as np
 from lvrpo_jax import flow
 from lvrpo_jax import ops
 from lvrpo_jax.rollouts import image as image_rollout
-from lvrpo_jax.rollouts import replay
 from lvrpo_jax.rollouts import replay as replay_lib
 from lvrpo_jax.rollouts import schedule as schedule_lib
 
@@ -64,7 +63,7 @@ class ImageTest(parameterized.TestCase):
   def test_replay_is_exact(self, sampler):
     out = self.rollout(keys(2, 3), sampler=sampler)
     steps = np.array([1, 2])
-    cut = replay.transitions(out, steps, GRID, ETA)
+    cut = replay_lib.transitions(out, steps, GRID, ETA)
     np.testing.assert_array_equal(cut.x_BKGNC[:, 1], out.x_TBGNC[2])
     np.testing.assert_array_equal(cut.x_BKGNC[:, 0], out.x_TBGNC[1])
     np.testing.assert_array_equal(cut.time_BKG[0].T, [np.asarray(out.time_T)[steps]] * 3)

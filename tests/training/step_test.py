@@ -1,4 +1,4 @@
-"""Tests of lvrpo_jax.step, on a linear model."""
+"""Tests of the optimizer step, on a linear model."""
 
 import re
 import types as python_types
@@ -42,7 +42,10 @@ def make_loss():
 
 def make_batch():
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
   return {
     'x': normal(ROWS, 3),
     'y': normal(ROWS),
@@ -58,9 +61,10 @@ def make_params():
 
 FROZEN = {'shift': np.float32(0.5)}
 RATE = 0.1
+SGD = optax.sgd(RATE)
 
 
-def run(batch, optimizer=optax.sgd(RATE), ema=True, **kwargs):
+def run(batch, optimizer=SGD, ema=True, **kwargs):
   state = step_lib.init(make_params(), optimizer, ema=ema)
   return jax.jit(step_lib.make_step(make_loss(), optimizer, **kwargs))(state, FROZEN, batch)
 
