@@ -200,10 +200,12 @@ Loss = tuple[Array, dict[str, Array]]
 
 
 def _clip_metrics(log_ratio: Array, settings: types.Config) -> dict[str, Array]:
+  """Returns whether the ratio of every point is clipped."""
   return {'clip_fraction': jnp.abs(jnp.expm1(log_ratio)) > settings.clip}
 
 
 def _diffusion_nft(points: NoisedPoints, settings: types.Config) -> Loss:
+  """Computes the loss of `nft`."""
   loss = nft(
     v=points.v,
     v_old=points.v_old,
@@ -218,6 +220,7 @@ def _diffusion_nft(points: NoisedPoints, settings: types.Config) -> Loss:
 
 
 def _awm(points: NoisedPoints, settings: types.Config) -> Loss:
+  """Computes the loss of `awm`."""
   loss, log_ratio = awm(
     v=points.v,
     v_old=points.v_old,
@@ -231,6 +234,7 @@ def _awm(points: NoisedPoints, settings: types.Config) -> Loss:
 
 
 def _flow_grpo(points: StepPoints, settings: types.Config) -> Loss:
+  """Computes the loss of `sde`."""
   loss, log_ratio = sde(
     points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
   )
@@ -238,6 +242,7 @@ def _flow_grpo(points: StepPoints, settings: types.Config) -> Loss:
 
 
 def _flow_cps(points: StepPoints, settings: types.Config) -> Loss:
+  """Computes the loss of `cps`."""
   loss, log_ratio = cps(
     points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
   )
@@ -245,6 +250,7 @@ def _flow_cps(points: StepPoints, settings: types.Config) -> Loss:
 
 
 def _grpo_guard(points: StepPoints, settings: types.Config) -> Loss:
+  """Computes the loss of `guard`, divided by the step's length."""
   loss, log_ratio = guard(
     points.mean, points.old_mean, points.noise, points.dt, points.advantage, settings.clip
   )
@@ -252,6 +258,7 @@ def _grpo_guard(points: StepPoints, settings: types.Config) -> Loss:
 
 
 def _grpo_guard_plain(points: StepPoints, settings: types.Config) -> Loss:
+  """Computes the loss of `guard`, not divided by the step's length."""
   loss, log_ratio = guard(
     points.mean, points.old_mean, points.noise, None, points.advantage, settings.clip
   )

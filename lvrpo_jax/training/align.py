@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 import contextlib
-import functools
 import math
 
 from absl import logging
-import grain
 import jax
 import numpy as np
 
 from lvrpo_jax import types
-from lvrpo_jax.data import examples
 from lvrpo_jax.data import tasks
 from lvrpo_jax.evaluation import over_optimization
 from lvrpo_jax.models import lora
@@ -28,7 +25,7 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.runtime import preemption
 from lvrpo_jax.training import learner as learner_lib
-from lvrpo_jax.training import pretrain
+from lvrpo_jax.training import prompts as prompts_lib
 from lvrpo_jax.training import update as update_lib
 
 PICTURES_EVERY = 25
@@ -61,39 +58,6 @@ def score(scalars: dict[str, float], key: str) -> float:
   if key not in scalars:
     raise ValueError(f'config.align.checkpoints.metric is {key!r}; allowed: {sorted(scalars)}')
   return scalars[key]
-
-
-def prompt_batches(experiment: experiment_lib.Experiment) -> dict[str, grain.DatasetIterator]:
-  """Returns endless iterators over (examples, prompts) of every task."""
-
-  def encode(
-    task: str, rows: Sequence[examples.Example]
-  ) -> tuple[Sequence[examples.Example], types.Prompts]:
-    return rows, experiment.encoder(task, rows).prompts
-
-  return pretrain.task_batches(
-    experiment,
-    functools.partial(_example, experiment.data),
-    tasks.active(experiment.config.align.prompts),
-    lambda task: functools.partial(encode, task),
-  )
-
-
-def _example(data: examples.DataSource, task: str, index: int) -> examples.Example:
-  return data.example(task, examples.ALIGN, index)
-
-
-def next_prompts(
-  experiment: experiment_lib.Experiment,
-  data: dict[str, grain.DatasetIterator],
-  names: Iterable[str],
-) -> engine.PromptBatch:
-  """Returns the next prompts of the named tasks."""
-  drawn = {task: next(data[task]) for task in names}
-  return engine.PromptBatch(
-    examples={task: list(rows) for task, (rows, _) in drawn.items()},
-    prompts={task: experiment.place(prompts) for task, (_, prompts) in drawn.items()},
-  )
 
 
 def check(experiment: experiment_lib.Experiment) -> None:
@@ -189,7 +153,7 @@ class Alignment:
     self.experiment = experiment = learner.experiment
     self._align = experiment.config.align
     self._bounds = mismatch.limits(self._align.checks.mismatch, experiment.config.model.dtype)
-    self.data = prompt_batches(experiment)
+    self.data = prompts_lib.prompt_batches(experiment)
     self.store = checkpoint.Checkpoints(
       experiment.workdir / 'checkpoints' / 'align', best=self._align.checkpoints.keep_best
     )
@@ -269,7 +233,7 @@ class Alignment:
 
     def fresh(names: Iterable[str]) -> engine.PromptBatch:
       stop.check()  # Before every round of sampling.
-      return next_prompts(self.experiment, self.data, names)
+      return prompts_lib.next_prompts(self.experiment, self.data, names)
 
     before = self.data_states()
     try:

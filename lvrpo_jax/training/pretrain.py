@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 import functools
 from typing import NamedTuple
 
-import grain
 import jax
 
 from lvrpo_jax import types
 from lvrpo_jax.data import examples
-from lvrpo_jax.data import loader
 from lvrpo_jax.data import tasks
 from lvrpo_jax.objectives import repa as repa_lib
-from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
 from lvrpo_jax.runtime import checkpoint
 from lvrpo_jax.runtime import experiment as experiment_lib
@@ -22,47 +18,11 @@ from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.runtime import preemption
 from lvrpo_jax.training import losses
 from lvrpo_jax.training import optimizer as optimizer_lib
+from lvrpo_jax.training import prompts
 from lvrpo_jax.training import step as step_lib
 
 CONTROL_OFFSET = 1 << 29
 """First row of continued pretraining; pretraining does not reach it."""
-
-
-def task_batches(
-  experiment: experiment_lib.Experiment,
-  make: Callable[[str, int], examples.Example],
-  sizes: dict[str, int],
-  collate: Callable[[str], Callable[[Sequence[examples.Example]], types.Tree]],
-) -> dict[str, grain.DatasetIterator]:
-  """Makes an endless iterator for every task, over this process's share of the rows.
-
-  Args:
-    experiment: what the run is made of.
-    make: `(task, index) -> example`.
-    sizes: rows of a batch by task, of all processes; tasks of 0 rows are left out.
-    collate: gives, for a task, the function that makes a batch of examples.
-
-  Raises:
-    ValueError: the rows of a task do not divide over the processes that hold different ones.
-  """
-  index, count = multihost.row_block(experiment.mesh)
-  for task, size in sizes.items():
-    if size % count:
-      raise ValueError(
-        f'{size} rows of task {task!r} a batch do not divide over {count} processes '
-        f'with rows of their own; allowed: multiples of {count}'
-      )
-  return {
-    task: loader.batches(
-      loader.IndexedSource(functools.partial(make, task), loader.EPOCH_ROWS),
-      size // count,
-      collate(task),
-      (index, count),
-      experiment.config.data.prefetch,
-    )
-    for task, size in sizes.items()
-    if size
-  }
 
 
 def check(experiment: experiment_lib.Experiment) -> None:
@@ -180,11 +140,12 @@ def _loop(
 ) -> types.TrainState:
   """Runs the steps of a plan, with checkpoints and metrics."""
   stage, steps, every = plan.stage, plan.steps, experiment.config.pretrain.save_every
-  data = task_batches(
+  data = prompts.task_batches(
     experiment,
-    lambda task, index: experiment.data.example(task, examples.PRETRAIN, index + plan.offset),
+    examples.PRETRAIN,
     tasks.active(experiment.config.pretrain.rows),
     lambda task: functools.partial(experiment.encoder, task),
+    plan.offset,
   )
   store = checkpoint.Checkpoints(experiment.workdir / 'checkpoints' / stage)
   restored = store.restore(state)

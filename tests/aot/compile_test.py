@@ -27,8 +27,8 @@ from lvrpo_jax.models.bagel import model as bagel
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.runtime import weights
-from lvrpo_jax.training import align
 from lvrpo_jax.training import learner as learner_lib
+from lvrpo_jax.training import prompts as prompts_lib
 
 
 def make_experiment(**changes):
@@ -69,8 +69,8 @@ class ProgramsTest(parameterized.TestCase):
       )['params'],
     )
     learner = learner_lib.Learner(experiment, params, vae_params, dual_encoder_params)
-    data = align.prompt_batches(experiment)
-    batch = align.next_prompts(experiment, data, data)
+    data = prompts_lib.prompt_batches(experiment)
+    batch = prompts_lib.next_prompts(experiment, data, data)
 
     class Called(Exception):
       pass

@@ -16,7 +16,7 @@ import numpy as np
 from lvrpo_jax.parallel import mesh
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
-from lvrpo_jax.training import pretrain
+from lvrpo_jax.training import prompts
 
 ROWS = 8
 MESHES = {'tensor': (1, 1, 4), 'fsdp': (1, 4, 1), 'mixed': (1, 2, 2), 'data': (2, 1, 2)}
@@ -25,14 +25,17 @@ MESHES = {'tensor': (1, 1, 4), 'fsdp': (1, 4, 1), 'mixed': (1, 2, 2), 'data': (2
 def make_experiment(shape):
   """The parts of an experiment that drawing and placing rows read."""
   config = python_types.SimpleNamespace(data=python_types.SimpleNamespace(prefetch=1))
-  return python_types.SimpleNamespace(mesh=mesh.make_mesh(shape), config=config)
+  source = python_types.SimpleNamespace(
+    example=lambda task, split, index: index, size=lambda task, split: 1 << 20
+  )
+  return python_types.SimpleNamespace(mesh=mesh.make_mesh(shape), config=config, data=source)
 
 
 def measure(shape):
   experiment = make_experiment(shape)
-  data = pretrain.task_batches(
+  data = prompts.task_batches(
     experiment,
-    lambda task, index: index,
+    'align',
     {'generate': ROWS},
     lambda task: lambda rows: np.array(rows)[:, None],
   )

@@ -15,7 +15,7 @@ from configs import bagel_7b
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.parallel import multihost
 from lvrpo_jax.parallel import placement
-from lvrpo_jax.training import pretrain
+from lvrpo_jax.training import prompts
 from lvrpo_jax.training import step as step_lib
 
 
@@ -138,7 +138,7 @@ class RowBlockTest(parameterized.TestCase):
       mock.patch.multiple(jax, process_count=lambda: 16, process_index=lambda: 3),
       self.assertRaisesRegex(ValueError, "^65 rows of task 'edit' .* 16 processes"),
     ):
-      pretrain.task_batches(experiment, None, {'generate': 64, 'edit': 65}, None)
+      prompts.task_batches(experiment, 'align', {'generate': 64, 'edit': 65}, None)
 
 
 class TreeTest(absltest.TestCase):

@@ -20,6 +20,7 @@ from lvrpo_jax.rollouts import mismatch
 from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import align
 from lvrpo_jax.training import learner as learner_lib
+from lvrpo_jax.training import prompts as prompts_lib
 from tests.helpers import noise
 
 TASKS = (tasks.GENERATE, tasks.EDIT, tasks.THINK_GENERATE)
@@ -54,8 +55,8 @@ def collect(**changes):
   """A learner, and the samples that its first update would read."""
   experiment = build(**changes)
   learner = learner_lib.Learner(experiment, *noise.parameters(experiment))
-  data = align.prompt_batches(experiment)
-  return learner, learner.collect(align.next_prompts(experiment, data, data), 1)[0]
+  data = prompts_lib.prompt_batches(experiment)
+  return learner, learner.collect(prompts_lib.next_prompts(experiment, data, data), 1)[0]
 
 
 def change_samples(credited, task, **fields):

@@ -15,10 +15,10 @@ from lvrpo_jax.evaluation import samplers
 from lvrpo_jax.models import contexts
 from lvrpo_jax.rollouts import think
 from lvrpo_jax.runtime import experiment as experiment_lib
-from lvrpo_jax.training import align
 from lvrpo_jax.training import fit
 from lvrpo_jax.training import learner as learner_lib
 from lvrpo_jax.training import losses
+from lvrpo_jax.training import prompts as prompts_lib
 from tests.helpers import noise
 
 B, G = 2, 4
@@ -194,8 +194,8 @@ class ThinkingTest(absltest.TestCase):
     # The update takes the state away, and with it what it was made of.
     mine = jax.tree.map(jnp.copy, (self.params, self.vae, self.dual_encoder))
     learner = learner_lib.Learner(experiment, *mine)
-    data = align.prompt_batches(experiment)
-    prompts = align.next_prompts(experiment, data, data)
+    data = prompts_lib.prompt_batches(experiment)
+    prompts = prompts_lib.next_prompts(experiment, data, data)
 
     def next_prompts(names):
       del names

@@ -21,6 +21,7 @@ from lvrpo_jax.runtime import experiment as experiment_lib
 from lvrpo_jax.training import align
 from lvrpo_jax.training import fit
 from lvrpo_jax.training import learner as learner_lib
+from lvrpo_jax.training import prompts as prompts_lib
 from lvrpo_jax.training import update as update_lib
 from tests.helpers import noise
 
@@ -94,10 +95,10 @@ class IterationTest(parameterized.TestCase):
     experiment = experiment_lib.build(config, pathlib.Path(self.create_tempdir().full_path))
     params, _, dual_encoder = noise.parameters(experiment)
     vae = fit.fit_autoencoder(experiment)
-    data = align.prompt_batches(experiment)
+    data = prompts_lib.prompt_batches(experiment)
     return (
       learner_lib.Learner(experiment, params, vae, dual_encoder),
-      align.next_prompts(experiment, data, data),
+      prompts_lib.next_prompts(experiment, data, data),
     )
 
   @parameterized.parameters('diffusion_nft', 'flow_grpo')

@@ -101,9 +101,12 @@ class ShapesData:
     return np.stack([render.render(self.world.generate(i, 'train').scene) for i in range(count)])
 
   def size(self, task: str, split: str) -> int:
-    """Returns a size that is above the rows that any run reads."""
-    del task, split
-    return loader.EPOCH_ROWS
+    """Returns a size that is above the rows that any run reads.
+
+    Pretraining has twice as many, of which continued pretraining reads the second half.
+    """
+    del task
+    return loader.EPOCH_ROWS * (2 if split == examples.PRETRAIN else 1)
 
   def example(self, task: str, split: str, index: int, category: str = '') -> examples.Example:
     """Returns an example; those of `ALIGN` are never examples of pretraining or evaluation."""

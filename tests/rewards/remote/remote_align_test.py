@@ -20,6 +20,7 @@ from lvrpo_jax.runtime import metrics as metrics_lib
 from lvrpo_jax.runtime import validate
 from lvrpo_jax.training import align
 from lvrpo_jax.training import learner
+from lvrpo_jax.training import prompts as prompts_lib
 from tests.helpers import judge_fixtures
 from tests.helpers import noise
 
@@ -170,9 +171,9 @@ class RemoteAlignTest(judge_fixtures.JudgeTestCase):
         second.set()  # It has been sampled: its pictures are at hand.
       return submit(judge, task, *args)
 
-    data = align.prompt_batches(experiment)
+    data = prompts_lib.prompt_batches(experiment)
     with mock.patch.object(remote_client.Judge, 'submit', spy):
-      batch, _, _ = aligner.collect(align.next_prompts(experiment, data, data), 1)
+      batch, _, _ = aligner.collect(prompts_lib.next_prompts(experiment, data, data), 1)
     self.assertEqual(tasks, ['generate', 'edit'])
     self.assertNotEmpty(waited)
     self.assertTrue(all(waited))
