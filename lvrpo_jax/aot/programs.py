@@ -15,6 +15,7 @@ import numpy as np
 from lvrpo_jax import types
 from lvrpo_jax.data import examples
 from lvrpo_jax.data import tasks as tasks_lib
+from lvrpo_jax.models import lora
 from lvrpo_jax.objectives import flow as flow_objectives
 from lvrpo_jax.parallel import mesh as mesh_lib
 from lvrpo_jax.parallel import placement
@@ -189,9 +190,15 @@ class Programs:
     self.experiment = experiment
     self._params = weights.template(experiment, weights.BASE)
     optimizer, self._update = update_lib.build_update(experiment)
-    state = jax.eval_shape(
-      lambda params: update_lib.initial_state(experiment, params, optimizer), self._params
-    )
+    self._lora = experiment.config.align.lora
+
+    def initial(params: types.Params) -> types.TrainState:
+      trained = params
+      if self._lora.rank:
+        trained = lora.init(params, self._lora.rank, self._lora.target, jax.random.key(0))
+      return update_lib.initial_state(experiment, trained, optimizer)
+
+    state = jax.eval_shape(initial, self._params)
     self._state = abstract(state, placement.tree_shardings(state, experiment.mesh))
 
   def by_name(self) -> dict[str, Callable[[], Traced]]:
@@ -245,12 +252,15 @@ class Programs:
       name: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere) for name in losses.FACTORS
     }
     frozen = {'vae': self._vae(mesh), 'factors': factors}
+    held = {'state': self._state, weights.VAE: frozen['vae']}
+    if self._lora.rank:
+      frozen['base'] = held[weights.BASE] = self._params
     batch = abstract_batch(self.experiment, placement.rows_sharding(mesh))
     return Traced(
       function=mesh_lib.traceable(self._update),
       arguments=(self._state, frozen, batch),
       mesh=mesh,
-      held={'state': self._state, weights.VAE: frozen['vae']},
+      held=held,
       resident=0.0,
       loop=1,
     )

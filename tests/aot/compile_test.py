@@ -56,6 +56,7 @@ class ProgramsTest(parameterized.TestCase):
     dict(image=dict(objective='flow_grpo', draws=3), rollout=dict(guidance=2.0)),
     dict(image=dict(draws=3), prompts=dict(think_generate=2)),
     dict(image=dict(objective='flow_grpo'), prompts=dict(think_generate=2)),
+    dict(lora=dict(rank=2)),
   )
   def test_arguments_are_those_of_an_iteration(self, **changes):
     experiment = make_experiment(**changes)

@@ -10,6 +10,7 @@ from absl.testing import parameterized
 import ml_collections
 
 from configs import base
+from configs import from_json
 from lvrpo_jax.data import tasks
 from lvrpo_jax.rollouts import mismatch
 from lvrpo_jax.runtime import renamed
@@ -144,6 +145,19 @@ class TranslateTest(absltest.TestCase):
     for key in limits:  # The dtype's own, which the file spells out.
       self.assertEqual(wanted[key], -1.0)
     self.assertEqual(found, {**{key: wanted[key] for key in wanted.keys() - NEW_KEYS}, **limits})
+
+  def test_a_former_file_is_a_config(self):
+    config = from_json.get_config(str(FORMER_FILE))
+    validate.validate(config)
+    present = dict(validate.leaves(base.get_config()))
+    different = {key for key, value in validate.leaves(config) if value != present[key]}
+    self.assertEqual(
+      different,
+      {
+        f'align.checks.mismatch.{name}'
+        for name in ('text_max', 'text_mean', 'decode_max', 'image_max')
+      },
+    )
 
   def test_a_present_config_stays(self):
     self.assertEqual(renamed.translate(present()), present())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping
 from concurrent import futures
 import time
@@ -79,9 +80,14 @@ class PendingRewards:
     until_ready(x, self._check)
 
   def metrics(self) -> dict[str, float]:
-    """Returns the counts of all calls, see `client.Scored`; call it after `result`."""
+    """Returns the counts of all calls, see `client.Scored`; call it after `result`.
+
+    They are named 'judge/<task>/<count>', with the reward's name in between where a task has more
+    than one remote reward.
+    """
+    rewards = collections.Counter(task for task, _ in self._scores)
     return {
-      f'judge/{task}/{name}': value
-      for (task, _), future in self._scores.items()
+      f'judge/{task if rewards[task] == 1 else f"{task}/{reward}"}/{name}': value
+      for (task, reward), future in self._scores.items()
       for name, value in future.result().stats.items()
     }

@@ -64,6 +64,19 @@ class PendingTest(absltest.TestCase):
     self.assertIs(asked.result('edit', 'taste'), SCORED)
     self.assertEqual(asked.metrics(), {'judge/edit/asked': 1.0, 'judge/edit/failed': 0.0})
 
+  def test_counts_of_two_rewards_of_a_task_stay_apart(self):
+    done = futures.Future()
+    done.set_result(SCORED)
+    scores = {('edit', 'taste'): done, ('edit', 'truth'): done, ('generate', 'taste'): done}
+    self.assertEqual(
+      pending.PendingRewards(scores, self.fail).metrics(),
+      {
+        f'judge/{name}/{count}': value
+        for name in ('edit/taste', 'edit/truth', 'generate')
+        for count, value in SCORED.stats.items()
+      },
+    )
+
   def test_a_wait_asks_whether_to_stop(self):
     checks = []
     asked = pending.PendingRewards(
