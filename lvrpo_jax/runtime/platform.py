@@ -59,6 +59,10 @@ def start_processes(coordinator: str | None, processes: int, process: int) -> No
     raise ValueError(
       f'--processes is {processes} without --coordinator; expected host:port of process 0'
     )
+  elif process:
+    raise ValueError(
+      f'--process is {process} without --processes and --coordinator; allowed: 0, or all three'
+    )
   elif int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1:
     jax.distributed.initialize()
   elif importlib.util.find_spec('libtpu') and os.environ.get('JAX_PLATFORMS', 'tpu') != 'cpu':

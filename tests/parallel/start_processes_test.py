@@ -38,6 +38,7 @@ class StartProcessesTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'coordinator': 'host:1', 'processes': 2, 'process': 2}, '--process is 2; allowed: below'),
     ({'processes': 2}, '--processes is 2 without --coordinator'),
+    ({'process': 3}, '--process is 3 without --processes and --coordinator'),
   )
   def test_flags_that_do_not_fit(self, flags, message):
     with self.assertRaisesRegex(ValueError, message):
