@@ -18,6 +18,7 @@ from tests.helpers import jax_settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
+ITERATIONS = 3
 ROWS = {
   f'config.{part}.{task}': 8
   for part in ('pretrain.rows', 'align.prompts')
@@ -68,6 +69,7 @@ class RunnersTest(parameterized.TestCase):
       'config.parallel.runner': runner,
       'config.report': False,
       'config.align.evaluate.every': 0,
+      'config.align.iterations': ITERATIONS,
       'config.evaluate.guided_prompts': 0,
     }
     cached = jax_settings.cached(self.base / 'cache')
@@ -94,7 +96,7 @@ class RunnersTest(parameterized.TestCase):
     """Same parameters, moments, metrics and scores, up to the order of sums."""
 
     def state(workdir):
-      folder = epath.Path(workdir) / 'checkpoints/align/4/state'
+      folder = epath.Path(workdir) / 'checkpoints' / 'align' / str(ITERATIONS) / 'state'
       reader = ocp.PyTreeCheckpointHandler()
       # As NumPy arrays: the devices that wrote them are not here.
       where = jax.tree.map(
@@ -124,18 +126,15 @@ class RunnersTest(parameterized.TestCase):
     scores = [json.loads((w / 'scores.json').read_text()) for w in (one, two)]
     self.assertEqual(scores[0]['after'].keys(), scores[1]['after'].keys())
 
-  @parameterized.parameters((1, 'nft'), (8, 'thinking_adapters'))
-  def test_pmap_equals_jit(self, devices, case):
-    one = self.run_job(f'jit{devices}{case}', 'jit', devices, case)
-    two = self.run_job(f'pmap{devices}{case}', 'pmap', devices, case)
-    self.assert_same_run(one, two)
-
-  def test_a_run_goes_on_under_the_other_runner(self):
-    whole = self.run_job('jit8nft', 'jit', 8, 'nft')
+  @parameterized.parameters((1, 'nft', 'jit'), (8, 'thinking_adapters', 'pmap'))
+  def test_pmap_equals_jit(self, devices, case, goes_on_under):
+    """A run under pmap that is stopped in the middle, and goes on under either runner."""
+    whole = self.run_job(f'jit{devices}', 'jit', devices, case)
     report = str(self.base / 'report')
     stop = ('-m', 'tests.helpers.interruptions', 'done', 'align', '2', '15', report)
-    self.run_job('mixed', 'pmap', 8, 'nft', *stop)
-    self.assert_same_run(whole, self.run_job('mixed', 'jit', 8, 'nft'))
+    name = f'pmap{devices}'
+    self.run_job(name, 'pmap', devices, case, *stop)
+    self.assert_same_run(whole, self.run_job(name, goes_on_under, devices, case))
 
 
 if __name__ == '__main__':
