@@ -244,9 +244,17 @@ def split_group(batch: TrainBatches, parts: int) -> TrainBatches:
   return {task: split(rows) for task, rows in batch.items()}
 
 
+def _rows(x_BKG: Array) -> Array:
+  """Merges steps and samples into rows, (B, K * G, ...), over which the loss is summed.
+
+  A sum over one axis less rounds otherwise, and results should not depend on how axes are cut.
+  """
+  return x_BKG.reshape(x_BKG.shape[0], -1, *x_BKG.shape[3:])
+
+
 def _per_point(x_BG: Array, images: types.ImageTrainBatch) -> Array:
-  """Repeats a value of every sample for its points, (B, K, G)."""
-  return jnp.broadcast_to(x_BG.astype(jnp.float32)[:, None], images.query.time_BKG.shape)
+  """Repeats a value of every sample for its points, (B, K * G)."""
+  return jnp.tile(x_BG.astype(jnp.float32), (1, images.query.time_BKG.shape[1]))
 
 
 TaskSums = tuple[Array, Array, dict[str, tuple[Array, Array]]]
@@ -289,10 +297,10 @@ def _text_sums(
 def _step_points(
   sampler: str, v: Array, images: types.ImageTrainBatch
 ) -> flow_objectives.StepPoints:
-  """Returns replayed steps of the rollout under the policy's velocities."""
-  steps = images.sampled.steps
+  """Returns replayed steps of the rollout under the policy's velocities, as rows."""
+  steps = jax.tree.map(_rows, images.sampled.steps)
   return flow_objectives.StepPoints(
-    mean=replay.transition(sampler, v, steps).mean,
+    mean=replay.transition(sampler, _rows(v), steps).mean,
     old_mean=steps.mean_BKGNC,
     noise=steps.noise_BKGNC,
     std=steps.std_BKG,
@@ -302,13 +310,14 @@ def _step_points(
 
 
 def _noised_points(v: Array, images: types.ImageTrainBatch) -> flow_objectives.NoisedPoints:
-  """Returns freshly noised final latents with the policy's velocities."""
+  """Returns freshly noised final latents with the policy's velocities, as rows."""
+  latents_BGNC, draws = images.sampled.latents_BGNC, v.shape[1]
   return flow_objectives.NoisedPoints(
-    v=v,
-    v_old=images.old_BKGNC,
-    x0=jnp.broadcast_to(images.sampled.latents_BGNC[:, None], v.shape),
-    x_t=images.query.x_BKGNC,
-    t=images.query.time_BKG,
+    v=_rows(v),
+    v_old=_rows(images.old_BKGNC),
+    x0=jnp.tile(latents_BGNC, (1, draws, 1, 1)),
+    x_t=_rows(images.query.x_BKGNC),
+    t=_rows(images.query.time_BKG),
     advantage=_per_point(images.advantage_BG, images),
   )
 
@@ -324,14 +333,15 @@ def _image_sums(
   points = _step_points(sampler, v, images) if objective.coupled else _noised_points(v, images)
   loss, extra = objective.loss(points, settings)
   valid = _per_point(images.valid_BG, images)
-  drift = flow_objectives.velocity_mse(v, images.reference_BKGNC)
+  v, reference = _rows(v), _rows(images.reference_BKGNC)
+  drift = flow_objectives.velocity_mse(v, reference)
   metrics, penalty = {'velocity_mse': drift, **extra}, drift
   if settings.kl != 'velocity':
-    steps = images.sampled.steps
+    steps = jax.tree.map(_rows, images.sampled.steps)
     mean = replay.transition(sampler, v, steps).mean
-    reference_mean = replay.transition(sampler, images.reference_BKGNC, steps).mean
-    dt_BKG = steps.next_time_BKG - steps.time_BKG
-    penalty = kl_lib.of_steps(settings.kl, mean, reference_mean, steps.std_BKG, dt_BKG)
+    reference_mean = replay.transition(sampler, reference, steps).mean
+    dt = steps.next_time_BKG - steps.time_BKG
+    penalty = kl_lib.of_steps(settings.kl, mean, reference_mean, steps.std_BKG, dt)
     metrics['kl'] = penalty
   return (
     jnp.sum(loss * valid),
