@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 from absl.testing import absltest
-from absl.testing import parameterized
 from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from tests.helpers import jax_settings
 
@@ -53,7 +53,7 @@ def numbers(line):
   return {k: v for k, v in line.items() if k not in ('seconds', 'compiled', 'stage')}
 
 
-class RunnersTest(parameterized.TestCase):
+class RunnersTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -126,15 +126,21 @@ class RunnersTest(parameterized.TestCase):
     scores = [json.loads((w / 'scores.json').read_text()) for w in (one, two)]
     self.assertEqual(scores[0]['after'].keys(), scores[1]['after'].keys())
 
-  @parameterized.parameters((1, 'nft', 'jit'), (8, 'thinking_adapters', 'pmap'))
-  def test_pmap_equals_jit(self, devices, case, goes_on_under):
-    """A run under pmap that is stopped in the middle, and goes on under either runner."""
+  def assert_pmap_equals_jit(self, devices, case, goes_on_under):
+    """Stops a run under pmap in the middle and lets it go on; compares it with a run under jit."""
     whole = self.run_job(f'jit{devices}', 'jit', devices, case)
     report = str(self.base / 'report')
     stop = ('-m', 'tests.helpers.interruptions', 'done', 'align', '2', '15', report)
     name = f'pmap{devices}'
     self.run_job(name, 'pmap', devices, case, *stop)
     self.assert_same_run(whole, self.run_job(name, goes_on_under, devices, case))
+
+  def test_goes_on_under_the_other_runner(self):
+    self.assert_pmap_equals_jit(1, 'nft', 'jit')
+
+  @pytest.mark.long
+  def test_adapters_and_plans_on_eight_devices(self):
+    self.assert_pmap_equals_jit(8, 'thinking_adapters', 'pmap')
 
 
 if __name__ == '__main__':
