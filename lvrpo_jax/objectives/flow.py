@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -233,34 +234,23 @@ def _awm(points: NoisedPoints, settings: types.Config) -> Loss:
   return loss, _clip_metrics(log_ratio, settings)
 
 
-def _flow_grpo(points: StepPoints, settings: types.Config) -> Loss:
-  """Computes the loss of `sde`."""
-  loss, log_ratio = sde(
-    points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
-  )
-  return loss, _clip_metrics(log_ratio, settings)
+def _by_deviation(objective: Callable[..., tuple[Array, Array]]) -> Callable[..., Loss]:
+  """Returns the loss of `sde` or `cps`, whose ratios need the deviation of a step."""
+
+  def loss(points: StepPoints, settings: types.Config) -> Loss:
+    loss, log_ratio = objective(
+      points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
+    )
+    return loss, _clip_metrics(log_ratio, settings)
+
+  return loss
 
 
-def _flow_cps(points: StepPoints, settings: types.Config) -> Loss:
-  """Computes the loss of `cps`."""
-  loss, log_ratio = cps(
-    points.mean, points.old_mean, points.noise, points.std, points.advantage, settings.clip
-  )
-  return loss, _clip_metrics(log_ratio, settings)
-
-
-def _grpo_guard(points: StepPoints, settings: types.Config) -> Loss:
-  """Computes the loss of `guard`, divided by the step's length."""
+def _grpo_guard(points: StepPoints, settings: types.Config, divide: bool) -> Loss:
+  """Computes the loss of `guard`, divided by the step's length or not."""
+  dt = points.dt if divide else None
   loss, log_ratio = guard(
-    points.mean, points.old_mean, points.noise, points.dt, points.advantage, settings.clip
-  )
-  return loss, _clip_metrics(log_ratio, settings)
-
-
-def _grpo_guard_plain(points: StepPoints, settings: types.Config) -> Loss:
-  """Computes the loss of `guard`, not divided by the step's length."""
-  loss, log_ratio = guard(
-    points.mean, points.old_mean, points.noise, None, points.advantage, settings.clip
+    points.mean, points.old_mean, points.noise, dt, points.advantage, settings.clip
   )
   return loss, _clip_metrics(log_ratio, settings)
 
@@ -306,10 +296,10 @@ OBJECTIVES = {
     _diffusion_nft, coupled=False, sampler_policy='old', old_decay=_slow_copy
   ),
   'awm': FlowObjective(_awm, coupled=False),
-  'flow_grpo': FlowObjective(_flow_grpo, coupled=True),
-  'flow_cps': FlowObjective(_flow_cps, coupled=True),
-  'grpo_guard': FlowObjective(_grpo_guard, coupled=True),
-  'grpo_guard_plain': FlowObjective(_grpo_guard_plain, coupled=True),
+  'flow_grpo': FlowObjective(_by_deviation(sde), coupled=True),
+  'flow_cps': FlowObjective(_by_deviation(cps), coupled=True),
+  'grpo_guard': FlowObjective(functools.partial(_grpo_guard, divide=True), coupled=True),
+  'grpo_guard_plain': FlowObjective(functools.partial(_grpo_guard, divide=False), coupled=True),
 }
 """Image objectives by config name."""
 

@@ -38,29 +38,12 @@ def agreement(probability_BGQA: Array, answer_BQ: Array, asked_BQ: Array) -> Arr
   return jnp.sum(right_BGQ * weight_B1Q, axis=-1) / jnp.maximum(jnp.sum(weight_B1Q, axis=-1), 1.0)
 
 
-class Knowledge:
+class Knowledge(reference_qa.ReferenceReward):
   """Scores samples by the answers of the frozen reference.
 
   An image gets the mean probability of the right answers to the questions that its prompt implies.
   A text gets the probability of the answer that it states.
   """
-
-  outputs = frozenset((tasks.TEXT, tasks.IMAGE))
-  runs_on = base.DEVICE
-
-  def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
-    """Looks up the first tokens of all answers.
-
-    Raises:
-      ValueError: two answers begin with the same token.
-    """
-    self._task, self._experiment, self._questions = task, experiment, settings.questions
-    self._answer_ids = reference_qa.answer_ids(experiment, base.key_of(task, settings, experiment))
-
-  def load(self, frozen: base.RewardParams) -> types.Params:
-    """Returns (): the reference is shared."""
-    del frozen
-    return ()
 
   def prepare(self, samples: base.Samples) -> base.Prepared:
     """Encodes questions about images, or finds the indices (B, G) of the answers of texts."""

@@ -13,7 +13,6 @@ from lvrpo_jax.data import tasks
 from lvrpo_jax.rewards import base
 from lvrpo_jax.rewards import knowledge
 from lvrpo_jax.rewards import reference_qa
-from lvrpo_jax.runtime import experiment as experiment_lib
 
 Array = jax.Array
 
@@ -77,29 +76,12 @@ def total(gain_QBG: Array, asked_BQ: Array, count_B: Array) -> Array:
   return found_BG * (count_B[:, None] / jnp.maximum(jnp.sum(weight_QB1, axis=0), 1.0))
 
 
-class Mutual:
+class Mutual(reference_qa.ReferenceReward):
   """Scores samples by the information that an image gives about a text, under the reference.
 
   An image gets the `total` over the questions of its prompt. A text gets the `gain` of the answer
   that it states.
   """
-
-  outputs = frozenset((tasks.TEXT, tasks.IMAGE))
-  runs_on = base.DEVICE
-
-  def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
-    """Looks up the first tokens of all answers.
-
-    Raises:
-      ValueError: two answers begin with the same token.
-    """
-    self._task, self._experiment, self._questions = task, experiment, settings.questions
-    self._answer_ids = reference_qa.answer_ids(experiment, base.key_of(task, settings, experiment))
-
-  def load(self, frozen: base.RewardParams) -> types.Params:
-    """Returns (): the reference is shared."""
-    del frozen
-    return ()
 
   def prepare(self, samples: base.Samples) -> base.Prepared:
     """Encodes questions with and without images.

@@ -62,6 +62,27 @@ def answer_ids(experiment: experiment_lib.Experiment, key: str) -> np.ndarray:
   return ids
 
 
+class ReferenceReward:
+  """What rewards that ask the frozen reference share: its answers, and no weights of their own."""
+
+  outputs = frozenset((tasks.TEXT, tasks.IMAGE))
+  runs_on = base.DEVICE
+
+  def __init__(self, task: str, settings: types.Config, experiment: experiment_lib.Experiment):
+    """Looks up the first tokens of all answers.
+
+    Raises:
+      ValueError: two answers begin with the same token.
+    """
+    self._task, self._experiment, self._questions = task, experiment, settings.questions
+    self._answer_ids = answer_ids(experiment, base.key_of(task, settings, experiment))
+
+  def load(self, frozen: base.RewardParams) -> types.Params:
+    """Returns (): the reference is shared."""
+    del frozen
+    return ()
+
+
 def prompt_questions(
   experiment: experiment_lib.Experiment,
   examples: Sequence[examples_lib.Example],
